@@ -1,0 +1,5 @@
+"""The one exception that stands for a mistake in what the user gave us."""
+
+
+class InputError(ValueError):
+    """Bad input; the message is one line: file and line or key, what is wrong, what was expected."""
