@@ -1,0 +1,222 @@
+"""Task metrics, and the file of completions they score.
+
+Every metric gives one score in [0, 1] per example (the best over its references) and one figure in
+percent for the whole set.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+
+from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text, write_text_atomic
+
+Predictions = Sequence[str]
+References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Scores of one set of predictions: `aggregate` in percent, `per_example` in [0, 1]."""
+
+    aggregate: float
+    per_example: list[float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named metric; `compute` may assume at least one example and one reference for each."""
+
+    name: str
+    compute: Callable[[Predictions, References], MetricResult]
+
+    def score(self, predictions: Predictions, references: References) -> MetricResult:
+        """Score predictions against one or more accepted answers each.
+
+        Raises:
+            InputError: There is nothing to score, or an example has no answer or one that this
+                metric cannot use.
+        """
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} examples")
+        if not predictions:
+            raise InputError(f"{self.name}: no examples; expected at least one")
+        for index, answers in enumerate(references):
+            if not answers:
+                raise InputError(f"{self.name}: example {index}: no answers; expected at least one")
+        return self.compute(predictions, references)
+
+
+def _intent(predictions: Predictions, references: References) -> MetricResult:
+    """Exact match of JSON values, where the order of keys and of list elements does not count.
+
+    These are the rules behind the reference's stored scores: the completion is the JSON object,
+    perhaps followed by a full stop, and nothing else; anything that does not parse scores 0.
+    """
+    scores = []
+    for index, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
+        accepted = [_canonical_json(answer) for answer in answers]
+        if None in accepted:
+            raise InputError(f"intent: example {index}: an answer is not JSON")
+        scores.append(float(_canonical_json(prediction) in accepted))
+    return _mean_result(scores)
+
+
+def _canonical_json(text: str) -> str | None:
+    """One spelling for all JSON texts that count as equal; None if `text` is not JSON."""
+    try:
+        return _canonical(json.loads(text.strip().removesuffix("。").removesuffix(".")))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _canonical(value: Any) -> str:
+    if isinstance(value, dict):
+        members = (f"{json.dumps(key)}: {_canonical(item)}" for key, item in value.items())
+        return "{" + ", ".join(sorted(members)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(sorted(map(_canonical, value))) + "]"
+    return json.dumps(value)
+
+
+def _exact_match(predictions: Predictions, references: References) -> MetricResult:
+    """Equality of texts, outer white space aside."""
+    pairs = zip(predictions, references, strict=True)
+    return _mean_result(
+        [float(text.strip() in [answer.strip() for answer in answers]) for text, answers in pairs]
+    )
+
+
+def _chrf(predictions: Predictions, references: References) -> MetricResult:
+    """chrF2 of sacrebleu: character n-grams up to 6, recall weighted twice."""
+    return _sacrebleu("chrf", CHRF(), CHRF(), predictions, references)
+
+
+def _bleu(predictions: Predictions, references: References) -> MetricResult:
+    """BLEU of sacrebleu (13a tokens); single sentences with the orders they are long enough for."""
+    return _sacrebleu("bleu", BLEU(), BLEU(effective_order=True), predictions, references)
+
+
+def _sacrebleu(
+    name: str,
+    corpus: BLEU | CHRF,
+    sentence: BLEU | CHRF,
+    predictions: Predictions,
+    references: References,
+) -> MetricResult:
+    for index, answers in enumerate(references):
+        if not all(answer.strip() for answer in answers):
+            raise InputError(f"{name}: example {index}: an answer is empty; expected some text")
+    # sacrebleu wants one list per reference number; None fills in where an example has fewer.
+    streams: Any = [list(stream) for stream in itertools.zip_longest(*references)]
+    return MetricResult(
+        aggregate=corpus.corpus_score(predictions, streams).score,
+        per_example=[
+            sentence.sentence_score(prediction, answers).score / 100
+            for prediction, answers in zip(predictions, references, strict=True)
+        ],
+    )
+
+
+class _WordTokenizer:
+    """Lower-case words and numbers in any script, Han characters one by one.
+
+    On ASCII text this equals rouge-score's own tokenizer, which drops every other letter.
+    """
+
+    _token = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._token.findall(text.lower())
+
+
+def _rouge_l(predictions: Predictions, references: References) -> MetricResult:
+    """F1 of the longest common subsequence of words."""
+    # Not at the top of the module: it loads NLTK, two seconds that the other metrics do not need.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
+    return _mean_result(
+        [
+            max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers)
+            for prediction, answers in zip(predictions, references, strict=True)
+        ]
+    )
+
+
+def _mean_result(scores: list[float]) -> MetricResult:
+    return MetricResult(100 * sum(scores) / len(scores), scores)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("intent", _intent),
+        Metric("exact_match", _exact_match),
+        Metric("chrf", _chrf),
+        Metric("bleu", _bleu),
+        Metric("rouge_l", _rouge_l),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One scored completion of an evaluation run."""
+
+    prompt: str
+    raw_prediction: str
+    raw_answers: tuple[str, ...]
+    score: float
+
+
+def write_completions(path: str | os.PathLike[str], completions: Iterable[Completion]) -> None:
+    """Write completions in the reference's format: one JSON object per line.
+
+    `{"example": {"prompt", "raw_prediction", "raw_answers"}, "score"}`
+    """
+    lines = []
+    for completion in completions:
+        score = completion.score
+        row = {
+            "example": {
+                "prompt": completion.prompt,
+                "raw_prediction": completion.raw_prediction,
+                "raw_answers": list(completion.raw_answers),
+            },
+            "score": int(score)
+            if score == int(score)
+            else score,  # the reference writes 1, not 1.0
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text_atomic(path, "".join(lines))
+
+
+def read_completions(path: str | os.PathLike[str]) -> list[Completion]:
+    """Read a completions file; `InputError` names the file, line and key that is wrong."""
+    completions = []
+    # Not splitlines: it also splits at separators that JSON strings may hold unescaped.
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
+        where = f"{path}:{number}"
+        row = parse_json(line, where)
+        try:
+            example, score = row["example"], row["score"]
+            prompt, prediction = example["prompt"], example["raw_prediction"]
+            answers = example["raw_answers"]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{where}: expected example (prompt, raw_prediction, raw_answers) and score"
+            ) from error
+        texts = [prompt, prediction, *answers] if isinstance(answers, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{where}: example: expected texts, and raw_answers a list of texts")
+        if not isinstance(score, int | float) or isinstance(score, bool):
+            raise InputError(f"{where}: score: {score!r} is no number")
+        completions.append(Completion(prompt, prediction, tuple(answers), float(score)))
+    return completions

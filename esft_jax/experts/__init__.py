@@ -1,0 +1,1 @@
+"""Which experts matter for a task: routing scores, selection, and the expert configuration file."""

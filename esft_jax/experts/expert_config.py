@@ -1,0 +1,124 @@
+"""The reference's `expert_cfg.json`: which experts of which layers are trained."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text, write_text_atomic
+
+_FLAGS = ("shared_experts", "non_expert_modules")
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """What is trained: routed experts by layer, and whether the rest of the network joins them.
+
+    Attributes:
+        experts: Decoder layer index -> expert ids, in descending score. A layer may be absent or
+            empty: none of its routed experts is trained.
+        shared_experts: Also train the shared experts of every MoE layer.
+        non_expert_modules: Also train everything that is not an expert (attention, norms, router,
+            dense layers, embeddings, head).
+    """
+
+    experts: Mapping[int, tuple[int, ...]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    def __post_init__(self) -> None:
+        ordered = {layer: tuple(self.experts[layer]) for layer in sorted(self.experts)}
+        object.__setattr__(self, "experts", ordered)
+
+    @property
+    def num_experts_selected(self) -> int:
+        """Number of selected (layer, expert) pairs."""
+        return sum(len(ids) for ids in self.experts.values())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ExpertConfig":
+        """Read an `expert_cfg.json`; `InputError` names the file and the key that is wrong."""
+        content = parse_json(read_text(path), str(path))
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: expected a JSON object with the key 'experts'")
+        unknown = sorted(content.keys() - {"experts", *_FLAGS})
+        if unknown:
+            expected = ", ".join(("experts", *_FLAGS))
+            raise InputError(f"{path}: unknown key {unknown[0]!r}; expected {expected}")
+        if not isinstance(content.get("experts"), dict):
+            raise InputError(f"{path}: key 'experts' must be an object of layer -> [expert ids]")
+        flags = {flag: content.get(flag, False) for flag in _FLAGS}
+        for flag, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{path}: key {flag!r} must be true or false, not {value!r}")
+        experts = {
+            layer_index(layer, f"{path}: experts"): _expert_ids(ids, f"{path}: experts.{layer}")
+            for layer, ids in content["experts"].items()
+        }
+        return cls(experts, **flags)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file as the reference does: one line, layers in the order of their names."""
+        content = {
+            "experts": {
+                str(layer): list(self.experts[layer]) for layer in sorted(self.experts, key=str)
+            },
+            "shared_experts": self.shared_experts,
+            "non_expert_modules": self.non_expert_modules,
+        }
+        write_text_atomic(path, json.dumps(content))
+
+    def validate(self, moe_layers: Sequence[int], num_experts: int) -> None:
+        """Check the selection against a model.
+
+        Args:
+            moe_layers: Decoder layer indices of the model's MoE layers.
+            num_experts: Routed experts per MoE layer.
+
+        Raises:
+            InputError: A layer has no experts, an id is out of range or repeated, or the
+                configuration selects nothing at all.
+        """
+        known = set(moe_layers)
+        for layer, ids in self.experts.items():
+            if layer not in known:
+                expected = ", ".join(map(str, sorted(known)))
+                raise InputError(
+                    f"expert config: layer {layer} is no MoE layer; they are {expected}"
+                )
+            for expert in ids:
+                if not 0 <= expert < num_experts:
+                    raise InputError(
+                        f"expert config: layer {layer}: expert {expert} is out of range;"
+                        f" expected 0 to {num_experts - 1}"
+                    )
+            _check_distinct(ids, f"expert config: layer {layer}")
+        if not (self.num_experts_selected or self.shared_experts or self.non_expert_modules):
+            raise InputError("expert config: nothing is selected; expected at least one expert")
+
+
+def layer_index(key: str, where: str) -> int:
+    """The layer a JSON key names; `InputError` starts with `where` if it is no plain number."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key):  # "1" and "01" would name one layer twice
+        raise InputError(f"{where}: {key!r} is no layer index; expected a number such as '1'")
+    return int(key)
+
+
+def _expert_ids(ids: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(ids, list):
+        raise InputError(f"{where}: expected a list of expert ids, not {ids!r}")
+    for expert in ids:
+        # bool is a subclass of int, but `true` is no expert id.
+        if not isinstance(expert, int) or isinstance(expert, bool) or expert < 0:
+            raise InputError(f"{where}: {expert!r} is no expert id; expected a number from 0")
+    _check_distinct(ids, where)
+    return tuple(ids)
+
+
+def _check_distinct(ids: Sequence[int], where: str) -> None:
+    repeated = [expert for expert in ids if ids.count(expert) > 1]
+    if repeated:
+        raise InputError(f"{where}: expert {repeated[0]} is listed twice")

@@ -1,0 +1,299 @@
+"""Expert scores of a task, and the files that carry them.
+
+Token score (ESFT eq. 7): the share of a layer's (token, expert) assignments that an expert serves;
+a layer's token scores sum to 1. Gate score (eq. 6): an expert's mean gate over all tokens, zero
+where it was not chosen; a layer's gate scores sum to the mean gate mass of its top-K experts.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import layer_index
+from esft_jax.files import parse_json, read_text, write_text_atomic
+
+ScoreMethod = Literal["token", "gate"]
+SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+
+SCORES_FILE = "scores.json"
+SUMMARY_FILE = "summary.json"
+_LOG_NAME = re.compile(r"expert_weights_(\d+)\.txt")
+_DECIMALS = 4
+_MAX_EXPERTS = 65_536  # a typing error in a log must not allocate gigabytes
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Token and gate scores of every routed expert.
+
+    Attributes:
+        layers: Decoder layer indices of the rows, ascending.
+        token: Token scores, one row per layer.
+        gate: Gate scores, one row per layer.
+        provenance: Where the scores come from (data, tokens, base model); JSON values only.
+    """
+
+    layers: tuple[int, ...]
+    token: Float64[np.ndarray, "L E"]
+    gate: Float64[np.ndarray, "L E"]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers = list(self.layers)
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+            raise InputError(f"scores: layers are {layers}; expected ascending indices from 0")
+        for method in SCORE_METHODS:
+            values = np.asarray(self.of(method), dtype=np.float64)
+            object.__setattr__(self, method, values)
+            if values.ndim != 2 or values.shape[0] != len(self.layers) or values.shape[1] == 0:
+                raise InputError(
+                    f"scores: {method} scores have shape {list(values.shape)};"
+                    f" expected [{len(self.layers)} layers, experts]"
+                )
+            bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+            if bad.size:
+                row, expert = (int(i) for i in bad[0])
+                raise InputError(
+                    f"scores: layer {self.layers[row]}, expert {expert}: {method} score"
+                    f" {values[row, expert]} is not a finite number >= 0"
+                )
+        if self.token.shape != self.gate.shape:
+            raise InputError(
+                f"scores: {self.token.shape[1]} token scores but {self.gate.shape[1]} gate scores"
+                " per layer; expected as many"
+            )
+        # Rounding to 4 decimals moves each of the E scores by at most half of the last digit.
+        tolerance = 1e-3 + self.num_experts * 0.5 * 10**-_DECIMALS
+        for layer, total in zip(self.layers, self.token.sum(axis=1), strict=True):
+            if abs(total - 1) > tolerance:
+                raise InputError(
+                    f"scores: layer {layer}: token scores sum to {total:.4f}, not to 1"
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per layer."""
+        return self.token.shape[1]
+
+    def of(self, method: ScoreMethod) -> Float64[np.ndarray, "L E"]:
+        """The scores of one method."""
+        return self.token if method == "token" else self.gate
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `summary.json` (the reference's format) and `scores.json` (full precision)."""
+        summary = {f"{method}_scores": self._by_name(method) for method in SCORE_METHODS}
+        scores = {
+            "layers": list(self.layers),
+            "token_scores": self.token.tolist(),
+            "gate_scores": self.gate.tolist(),
+            "provenance": dict(self.provenance),
+        }
+        write_text_atomic(Path(folder) / SUMMARY_FILE, json.dumps(summary))
+        # Last: whoever finds scores.json may rely on both files.
+        write_text_atomic(Path(folder) / SCORES_FILE, json.dumps(scores))
+
+    def _by_name(self, method: ScoreMethod) -> dict[str, dict[str, float]]:
+        rows = dict(zip(self.layers, round_scores(self.of(method)).tolist(), strict=True))
+        return {
+            str(layer): {str(expert): score for expert, score in enumerate(rows[layer])}
+            for layer in sorted(self.layers, key=str)  # the reference's order: "1", "10", "11", ...
+        }
+
+
+def round_scores(scores: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]:
+    """Round to the reference's 4 decimals, exactly as decimal printing does (np.round does not)."""
+    rounded = [[round(score, _DECIMALS) for score in row] for row in scores.tolist()]
+    return np.array(rounded, dtype=np.float64)
+
+
+def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> ExpertScores:
+    """Read scores from whatever holds them.
+
+    Args:
+        path: A folder with our `scores.json`, with reference routing logs
+            (`expert_weights_{layer}.txt`) or with a reference `summary.json`, tried in this order;
+            or one such JSON file.
+        experts_per_token: K of routing logs, which do not say it themselves.
+
+    Raises:
+        InputError: Nothing is found, or the content is malformed (named by file, line and key).
+    """
+    path = Path(path)
+    if path.is_dir():
+        logs = {
+            int(match[1]): file
+            for file in path.iterdir()
+            if (match := _LOG_NAME.fullmatch(file.name))
+        }
+        if (path / SCORES_FILE).exists():
+            path = path / SCORES_FILE
+        elif logs:
+            return _read_logs(logs, experts_per_token)
+        elif (path / SUMMARY_FILE).exists():
+            path = path / SUMMARY_FILE
+        else:
+            raise InputError(
+                f"{path}: no scores in this folder; expected {SCORES_FILE}, {SUMMARY_FILE}"
+                " or expert_weights_<layer>.txt"
+            )
+    content = parse_json(read_text(path), str(path))
+    expected = {"token_scores", "gate_scores"}
+    if not isinstance(content, dict) or not expected <= content.keys():
+        raise InputError(f"{path}: expected a JSON object with the keys token_scores, gate_scores")
+    try:
+        return _from_scores(content, path) if "layers" in content else _from_summary(content, path)
+    except InputError as error:
+        raise (
+            error if str(error).startswith(str(path)) else InputError(f"{path}: {error}")
+        ) from None
+
+
+def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
+    layers, provenance = content["layers"], content.get("provenance", {})
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path}: layers: expected a list of decoder layer indices")
+    if not isinstance(provenance, dict):
+        raise InputError(f"{path}: provenance: expected an object")
+    tables = []
+    for key in ("token_scores", "gate_scores"):
+        rows = content[key]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise InputError(f"{path}: {key}: expected a list of rows, one per layer")
+        if len(rows) != len(layers):
+            raise InputError(f"{path}: {key}: {len(rows)} rows for {len(layers)} layers")
+        named = {layer: dict(enumerate(row)) for layer, row in zip(layers, rows, strict=True)}
+        tables.append(_table(named, f"{path}: {key}"))
+    return ExpertScores(tuple(layers), tables[0], tables[1], provenance)
+
+
+def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
+    layers: list[list[int]] = []
+    tables = []
+    for key in ("token_scores", "gate_scores"):
+        where = f"{path}: {key}"
+        if not isinstance(content[key], dict):
+            raise InputError(f"{where}: expected an object of layer -> {{expert: score}}")
+        rows = {}
+        for layer, row in content[key].items():
+            if not isinstance(row, dict):
+                raise InputError(f"{where}.{layer}: expected an object of expert -> score")
+            missing = {str(expert) for expert in range(len(row))} - row.keys()
+            if missing:
+                raise InputError(f"{where}.{layer}: no score of expert {min(missing, key=int)}")
+            scores = {expert: row[str(expert)] for expert in range(len(row))}
+            rows[layer_index(layer, where)] = scores
+        layers.append(sorted(rows))
+        tables.append(_table({layer: rows[layer] for layer in sorted(rows)}, where))
+    if layers[0] != layers[1]:
+        layer = min(set(layers[0]) ^ set(layers[1]))
+        raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
+    _check_no_gap(layers[0], str(path))
+    provenance = {"source": "reference summary", "decimals": _DECIMALS}
+    return ExpertScores(tuple(layers[0]), tables[0], tables[1], provenance)
+
+
+def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "L E"]:
+    """Stack one row per layer, checking that each is as long and every score is a number."""
+    if not rows:
+        raise InputError(f"{where}: no layers")
+    first, width = next((layer, len(row)) for layer, row in rows.items())
+    for layer, row in rows.items():
+        if len(row) != width:
+            raise InputError(
+                f"{where}: layer {layer} has {len(row)} experts, layer {first} has {width};"
+                " expected as many"
+            )
+        for expert, score in row.items():
+            if not isinstance(score, int | float) or isinstance(score, bool):
+                raise InputError(f"{where}: layer {layer}, expert {expert}: {score!r} is no number")
+    try:
+        return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
+    except OverflowError:
+        raise InputError(f"{where}: a score is beyond the range of floating point") from None
+
+
+def _check_no_gap(layers: list[int], where: str) -> None:
+    missing = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers))
+    if missing:
+        raise InputError(
+            f"{where}: layer {missing[0]} is missing; expected every layer from {layers[0]}"
+            f" to {layers[-1]}"
+        )
+
+
+def _read_logs(files: dict[int, Path], experts_per_token: int) -> ExpertScores:
+    layers = sorted(files)
+    _check_no_gap(layers, str(files[layers[0]].parent))
+    if experts_per_token < 1:
+        raise InputError(f"experts_per_token: {experts_per_token} is not a number from 1")
+    logs = [_read_log(files[layer], experts_per_token) for layer in layers]
+    tokens, sequences = logs[0][2:]
+    for layer, log in zip(layers, logs, strict=True):
+        if log[2:] != (tokens, sequences):
+            raise InputError(
+                f"{files[layer]}: {log[2]} tokens in {log[3]} sequences, but layer {layers[0]}"
+                f" has {tokens} in {sequences}; expected the same data in every layer"
+            )
+    # The logs do not say how many experts a layer has; one above every id ever chosen has score 0.
+    num_experts = 1 + max(int(ids.max()) for ids, *_ in logs)
+    counts = [np.bincount(ids, minlength=num_experts) for ids, *_ in logs]
+    sums = [np.bincount(ids, weights=gates, minlength=num_experts) for ids, gates, *_ in logs]
+    provenance = {
+        "source": "reference routing logs",
+        "tokens": tokens,
+        "sequences": sequences,
+        "experts_per_token": experts_per_token,
+    }
+    return ExpertScores(
+        layers=tuple(layers),
+        token=np.stack(counts) / (experts_per_token * tokens),
+        gate=np.stack(sums) / tokens,
+        provenance=provenance,
+    )
+
+
+def _read_log(
+    path: Path, experts_per_token: int
+) -> tuple[Int64[np.ndarray, " TK"], Float64[np.ndarray, " TK"], int, int]:
+    """Read one layer's log: expert ids and gates of all assignments, tokens, sequences."""
+    all_ids, all_gates = [], []
+    lines = read_text(path).splitlines()
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        halves = line.split("\t\t")
+        if len(halves) != 2:
+            raise InputError(f"{where}: expected expert ids, two tabs, gates, all joined by tabs")
+        try:
+            ids = np.array(list(map(int, halves[0].split("\t"))), dtype=np.int64)
+            gates = np.array(list(map(float, halves[1].split("\t"))), dtype=np.float64)
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{where}: {error}; expected whole ids and decimal gates") from None
+        if ids.size != gates.size:
+            raise InputError(f"{where}: {ids.size} expert ids but {gates.size} gates")
+        if ids.size % experts_per_token:
+            raise InputError(
+                f"{where}: {ids.size} expert ids are no multiple of {experts_per_token} per token"
+            )
+        if ids.min() < 0 or ids.max() >= _MAX_EXPERTS:
+            raise InputError(f"{where}: an expert id is not in 0 to {_MAX_EXPERTS - 1}")
+        if not (np.isfinite(gates) & (gates >= 0)).all():
+            raise InputError(f"{where}: a gate is not a finite number >= 0")
+        by_token = np.sort(ids.reshape(-1, experts_per_token), axis=1)
+        if (by_token[:, 1:] == by_token[:, :-1]).any():
+            raise InputError(
+                f"{where}: a token has one expert twice; expected {experts_per_token} distinct"
+            )
+        all_ids.append(ids)
+        all_gates.append(gates)
+    if not lines:
+        raise InputError(f"{path}: empty log; expected one line per sequence")
+    ids, gates = np.concatenate(all_ids), np.concatenate(all_gates)
+    return ids, gates, ids.size // experts_per_token, len(lines)
