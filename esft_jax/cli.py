@@ -1,0 +1,80 @@
+"""What all commands share, and `esft`, the one script that groups them.
+
+`esft VERB ...` is the same as `python -m esft_jax.VERB ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from esft_jax.errors import InputError
+
+VERBS = {
+    "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
+    "score": "measure how relevant each expert is to a task",
+    "select": "choose the experts to train from their scores",
+    "train": "train the chosen experts, or the whole model",
+    "evaluate": "let a model complete task prompts, and judge the completions",
+    "generate": "let a model complete one prompt",
+    "export": "merge an adapter into its base as a Hugging Face folder",
+}
+
+
+def command(
+    main: Callable[[Sequence[str] | None], None],
+) -> Callable[[Sequence[str] | None], int]:
+    """Turn the body of a command into a `main` that returns an exit code.
+
+    Bad input is one line on stderr and code 2, an interrupt is code 130; any other exception is a
+    defect of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    return run
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--config FILE` and the `key=value` overrides that follow it: `config`, `overrides`."""
+    parser.add_argument("--config", metavar="FILE", required=True, help="run configuration (YAML)")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="replaces a value of the configuration, such as train.steps=100",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `esft VERB ...`; the verb's module, and JAX with it, is imported only then."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="esft",
+        description="Expert-Specialized Fine-Tuning of Mixture-of-Experts language models.",
+        epilog="\n".join(["verbs:", *(f"  {verb:<10}{text}" for verb, text in VERBS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="esft [-h] VERB ...",
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="`esft VERB --help` says more")
+    # Everything after the verb belongs to the verb.
+    verb = parser.parse_args(arguments[:1]).verb
+    sys.argv[0] = f"esft {verb}"  # the name of the command in its own usage line
+    exit_code: int = importlib.import_module(f"esft_jax.{verb}").main(arguments[1:])
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""One run = one `RunConfig`: frozen, strictly checked, read from and written to one YAML file.
+
+Relative paths in a configuration are relative to the working directory of the command, not to the
+folder of the configuration file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from esft_jax import strict_yaml
+from esft_jax.errors import InputError
+
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+_STRICT = ConfigDict(extra="forbid")
+# The defaults of the paper: section 4 of arXiv 2407.01906.
+_DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MeshConfig:
+    """Number of devices on each mesh axis.
+
+    Attributes:
+        data: Devices that share the batch; -1 takes all that `expert` leaves.
+        expert: Devices that share the experts of a layer.
+    """
+
+    data: Annotated[int, Field(strict=True, ge=-1)] = -1
+    expert: Count = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Training and validation examples.
+
+    Attributes:
+        train: Files (JSONL, Parquet) or dataset names of the hub.
+        valid: The held-out split, for the evaluation loss; may be empty.
+        format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
+        sequence_length: Tokens per packed row.
+        too_long: What to do with an example longer than a row: stop, or cut it.
+    """
+
+    train: Annotated[tuple[Text, ...], Field(min_length=1)]
+    valid: tuple[Text, ...] = ()
+    format: Literal["chat", "text"] = "chat"
+    sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
+    too_long: Literal["error", "cut"] = "error"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScoreConfig:
+    """How expert relevance is measured.
+
+    Attributes:
+        samples: Packed rows to run, at most; fewer if the data holds fewer.
+        sequence_length: Tokens per packed row.
+        batch_size: Rows per forward pass, over all devices.
+    """
+
+    samples: Count = 32
+    sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
+    batch_size: Count = 4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SelectConfig:
+    """Which experts are trained.
+
+    Attributes:
+        method: Relevance score: `token` (share of the routed tokens) or `gate` (mean gate).
+        top_p: Share of a layer's relevance its chosen experts reach together; none takes the
+            paper's value for the method.
+        shared_experts: Train the shared experts too.
+        non_expert_modules: Train everything that is no expert too (attention, embedding, ...).
+    """
+
+    method: Literal["token", "gate"] = "token"
+    top_p: Share | None = None
+    shared_experts: Flag = False
+    non_expert_modules: Flag = False
+
+    @property
+    def threshold(self) -> float:
+        """`top_p`, or the paper's value for the method: 0.2 for token, 0.1 for gate."""
+        return _DEFAULT_TOP_P[self.method] if self.top_p is None else self.top_p
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+        steps: Optimizer updates.
+        batch_size: Packed rows per update, over all devices and micro-batches.
+        micro_batches: Parts of a batch whose gradients are accumulated one after the other.
+        eval_every: Updates between two evaluation losses.
+        save_every: Updates between two checkpoints.
+        log_every: Updates between two lines of metrics.
+        balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
+        remat: What the backward pass recomputes: nothing, whole layers, or all but matmuls.
+        verify_frozen: Check after training that every frozen weight kept its bits.
+    """
+
+    steps: Count = 500
+    batch_size: Count = 32
+    micro_batches: Count = 1
+    eval_every: Count = 100
+    save_every: Count = 100
+    log_every: Count = 10
+    balance_loss: NonNegative = 0.0
+    remat: Literal["none", "full", "dots"] = "none"
+    verify_frozen: Flag = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """AdamW and its learning rate schedule.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        schedule: What follows the warm-up: `constant`, or `cosine` decay to the last step.
+        warmup_steps: Updates over which the learning rate rises linearly from 0.
+        final_lr_fraction: Learning rate after the cosine decay, as a fraction of the peak.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
+        clip_norm: Largest global norm of the gradients of all trained parameters.
+    """
+
+    learning_rate: Positive = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0
+    final_lr_fraction: Fraction = 0.1
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationConfig:
+    """Completions of task prompts, and how they are judged.
+
+    Attributes:
+        data: File of chat examples whose last message is the reference; none skips the evaluation.
+        metric: Name of a metric of `esft_jax.evaluation.metrics`.
+        max_new_tokens: Tokens per completion, at most.
+        batch_size: Prompts decoded together, over all devices.
+        temperature: 0 decodes greedily.
+        top_p: Nucleus of the sampled distribution.
+        limit: Examples to evaluate, from the first; none takes all.
+    """
+
+    data: Text | None = None
+    metric: Text = "exact_match"
+    max_new_tokens: Count = 128
+    batch_size: Count = 16
+    temperature: NonNegative = 0.0
+    top_p: Share = 1.0
+    limit: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Everything a run depends on besides the files it names.
+
+    Building one by hand raises `pydantic.ValidationError` (a `ValueError`) for a bad value;
+    `load_config` raises `InputError`.
+
+    Attributes:
+        model: Hugging Face folder, folder written by `convert`, or hub name of the base model.
+        output: Folder of the run.
+        data: Training and validation examples.
+        method: `esft` trains selected experts, `full` trains every parameter.
+        init: Start from the weights in `model`, or from random ones (`method: full` only).
+        expert_cfg: File of the experts to train; none scores and selects first.
+        dtype: Data type of computation and frozen weights; trained masters are always float32.
+        seed: Seed of initialisation, shuffling and sampling.
+        mesh: Devices per mesh axis.
+        score: How expert relevance is measured.
+        select: Which experts are trained.
+        train: The training loop.
+        optimizer: AdamW and its schedule.
+        evaluation: Completions of task prompts, and how they are judged.
+    """
+
+    model: Text
+    output: Text
+    data: DataConfig
+    method: Literal["esft", "full"] = "esft"
+    init: Literal["pretrained", "random"] = "pretrained"
+    expert_cfg: Text | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: Seed = 0
+    mesh: MeshConfig = MeshConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        """Check what concerns several keys at once; each message starts with the key to change."""
+        train, optimizer = self.train, self.optimizer
+        problem = None
+        if self.method == "esft" and self.init == "random":
+            problem = "init: random weights have no experts to select; expected pretrained"
+        elif self.method == "full" and self.expert_cfg is not None:
+            problem = "expert_cfg: method full trains every expert; expected no expert_cfg"
+        elif self.method == "esft" and train.balance_loss > 0:
+            problem = "train.balance_loss: the router is frozen with method esft; expected 0"
+        elif self.method == "full" and train.verify_frozen:
+            problem = "train.verify_frozen: method full freezes nothing; expected false"
+        elif self.mesh.data == 0:
+            problem = "mesh.data: no devices; expected -1 (all the rest) or at least 1"
+        elif train.batch_size % train.micro_batches:
+            problem = (
+                f"train.batch_size: {train.batch_size} rows do not divide into train.micro_batches"
+                f" = {train.micro_batches} equal parts; expected a multiple"
+            )
+        elif optimizer.warmup_steps > train.steps:
+            problem = (
+                f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than train.steps"
+                f" = {train.steps}; expected at most that"
+            )
+        if problem:
+            raise ValueError(problem)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML 1.2 file, apply `a.b=value` overrides (values in YAML), and check the result.
+
+    Raises:
+        InputError: A file, key or value is wrong; names the file and line, or the override.
+    """
+    config = strict_yaml.load(RunConfig, path, overrides)
+    if config.expert_cfg is not None and not Path(config.expert_cfg).is_file():
+        raise InputError(
+            f"{path}: expert_cfg: no file {config.expert_cfg!r}; expected one written by `select`"
+        )
+    return config
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write every key, defaults included, as YAML that `load_config` reads back as equal."""
+    strict_yaml.save(config, path)

@@ -1,0 +1,173 @@
+"""Frozen pydantic dataclasses <-> YAML 1.2 files; every mistake names its place and key.
+
+A configuration is a dataclass of plain values and of sections, which are dataclasses of plain
+values; both forbid extra keys. A `ValueError` of the outer `__post_init__`, which sees all
+sections, starts with the dotted key to change and a colon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import reprlib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from esft_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides, and build the dataclass.
+
+    Raises:
+        InputError: A file, key or value is wrong; names the file and line, or the override.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise InputError(f"{path}: {reason}; expected a YAML configuration") from None
+    values, root = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values at the top level")
+
+    overridden: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        keys = tuple(key.split("."))
+        if not equals or not all(keys):
+            raise InputError(f"override {override!r}: expected key=value, such as train.steps=100")
+        new = _assign(values, keys, _parse(value, f"override {override!r}")[0], override)
+        overridden |= {new: override, keys: override}
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        where, message = _explain(cls, error)
+        for end in range(len(where), 0, -1):
+            if override := overridden.get(tuple(map(str, where[:end])), ""):
+                raise InputError(f"override {override!r}: {message}") from None
+        raise InputError(f"{path}:{_line(root, where)}: {message}") from None
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write every key, defaults included, in the order of the fields."""
+    yaml: Any = YAML(typ="safe", pure=True)  # its attributes have no types
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    text = io.StringIO()
+    yaml.dump(_plain(dataclasses.asdict(config)), text)
+    Path(path).write_text(text.getvalue(), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parse(text: str, place: str) -> tuple[Any, Node | None]:
+    """The values of a YAML text, and its tree of nodes, which knows the lines."""
+    try:
+        return YAML(typ="safe", pure=True).load(text), YAML(typ="safe", pure=True).compose(text)
+    except YAMLError as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        # The first line of the problem says it; the others explain YAML.
+        problem = error.problem if isinstance(error, MarkedYAMLError) else str(error)
+        line = f":{mark.line + 1}" if mark and not place.startswith("override") else ""
+        first = (problem or "not YAML").strip().splitlines()[0]
+        raise InputError(f"{place}{line}: {first}; expected valid YAML 1.2") from None
+
+
+def _assign(
+    values: dict[str, Any], keys: tuple[str, ...], value: Any, override: str
+) -> tuple[str, ...]:
+    """Set one value; return the key that is new by it: `keys`, or a section around it."""
+    new = keys
+    for depth, key in enumerate(keys[:-1], 1):
+        if key not in values:
+            new = min(new, keys[:depth], key=len)
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {key} has no keys of its own")
+    values[keys[-1]] = value
+    return new
+
+
+def _line(node: Node | None, keys: Sequence[str | int]) -> int:
+    """Line of a key, or of the deepest key above it that is in the file."""
+    line = 1
+    for key in keys:
+        if isinstance(node, MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
+            if found is None:
+                return line
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _sections(cls: type) -> dict[str, tuple[str, ...]]:
+    """The keys of each section; those of the top level under ""."""
+    types = typing.get_type_hints(cls)
+    sections = {"": tuple(types)}
+    for name, kind in types.items():
+        if dataclasses.is_dataclass(kind):
+            sections[name] = tuple(field.name for field in dataclasses.fields(kind))
+    return sections
+
+
+def _nearest(cls: type, keys: Sequence[str | int]) -> str:
+    """The dotted valid key that an unknown one most probably stands for."""
+    *section, unknown = map(str, keys)
+    sections = _sections(cls)
+    siblings = {key: ".".join([*section, key]) for key in sections[".".join(section)]}
+    # A key in the wrong section is the other common mistake.
+    everywhere = {
+        key: f"{name}.{key}" for name, leaves in sections.items() if name for key in leaves
+    }
+    everywhere |= {key: key for key in sections[""]}
+    for candidates, cutoff in (siblings, 0.6), (everywhere, 0.6), (siblings, 0.0):
+        if found := difflib.get_close_matches(unknown, candidates, n=1, cutoff=cutoff):
+            return candidates[found[0]]
+    raise AssertionError("every section has keys")
+
+
+def _explain(cls: type, error: pydantic.ValidationError) -> tuple[Sequence[str | int], str]:
+    """The keys of the first mistake, and one line about it."""
+    mistakes = error.errors(include_url=False)
+    # A misspelt key that is required is missing too; only the misspelling is worth a word.
+    unknown = "unexpected_keyword_argument"
+    mistake = next((m for m in mistakes if m["type"] == unknown), mistakes[0])
+    keys, expected = mistake["loc"], mistake["msg"]
+    name = ".".join(map(str, keys))
+    match mistake["type"]:
+        case "unexpected_keyword_argument":
+            return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
+        case "missing":
+            return keys, f"{name}: this key is missing; expected a value"
+        case "value_error":  # from a check of several keys, whose message starts with the key
+            message = str(mistake["ctx"]["error"])
+            return message.partition(":")[0].split("."), message
+        case "dataclass_type":
+            expected = "expected a mapping of keys to values"
+        case "tuple_type":
+            expected = "expected a list"
+        case "too_short":
+            expected = "expected at least one item"
+    expected = expected.replace("Input should be", "expected").replace(" should have", ": expected")
+    return keys, f"{name}: {expected}, got {reprlib.repr(mistake['input'])}"
