@@ -1,0 +1,282 @@
+"""From data files to batches: ``build_dataset``, then ``train_iterator`` or ``eval_batches``.
+
+B rows in a global batch, S positions in a row. A batch is a dict of arrays ``[B, S]``:
+``tokens``, ``targets``, ``segment_ids`` (0 padding, 1.. the documents of the row), ``positions``
+(from 0 in each document), all int32, and ``loss_weights`` float32 (1 where ``targets`` counts).
+"""
+
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from esft_jax.data.pack import PackPlan, plan_rows
+from esft_jax.data.read import ChatExample, TextExample, read_chat, read_text, source_sha256
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+# Examples encoded together: enough to keep the tokenizer's threads busy.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What a dataset holds.
+
+    Attributes:
+        examples: examples in the rows.
+        rows: packed rows.
+        tokens: positions that are not padding.
+        target_tokens: positions with a loss.
+        cut: examples shortened to the sequence length.
+        dropped: examples left out since the cut took all their targets.
+        text_bytes: UTF-8 bytes of the documents (format ``text``; 0 for chats).
+        sha256: hash of each source.
+    """
+
+    examples: int
+    rows: int
+    tokens: int
+    target_tokens: int
+    cut: int
+    dropped: int
+    text_bytes: int
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Random-access packed rows over one flat token array."""
+
+    tokens: Int32[np.ndarray, "T"]
+    learn: Bool[np.ndarray, "T"]
+    plan: PackPlan
+    sequence_length: int
+    pad_id: int
+    stats: DataStats
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, row: int) -> Batch:
+        """One row: arrays ``[S]``."""
+        return {key: rows[0] for key, rows in self.gather([range(len(self))[row]]).items()}
+
+    def gather(self, rows: Sequence[int] | np.ndarray, size: int | None = None) -> Batch:
+        """The named rows as a batch, filled up to ``size`` rows with all-padding ones."""
+        shape = (len(rows) if size is None else size, self.sequence_length)
+        tokens = np.full(shape, self.pad_id, np.int32)
+        targets = np.full(shape, self.pad_id, np.int32)
+        segment_ids = np.zeros(shape, np.int32)
+        positions = np.zeros(shape, np.int32)
+        loss_weights = np.zeros(shape, np.float32)
+        plan = self.plan
+        for b, row in enumerate(rows):
+            column = 0
+            pieces = range(plan.row_starts[row], plan.row_starts[row + 1])
+            for segment, piece in enumerate(pieces, 1):
+                start, length = plan.piece_starts[piece], plan.piece_lengths[piece]
+                stop, here = start + length, slice(column, column + length)
+                tokens[b, here] = self.tokens[start:stop]
+                targets[b, here] = self.tokens[start + 1 : stop + 1]
+                segment_ids[b, here] = segment
+                positions[b, here] = np.arange(length)
+                loss_weights[b, here] = self.learn[start + 1 : stop + 1]
+                column += length
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "loss_weights": loss_weights,
+        }
+
+
+def build_dataset(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    format: Literal["chat", "text"],
+    sequence_length: int,
+    too_long: Literal["error", "cut"] = "error",
+    seed: int = 0,
+) -> PackedDataset:
+    """Reads, tokenizes and packs.
+
+    Args:
+        paths: local ``.jsonl`` / ``.parquet`` files or hub names (see ``esft_jax.data.read``).
+        tokenizer: of the model.
+        format: ``chat`` (loss on assistant messages) or ``text`` (BOS, text, EOS; loss everywhere).
+        sequence_length: positions in a row.
+        too_long: what to do with a chat that does not fit a row: InputError, or cut its end.
+            Longer text documents are always continued in another row.
+        seed: of the packing order.
+
+    Raises:
+        InputError: naming file and line.
+    """
+    if not paths:
+        raise InputError("data: no files given; expected at least one path")
+    sha256: dict[str, str] = {}
+    flat = _FlatTokens()
+    if format == "chat":
+        limit = sequence_length + 1  # the last token is only a target
+        _add_chats(flat, read_chat(paths), tokenizer, limit, too_long)
+    else:
+        _add_texts(flat, read_text(paths), tokenizer)
+    for path in paths:
+        sha256[path] = source_sha256(path)
+    tokens, learn, offsets = flat.arrays()
+    plan = plan_rows(offsets, sequence_length, seed)
+    if not len(plan):
+        raise InputError(f"{', '.join(paths)}: no example has a target within {sequence_length=}")
+    stats = DataStats(
+        examples=len(offsets) - 1,
+        rows=len(plan),
+        tokens=int(plan.piece_lengths.sum()),
+        target_tokens=int(learn.sum()),
+        cut=flat.cut,
+        dropped=flat.dropped,
+        text_bytes=flat.text_bytes,
+        sha256=sha256,
+    )
+    return PackedDataset(tokens, learn, plan, sequence_length, tokenizer.pad_id, stats)
+
+
+def train_iterator(
+    dataset: PackedDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches ``[B / process_count, S]``, reshuffled each epoch, read ahead by threads.
+
+    The global batches depend on neither the process count nor on where a run was resumed: this
+    process gets its contiguous share of each. ``get_state`` / ``set_state`` resume exactly.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    batches = (
+        grain.MapDataset.range(len(dataset))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size)  # of row numbers: rows of other processes are never made
+        .map(lambda rows: dataset.gather(rows[mine]))
+    )
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def eval_batches(
+    dataset: PackedDataset,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """One pass over the rows (all of them, or those named), in order.
+
+    Every process gets the same number of batches ``[B / process_count, S]``; the last ones are
+    filled with all-padding rows.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    rows = np.arange(len(dataset)) if rows is None else rows
+    for start in range(0, len(rows), batch_size):
+        batch_rows = rows[start : start + batch_size]
+        yield dataset.gather(batch_rows[mine], size=batch_size // process_count)
+
+
+def sample_rows(dataset: PackedDataset, count: int, seed: int) -> Int64[np.ndarray, "N"]:
+    """Numbers of ``count`` different rows drawn at random; of all rows where there are fewer."""
+    return np.random.default_rng(seed).permutation(len(dataset))[:count]
+
+
+class _FlatTokens:
+    """Grows one flat token array, document by document."""
+
+    def __init__(self) -> None:
+        self.cut = self.dropped = self.text_bytes = 0
+        self._tokens = array("i")
+        self._learn = bytearray()
+        self._offsets = array("q", [0])
+
+    def append(self, tokens: list[int], learn: bytes) -> None:
+        self._tokens.extend(tokens)
+        self._learn += b"\0"  # nothing predicts the first token
+        self._learn += learn[1:]
+        self._offsets.append(len(self._tokens))
+
+    def arrays(
+        self,
+    ) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"], Int64[np.ndarray, "D+1"]]:
+        return (
+            np.frombuffer(self._tokens, np.int32),
+            np.frombuffer(self._learn, np.bool_),
+            np.frombuffer(self._offsets, np.int64),
+        )
+
+
+def _add_texts(flat: _FlatTokens, examples: Iterator[TextExample], tokenizer: Tokenizer) -> None:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    while chunk := list(itertools.islice(examples, _CHUNK)):
+        texts = [example.text for example in chunk]
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            tokens = [*bos, *ids, tokenizer.eos_id]
+            flat.append(tokens, b"\1" * len(tokens))
+            flat.text_bytes += len(text.encode())
+
+
+def _add_chats(
+    flat: _FlatTokens,
+    examples: Iterator[ChatExample],
+    tokenizer: Tokenizer,
+    limit: int,
+    too_long: Literal["error", "cut"],
+) -> None:
+    while chunk := list(itertools.islice(examples, _CHUNK)):
+        chats = [_pieces(example, tokenizer) for example in chunk]
+        encoded = tokenizer.encode_batch([text for pieces in chats for text, _ in pieces])
+        for example, pieces in zip(chunk, chats, strict=True):
+            tokens: list[int] = []
+            learn = b""
+            for _, learned in pieces:
+                ids = next(encoded)
+                tokens += ids
+                learn += bytes([learned]) * len(ids)
+            if len(tokens) > limit:
+                if too_long == "error":
+                    raise InputError(
+                        f"{example.where}: messages: {len(tokens)} tokens; expected at most "
+                        f"{limit} (data.sequence_length + 1), or data.too_long: cut"
+                    )
+                tokens, learn = tokens[:limit], learn[:limit]
+                flat.cut += 1
+            if not any(learn[1:]):
+                flat.dropped += 1
+                continue
+            flat.append(tokens, learn)
+
+
+def _pieces(example: ChatExample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    try:
+        return tokenizer.chat_pieces(example.messages)
+    except InputError as error:
+        raise InputError(f"{example.where}: {error}") from error
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """This process's rows of a global batch: contiguous, as a sharded array lays them out."""
+    if batch_size % process_count:
+        raise InputError(
+            f"batch_size: {batch_size} rows cannot be shared by {process_count} processes; "
+            "expected a multiple"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
