@@ -1,0 +1,132 @@
+"""The device mesh, and which of its axes each logical axis of an array is split over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from esft_jax.errors import InputError
+
+DATA, EXPERT = "data", "expert"
+
+
+def make_mesh(data: int = -1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes `data` and `expert`.
+
+    Args:
+        data: devices along `data`; -1 takes all that `expert` leaves.
+        expert: devices that the experts of a layer are split over.
+        devices: defaults to all devices of all processes.
+
+    Raises:
+        InputError: the shape does not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data == -1:
+        if len(devices) % expert:
+            raise InputError(f"mesh.expert: {expert} does not divide the {len(devices)} devices")
+        data = len(devices) // expert
+    if data * expert > len(devices):
+        raise InputError(
+            f"mesh: data {data} x expert {expert} needs {data * expert} devices; "
+            f"{len(devices)} available"
+        )
+    if data * expert < len(devices) and jax.process_count() > 1:
+        raise InputError(
+            f"mesh: data {data} x expert {expert} leaves devices of some hosts unused; "
+            f"expected {len(devices)} devices"
+        )
+    grid = np.asarray(devices[: data * expert]).reshape(data, expert)
+    return Mesh(grid, (DATA, EXPERT))
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axes of each logical axis.
+
+    Attributes:
+        batch: rows of the batch. All devices hold different rows; the devices of one expert group
+            exchange tokens.
+        experts: routed experts, and rows of the tuned bank.
+        embed: the model-width side of every other matrix (fully sharded, gathered when used).
+        layers: the stacking axis; never split.
+    """
+
+    batch: tuple[str, ...] = (DATA, EXPERT)
+    experts: tuple[str, ...] = (EXPERT,)
+    embed: tuple[str, ...] = (DATA, EXPERT)
+    layers: tuple[str, ...] = ()
+
+    def spec(
+        self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    ) -> PartitionSpec:
+        """Partition of an array with these logical axes.
+
+        An `embed` axis that the mesh does not divide stays whole; that costs memory, not
+        correctness.
+
+        Raises:
+            InputError: two axes of the array land on one mesh axis, or experts do not divide.
+        """
+        known = {field.name for field in fields(self)}
+        used: dict[str, str] = {}
+        entries: list[tuple[str, ...] | None] = []
+        for name, size in zip(axes, shape, strict=True):
+            if name is None:
+                entries.append(None)
+                continue
+            if name not in known:
+                raise InputError(f"logical axis {name!r} has no sharding rule")
+            mesh_axes: tuple[str, ...] = getattr(self, name)
+            for mesh_axis in mesh_axes:
+                if mesh_axis in used:
+                    raise InputError(
+                        f"logical axes {used[mesh_axis]!r} and {name!r} both map to mesh axis "
+                        f"{mesh_axis!r}"
+                    )
+                used[mesh_axis] = name
+            ways = int(np.prod([mesh.shape[axis] for axis in mesh_axes], dtype=int))
+            if size % ways:
+                if name != "embed":
+                    raise InputError(
+                        f"{name}: {size} cannot be split over {ways} devices (mesh axes "
+                        f"{', '.join(mesh_axes)})"
+                    )
+                entries.append(None)
+                continue
+            entries.append(mesh_axes or None)
+        return PartitionSpec(*entries)
+
+
+RULES = ShardingRules()
+
+
+def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
+    """Shardings of a state of parameters, by the axis names they were created with.
+
+    Without a mesh: the default device.
+    """
+
+    def sharding(param: nnx.Variable) -> Any:
+        if mesh is None:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        value = param[...]
+        return NamedSharding(mesh, RULES.spec(param.axes, value.shape, mesh))
+
+    return jax.tree.map(
+        lambda p: p.replace(sharding(p)), params, is_leaf=lambda p: isinstance(p, nnx.Variable)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of `[B, ...]` arrays."""
+    return NamedSharding(mesh, PartitionSpec(RULES.batch))
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keep an activation `[B, ...]` split over the batch inside jit."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))

@@ -1,0 +1,135 @@
+"""Multi-head latent attention (MLA) of DeepSeek-V2 (arXiv 2405.04434, section 2.1)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.struct import dataclass
+from jaxtyping import Array, Float, Int
+
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.norm import RMSNorm
+from esft_jax.model.params import ParamFactory
+from esft_jax.model.rope import rotate
+from esft_jax.ops.attention import causal_attention, masked_attention
+
+# The published code gives the norms of the low-rank latents this epsilon, whatever rms_norm_eps is.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass
+class LatentCache:
+    """MLA's compressed KV cache: one latent and one rotated key per token, not per head.
+
+    The model stacks its layers on a leading axis.
+
+    Attributes:
+        latent: normalised key/value latents, `[B, S, C]`.
+        rotated_key: RoPE part of the keys, shared by the heads, `[B, S, R]`.
+    """
+
+    latent: Float[Array, "*L B S C"]
+    rotated_key: Float[Array, "*L B S R"]
+
+
+class LatentAttention(nnx.Module):
+    """Queries, keys and values from low-rank latents; RoPE on a separate part of each head."""
+
+    def __init__(self, config: ModelConfig, params: ParamFactory):
+        self.config = config
+        size, heads = config.hidden_size, config.num_heads
+        query_width = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q = params.weight((size, query_width), ("embed", None))
+        else:
+            self.q_down = params.weight((size, config.q_lora_rank), ("embed", None))
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, params)
+            self.q_up = params.weight((config.q_lora_rank, query_width), (None, "embed"))
+        self.kv_down = params.weight(
+            (size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", None)
+        )
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, params)
+        self.kv_up = params.weight(
+            (config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)),
+            (None, "embed"),
+        )
+        self.out = params.weight((heads * config.v_head_dim, size), (None, "embed"))
+
+    def _queries(
+        self, x: Float[Array, "B S D"], cos: Array, sin: Array
+    ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H R"]]:
+        if self.config.q_lora_rank is None:
+            query = x @ self.q[...].astype(x.dtype)
+        else:
+            latent = self.q_norm(x @ self.q_down[...].astype(x.dtype))
+            query = latent @ self.q_up[...].astype(x.dtype)
+        query = query.reshape(*x.shape[:2], self.config.num_heads, self.config.qk_head_dim)
+        plain, turned = jnp.split(query, [self.config.qk_nope_head_dim], axis=-1)
+        return plain, rotate(turned, cos, sin)
+
+    def _latents(self, x: Float[Array, "B S D"], cos: Array, sin: Array) -> LatentCache:
+        both = x @ self.kv_down[...].astype(x.dtype)
+        latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
+        return LatentCache(self.kv_norm(latent), rotate(key[:, :, None], cos, sin)[:, :, 0])
+
+    def _up_projections(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Per-head maps from the latent to keys `[C, H, N]` and to values `[C, H, W]`."""
+        config = self.config
+        weight = self.kv_up[...].astype(dtype).reshape(config.kv_lora_rank, config.num_heads, -1)
+        key, value = jnp.split(weight, [config.qk_nope_head_dim], axis=-1)
+        return key, value
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S P"],
+        sin: Float[Array, "B S P"],
+        segment_ids: Int[Array, "B S"],
+    ) -> Float[Array, "B S D"]:
+        """Causal attention within segments, over whole rows."""
+        plain, turned = self._queries(x, cos, sin)
+        kv = self._latents(x, cos, sin)
+        key_up, value_up = self._up_projections(x.dtype)
+        key = jnp.einsum("bsc,chn->bshn", kv.latent, key_up)
+        shared = jnp.broadcast_to(kv.rotated_key[:, :, None], turned.shape)
+        mixed = causal_attention(
+            jnp.concatenate([plain, turned], axis=-1),
+            jnp.concatenate([key, shared], axis=-1),
+            jnp.einsum("bsc,chw->bshw", kv.latent, value_up),
+            segment_ids,
+            self.config.attention_scale,
+        )
+        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
+
+    def decode(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S P"],
+        sin: Float[Array, "B S P"],
+        positions: Int[Array, "B S"],
+        cache: LatentCache,
+    ) -> tuple[Float[Array, "B S D"], LatentCache]:
+        """Append tokens to the cache at `positions` and attend to all slots up to their own.
+
+        The up-projections are absorbed into the queries and the outputs, so that attention runs
+        over the latents and keys and values are never expanded.
+        """
+        plain, turned = self._queries(x, cos, sin)
+        new = self._latents(x, cos, sin)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = LatentCache(
+            cache.latent.at[rows, positions].set(new.latent),
+            cache.rotated_key.at[rows, positions].set(new.rotated_key),
+        )
+        key_up, value_up = self._up_projections(x.dtype)
+        query = jnp.concatenate([jnp.einsum("bshn,chn->bshc", plain, key_up), turned], axis=-1)
+        key = jnp.concatenate([cache.latent, cache.rotated_key], axis=-1)[:, :, None]
+        heads = (*key.shape[:2], self.config.num_heads)
+        visible = jnp.arange(key.shape[1]) <= positions[:, :, None]
+        mixed = masked_attention(
+            query,
+            jnp.broadcast_to(key, (*heads, key.shape[-1])),
+            jnp.broadcast_to(cache.latent[:, :, None], (*heads, cache.latent.shape[-1])),
+            visible,
+            self.config.attention_scale,
+        )
+        mixed = jnp.einsum("bshc,chw->bshw", mixed, value_up)
+        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype), cache

@@ -1,0 +1,255 @@
+"""Model shape as data, read from and written to a Hugging Face `config.json`.
+
+The router is described by its mathematics (score function, group limit, renormalisation, scale),
+never by a model's name, so that another family is a new reader here and nothing else.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from esft_jax.errors import InputError
+
+GroupLimit = Literal["none", "max"]
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a token chooses its experts.
+
+    Attributes:
+        num_experts: routed experts per layer (E).
+        top_k: experts per token (K).
+        group_limit: `none`, or `max`: only the `top_groups` groups with the largest single score
+            may be chosen from (DeepSeek-V2 `group_limited_greedy`).
+        num_groups: groups that the experts are split into, in order.
+        top_groups: groups a token may choose from.
+        renormalise: divide the chosen gates by their sum.
+        scale: factor on the gates. The published DeepSeek-V2 code does not apply it when it
+            renormalises; `from_hugging_face` resolves that, so here it always applies.
+    """
+
+    num_experts: int
+    top_k: int
+    group_limit: GroupLimit = "none"
+    num_groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, with YaRN when `factor` is set (arXiv 2309.00071).
+
+    Attributes:
+        theta: base of the frequencies.
+        factor: YaRN context extension; None for plain RoPE.
+        original_context: context length before the extension, in tokens.
+        beta_fast, beta_slow: rotations that bound the interpolation ramp.
+        mscale, mscale_all_dim: YaRN's attention temperature coefficients; 0 means not given.
+    """
+
+    theta: float = 10000.0
+    factor: float | None = None
+    original_context: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    @staticmethod
+    def _magnitude(factor: float, coefficient: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
+
+    @property
+    def rotation_scale(self) -> float:
+        """Factor on cos and sin."""
+        if self.factor is None:
+            return 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.factor, self.mscale) / self._magnitude(
+                self.factor, self.mscale_all_dim
+            )
+        return self._magnitude(self.factor, 1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention logits, at every length."""
+        if self.factor is None or not self.mscale_all_dim:
+            return 1.0
+        return self._magnitude(self.factor, self.mscale_all_dim) ** 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a DeepSeek-V2 style model. Widths are in features, lengths in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    first_dense_layers: int
+    dense_width: int
+    expert_width: int
+    num_shared_experts: int
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    tie_embeddings: bool
+    router: RouterConfig
+    rope: RopeConfig
+    init_std: float = 0.02
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Decoder layer indices that hold routed experts."""
+        return tuple(range(self.first_dense_layers, self.num_layers))
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Features per query and key head: the part without and the part with RoPE."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on query-key products before the softmax."""
+        return self.qk_head_dim**-0.5 * self.rope.softmax_scale
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModelConfig":
+        """Read `config.json` of a Hugging Face folder."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{path}: not found; expected a Hugging Face model folder")
+        try:
+            return cls.from_hugging_face(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hugging_face(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Translate the parsed `config.json` of a `deepseek_v2` model.
+
+        Both spellings of RoPE are read: `rope_parameters` (transformers 5) and `rope_theta` with
+        `rope_scaling` (the published code).
+
+        Raises:
+            InputError: a missing key, or a value this implementation does not support.
+        """
+        _require(raw, "model_type", "deepseek_v2")
+        for key, supported in (
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("moe_layer_freq", 1),
+            ("scoring_func", "softmax"),
+        ):
+            _require({key: supported, **raw}, key, supported)
+        renormalise = bool(raw.get("norm_topk_prob") or False)
+        top_k = _positive(raw, "num_experts_per_tok")
+        config = cls(
+            vocab_size=_positive(raw, "vocab_size"),
+            hidden_size=_positive(raw, "hidden_size"),
+            num_layers=_positive(raw, "num_hidden_layers"),
+            first_dense_layers=int(raw.get("first_k_dense_replace", 0)),
+            dense_width=_positive(raw, "intermediate_size"),
+            expert_width=_positive(raw, "moe_intermediate_size"),
+            num_shared_experts=int(raw.get("n_shared_experts") or 0),
+            num_heads=_positive(raw, "num_attention_heads"),
+            q_lora_rank=raw.get("q_lora_rank"),
+            kv_lora_rank=_positive(raw, "kv_lora_rank"),
+            qk_nope_head_dim=_positive(raw, "qk_nope_head_dim"),
+            qk_rope_head_dim=_positive(raw, "qk_rope_head_dim"),
+            v_head_dim=_positive(raw, "v_head_dim"),
+            max_positions=_positive(raw, "max_position_embeddings"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            router=RouterConfig(
+                num_experts=_positive(raw, "n_routed_experts"),
+                top_k=top_k,
+                renormalise=renormalise and top_k > 1,
+                # The published code multiplies by the factor only when it does not renormalise.
+                scale=1.0
+                if renormalise and top_k > 1
+                else float(raw.get("routed_scaling_factor", 1.0)),
+                **_group_limit(raw),
+            ),
+            rope=_read_rope(raw),
+            init_std=float(raw.get("initializer_range", 0.02)),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        router = self.router
+        if not 0 <= self.first_dense_layers < self.num_layers:
+            raise InputError(
+                f"first_k_dense_replace: {self.first_dense_layers} leaves no MoE layer "
+                f"among num_hidden_layers = {self.num_layers}"
+            )
+        if router.num_experts % router.num_groups:
+            raise InputError(
+                f"n_group: {router.num_groups} does not divide n_routed_experts = "
+                f"{router.num_experts}"
+            )
+        reachable = router.top_groups * (router.num_experts // router.num_groups)
+        if router.top_groups > router.num_groups or router.top_k > reachable:
+            raise InputError(
+                f"num_experts_per_tok: {router.top_k} of {reachable} reachable experts "
+                f"(topk_group = {router.top_groups} of n_group = {router.num_groups})"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise InputError(f"qk_rope_head_dim: {self.qk_rope_head_dim} is odd; RoPE needs pairs")
+
+
+def _require(raw: dict[str, Any], key: str, supported: Any) -> None:
+    if raw.get(key) != supported:
+        raise InputError(f"{key}: {raw.get(key)!r} is not supported; expected {supported!r}")
+
+
+def _positive(raw: dict[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise InputError(f"{key}: {value!r}; expected a positive integer")
+    return value
+
+
+def _group_limit(raw: dict[str, Any]) -> dict[str, Any]:
+    method = raw.get("topk_method") or "greedy"
+    if method == "greedy":
+        return {}
+    if method == "group_limited_greedy":
+        return {
+            "group_limit": "max",
+            "num_groups": _positive(raw, "n_group"),
+            "top_groups": _positive(raw, "topk_group"),
+        }
+    raise InputError(f"topk_method: {method!r}; expected 'greedy' or 'group_limited_greedy'")
+
+
+def _read_rope(raw: dict[str, Any]) -> RopeConfig:
+    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind != "yarn":
+        raise InputError(f"rope_parameters.rope_type: {kind!r}; expected 'default' or 'yarn'")
+    return RopeConfig(
+        theta=theta,
+        factor=float(parameters["factor"]),
+        original_context=_positive(parameters, "original_max_position_embeddings"),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        mscale=float(parameters.get("mscale") or 0),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+    )

@@ -1,0 +1,137 @@
+"""The Mixture-of-Experts feed-forward layer, dropless, with experts split over devices.
+
+Tokens of one expert group (the devices along the `expert` mesh axis) are gathered, every device
+computes its own experts for them, and the results are summed back to the tokens' owners. Expert
+weights never move.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from esft_jax.mesh import EXPERT, RULES
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.mlp import MLP, gated_silu
+from esft_jax.model.params import ParamFactory
+from esft_jax.model.router import Router, RouterOutput
+from esft_jax.model.tuned import TunedExperts, TunedLayout, TunedWindow, layer_window
+from esft_jax.ops.dispatch import restore_order, sort_by_group, take_rows
+from esft_jax.ops.grouped_matmul import grouped_matmul
+
+
+class RoutedExperts(nnx.Module):
+    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`."""
+
+    def __init__(self, config: ModelConfig, params: ParamFactory):
+        experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
+        self.gate_up = params.weight((experts, size, 2 * width), ("experts", None, None))
+        self.down = params.weight((experts, width, size), ("experts", None, None))
+
+
+def apply_experts(
+    x: Float[Array, "T D"],
+    expert_ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    tuned: TunedWindow | None,
+) -> Float[Array, "T D"]:
+    """Gate-weighted sum of the experts of each token.
+
+    Ids outside `[0, E)` are nobody here: neither computed nor added. Tuned experts are taken from
+    the window, all others from the base bank.
+    """
+    num_experts = gate_up.shape[0]
+    here = (expert_ids >= 0) & (expert_ids < num_experts)
+    if tuned is None:
+        groups, num_groups = expert_ids, num_experts
+        gate_up_banks, down_banks = (gate_up,), (down,)
+    else:
+        window = tuned.gate_up.shape[0]
+        slots = tuned.slots[jnp.where(here, expert_ids, 0)]
+        groups, num_groups = jnp.where(slots >= 0, slots, window + expert_ids), window + num_experts
+        gate_up_banks, down_banks = (tuned.gate_up, gate_up), (tuned.down, down)
+    dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
+    rows = take_rows(x, dispatch)
+    hidden = gated_silu(grouped_matmul(rows, gate_up_banks, dispatch.group_sizes))
+    out = grouped_matmul(hidden, down_banks, dispatch.group_sizes)
+    out = restore_order(out, dispatch).reshape(*gates.shape, x.shape[-1])
+    return jnp.einsum(
+        "tkd,tk->td", out, gates.astype(x.dtype), preferred_element_type=jnp.float32
+    ).astype(x.dtype)
+
+
+class MoE(nnx.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(self, config: ModelConfig, params: ParamFactory):
+        self.router = Router(config.hidden_size, config.router, params)
+        self.experts = RoutedExperts(config, params)
+        width = config.num_shared_experts * config.expert_width
+        self.shared_experts = MLP(config.hidden_size, width, params) if width else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        keep: Bool[Array, "B S"],
+        layer: Int[Array, ""],
+        tuned: TunedExperts | None,
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B S D"], RouterOutput]:
+        """Apply the layer; tokens not in `keep` meet no routed expert.
+
+        Args:
+            layer: this layer's index among the MoE layers, to find its rows of the tuned bank.
+        """
+        shape = x.shape
+        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
+        routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
+        banks = (self.experts.gate_up[...], self.experts.down[...])
+        tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else ()
+        apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
+        if mesh is None:
+            out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
+        else:
+            batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
+            out = jax.shard_map(
+                partial(apply, shards=mesh.shape[EXPERT]),
+                mesh=mesh,
+                in_specs=(batch, batch, batch, PartitionSpec(), experts, experts),
+                out_specs=batch,
+                check_vma=False,
+            )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, routed
+
+
+def _apply_on_shard(
+    x: Float[Array, "B S D"],
+    expert_ids: Int[Array, "B S K"],
+    gates: Float[Array, "B S K"],
+    layer: Int[Array, ""],
+    banks: tuple[Array, Array],
+    tuned_banks: tuple[Array, ...],
+    *,
+    layout: TunedLayout | None,
+    shards: int,
+) -> Float[Array, "B S D"]:
+    """One device's part: its own tokens in and out, its own experts for the whole group."""
+    shape = x.shape
+    x, expert_ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, gates))
+    shard: Array | int = 0
+    if shards > 1:
+        shard = jax.lax.axis_index(EXPERT)
+        x, expert_ids, gates = (
+            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
+        )
+        expert_ids = expert_ids - shard * banks[0].shape[0]
+    tuned = layer_window(*tuned_banks, layout, layer, shard) if layout else None
+    out = apply_experts(x, expert_ids, gates, *banks, tuned)
+    if shards > 1:
+        out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
+    return out.reshape(shape)

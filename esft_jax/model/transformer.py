@@ -1,0 +1,281 @@
+"""The decoder: embedding, dense blocks, MoE blocks, head.
+
+Blocks of one kind are stacked on a leading `layers` axis and run under `jax.lax.scan`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.struct import dataclass
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from esft_jax.mesh import constrain_batch
+from esft_jax.model.attention import LatentAttention, LatentCache
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.mlp import MLP
+from esft_jax.model.moe import MoE
+from esft_jax.model.norm import RMSNorm
+from esft_jax.model.params import ParamFactory
+from esft_jax.model.rope import rotation
+from esft_jax.model.router import RouterOutput
+from esft_jax.model.tuned import TunedExperts
+
+Remat = Literal["none", "full", "dots"]
+
+_REMAT: dict[str, Callable[[Callable], Callable]] = {
+    # Keep every activation.
+    "none": lambda f: f,
+    # Keep only what enters a block; recompute the rest in the backward pass.
+    "full": jax.checkpoint,
+    # Keep matrix products with weights, recompute attention scores and element-wise work.
+    "dots": partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
+@dataclass
+class ModelOutput:
+    """Result of a forward pass.
+
+    Attributes:
+        logits: float32 `[B, S, V]`.
+        router: what each MoE layer's router decided; fields are `[L, B, S, ...]`.
+    """
+
+    logits: Float[Array, "B S V"]
+    router: RouterOutput
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward with residual connections."""
+
+    def __init__(self, config: ModelConfig, params: ParamFactory, *, moe: bool):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
+        self.attention = LatentAttention(config, params)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
+        if moe:
+            self.moe = MoE(config, params)
+        else:
+            self.mlp = MLP(config.hidden_size, config.dense_width, params)
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-V2 style language model.
+
+    Attributes:
+        config: its shape.
+        dtype: type of activations and matrix products; norms, router, softmax and loss are
+            float32.
+        mesh: devices the parameters and the batch are split over, or None for one device.
+        tuned_experts: the selected experts under training, or None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+    ):
+        self.config, self.dtype, self.mesh = config, jnp.dtype(dtype), mesh
+        params = ParamFactory(rngs, param_dtype or dtype, config.init_std)
+        self.embedding = params.weight((config.vocab_size, config.hidden_size), (None, "embed"))
+        moe_layers = len(config.moe_layers)
+        self.dense_blocks = (
+            Block(config, params.stacked(config.first_dense_layers), moe=False)
+            if config.first_dense_layers
+            else None
+        )
+        self.moe_blocks = Block(config, params.stacked(moe_layers), moe=True)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
+        if not config.tie_embeddings:
+            self.head = params.weight((config.hidden_size, config.vocab_size), ("embed", None))
+        self.tuned_experts: TunedExperts | None = nnx.data(None)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> ModelOutput:
+        """Logits and router outputs.
+
+        Args:
+            tokens: token ids.
+            segment_ids: documents packed in a row, 1, 2, ...; 0 is padding. Default: one document
+                per row.
+            positions: position of each token in its document. Default: counted from each
+                document's first token.
+        """
+        hidden, router = self.hidden_states(tokens, segment_ids, positions)
+        return ModelOutput(self.logits(hidden), router)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+        *,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B S D"], RouterOutput]:
+        """What the head reads, and the router outputs; no logits."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = _positions(segment_ids)
+        cos, sin = rotation(self.config.rope, self.config.qk_rope_head_dim, positions)
+        keep = segment_ids > 0
+
+        def attend(block: Block, x: Array) -> Array:
+            x = constrain_batch(x, self.mesh)
+            return x + block.attention(block.attention_norm(x), cos, sin, segment_ids)
+
+        x = self._embed(tokens)
+        if self.dense_blocks is not None:
+            x, _ = _scan_blocks(
+                lambda block, x, layer: (_feed_forward(block, attend(block, x)), None),
+                self.dense_blocks,
+                x,
+                remat=remat,
+            )
+
+        def moe_layer(block: Block, x: Array, layer: Array, tuned: TunedExperts | None) -> tuple:
+            x = attend(block, x)
+            out, router = block.moe(block.ffn_norm(x), keep, layer, tuned, self.mesh)
+            return x + out, router
+
+        # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
+        # enters, so that the backward pass never reaches them.
+        total = len(self.config.moe_layers)
+        first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
+        x, below = _scan_blocks(
+            partial(moe_layer, tuned=None), self.moe_blocks, x, stop=first, remat=remat
+        )
+        x, above = _scan_blocks(
+            partial(moe_layer, tuned=self.tuned_experts),
+            self.moe_blocks,
+            x,
+            start=first,
+            stop=total,
+            remat=remat,
+        )
+        router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *filter(None, (below, above)))
+        return self.norm(constrain_batch(x, self.mesh)), router
+
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """The head, float32 out."""
+        return jnp.einsum(
+            "bsd,dv->bsv",
+            hidden,
+            self.head_weight().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The head's matrix; the embedding's transpose when they are tied."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def init_cache(self, batch: int, length: int) -> LatentCache:
+        """An empty KV cache for `length` tokens per row, layers stacked."""
+        config = self.config
+        shape = (config.num_layers, batch, length)
+        return LatentCache(
+            jnp.zeros((*shape, config.kv_lora_rank), self.dtype),
+            jnp.zeros((*shape, config.qk_rope_head_dim), self.dtype),
+        )
+
+    def decode(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"],
+        keep: Bool[Array, "B S"],
+        cache: LatentCache,
+    ) -> tuple[Float[Array, "B S V"], LatentCache]:
+        """Logits of new tokens after those in the cache, and the cache with them.
+
+        Args:
+            positions: slot and position of each token; later slots are not seen.
+            keep: False for padding, which no expert computes.
+        """
+        cos, sin = rotation(self.config.rope, self.config.qk_rope_head_dim, positions)
+
+        def attend(block: Block, x: Array, cache: LatentCache) -> tuple[Array, LatentCache]:
+            out, cache = block.attention.decode(
+                block.attention_norm(x), cos, sin, positions, cache
+            )
+            return x + out, cache
+
+        def dense_layer(block: Block, x: Array, layer: Array, cache: LatentCache) -> tuple:
+            x, cache = attend(block, x, cache)
+            return _feed_forward(block, x), cache
+
+        def moe_layer(block: Block, x: Array, layer: Array, cache: LatentCache) -> tuple:
+            x, cache = attend(block, x, cache)
+            out, _ = block.moe(block.ffn_norm(x), keep, layer, self.tuned_experts, self.mesh)
+            return x + out, cache
+
+        first = self.config.first_dense_layers
+        x, caches = self._embed(tokens), []
+        if self.dense_blocks is not None:
+            below = jax.tree.map(lambda c: c[:first], cache)
+            x, new = _scan_blocks(dense_layer, self.dense_blocks, x, below)
+            caches.append(new)
+        x, new = _scan_blocks(
+            moe_layer, self.moe_blocks, x, jax.tree.map(lambda c: c[first:], cache)
+        )
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches, new)
+        return self.logits(self.norm(x)), cache
+
+    def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return constrain_batch(self.embedding[...][tokens].astype(self.dtype), self.mesh)
+
+
+def _feed_forward(block: Block, x: Array) -> Array:
+    return x + block.mlp(block.ffn_norm(x))
+
+
+def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Distance to the first token of the same segment."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _scan_blocks(
+    layer: Callable,
+    stack: Block,
+    x: Array,
+    *inputs: LatentCache,
+    start: int = 0,
+    stop: int | None = None,
+    remat: Remat = "none",
+) -> tuple:
+    """Run layers `start` to `stop` of a stack: `layer(block, x, index, *inputs) -> (x, output)`.
+
+    A part of the stack is read by index instead of being sliced, which would copy its weights.
+    """
+    graph, params = nnx.split(stack)
+    total = jax.tree.leaves(params)[0].shape[0]
+    stop = total if stop is None else stop
+    if start == stop:
+        return x, None
+    indices = jnp.arange(start, stop, dtype=jnp.int32)
+    run = _REMAT[remat](
+        lambda x, params, index, *inputs: layer(nnx.merge(graph, params), x, index, *inputs)
+    )
+    if (start, stop) == (0, total):
+        return jax.lax.scan(lambda x, xs: run(x, *xs), x, (params, indices, *inputs))
+
+    def by_index(x: Array, index: Array) -> tuple:
+        return run(x, jax.tree.map(lambda p: p[index], params), index)
+
+    return jax.lax.scan(by_index, x, indices)

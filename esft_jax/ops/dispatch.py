@@ -1,0 +1,72 @@
+"""Moving token rows to their experts' groups and back, with gathers in both directions.
+
+Letters: T tokens, K experts per token, N = T * K assignments, D model width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax.struct import dataclass
+from jaxtyping import Array, Float, Int
+
+
+@dataclass
+class Dispatch:
+    """A permutation of the N assignments that sorts them by group.
+
+    Attributes:
+        order: assignment at each sorted place, int32 `[N]`; assignment `t * K + k` is token t's
+            k-th expert.
+        place: sorted place of each assignment, int32 `[N]`; the inverse of `order`.
+        group_sizes: assignments per group, int32 `[G]`.
+    """
+
+    order: Int[Array, " N"]
+    place: Int[Array, " N"]
+    group_sizes: Int[Array, " G"]
+
+
+def sort_by_group(groups: Int[Array, "T K"], num_groups: int) -> Dispatch:
+    """Sort assignments by group; those of group `num_groups` come last and are not counted."""
+    flat = groups.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    index = jnp.arange(flat.size, dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(index, unique_indices=True)
+    group_sizes = jnp.zeros(num_groups, jnp.int32).at[flat].add(1, mode="drop")
+    return Dispatch(order, place, group_sizes)
+
+
+@jax.custom_vjp
+def take_rows(x: Float[Array, "T D"], dispatch: Dispatch) -> Float[Array, "N D"]:
+    """Each assignment's token row, in sorted order. Its gradient is a gather too, where JAX's own
+    would be a scatter-add of wide rows."""
+    return x[dispatch.order // (dispatch.order.size // x.shape[0])]
+
+
+def _take_forward(x: Array, dispatch: Dispatch) -> tuple[Array, tuple[Dispatch, int]]:
+    return take_rows(x, dispatch), (dispatch, x.shape[0])
+
+
+def _take_backward(residuals: tuple[Dispatch, int], grad: Array) -> tuple[Array, None]:
+    dispatch, tokens = residuals
+    per_token = grad[dispatch.place].reshape(tokens, -1, grad.shape[-1])
+    return per_token.sum(axis=1), None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
+@jax.custom_vjp
+def restore_order(y: Float[Array, "N D"], dispatch: Dispatch) -> Float[Array, "N D"]:
+    """Rows back in assignment order."""
+    return y[dispatch.place]
+
+
+def _restore_forward(y: Array, dispatch: Dispatch) -> tuple[Array, Dispatch]:
+    return restore_order(y, dispatch), dispatch
+
+
+def _restore_backward(dispatch: Dispatch, grad: Array) -> tuple[Array, None]:
+    return grad[dispatch.order], None
+
+
+restore_order.defvjp(_restore_forward, _restore_backward)
