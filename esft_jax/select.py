@@ -1,6 +1,7 @@
 """Select the experts to train from their scores and write `expert_cfg.json`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,9 +15,9 @@ from esft_jax.experts.select import DEFAULT_TOP_P, select_experts
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m esft_jax.select`; `argv` defaults to the command line."""
-    parser = argparse.ArgumentParser(prog="esft_jax.select", description=__doc__)
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.select`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--scores",
         required=True,
@@ -52,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.save(args.output)
     print_selection(scores, config, Console())
     print(f"Selected by {args.method} score, p = {top_p:g}; written to {args.output}")
-    return 0
 
 
 def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console) -> None:
@@ -75,7 +75,7 @@ def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console
     whole = [layer for layer, ids in config.experts.items() if len(ids) == scores.num_experts]
     if whole:
         names = ", ".join(map(str, whole))
-        console.print(f"Note: every expert is selected in layer {names}: scores sum to less than p")
+        console.print(f"Note: p takes every expert of layer {names}")
 
 
 def _cells(count: float, token: float, gate: float) -> tuple[str, str, str]:
@@ -83,4 +83,4 @@ def _cells(count: float, token: float, gate: float) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(None))

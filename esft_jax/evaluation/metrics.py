@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from esft_jax.errors import InputError
 from esft_jax.files import parse_json, read_text, write_text_atomic
@@ -118,7 +119,8 @@ def _sacrebleu(
     return MetricResult(
         aggregate=corpus.corpus_score(predictions, streams).score,
         per_example=[
-            sentence.sentence_score(prediction, answers).score / 100
+            # A perfect BLEU comes out as 100 and a rounding error.
+            min(sentence.sentence_score(prediction, answers).score / 100, 1.0)
             for prediction, answers in zip(predictions, references, strict=True)
         ],
     )
@@ -144,7 +146,7 @@ def _rouge_l(predictions: Predictions, references: References) -> MetricResult:
     scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
     return _mean_result(
         [
-            max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers)
+            float(max(scorer.score(answer, prediction)["rougeL"].fmeasure for answer in answers))
             for prediction, answers in zip(predictions, references, strict=True)
         ]
     )

@@ -1,0 +1,89 @@
+import json
+
+import numpy as np
+import pytest
+
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.scores import ExpertScores
+from esft_jax.select import main
+
+
+@pytest.fixture
+def scores(tmp_path):
+    token = np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    ExpertScores((1, 2), token, token / 4).save(tmp_path / "scores")
+    return tmp_path / "scores"
+
+
+def test_writes_the_config_and_prints_the_table(scores, tmp_path, capsys):
+    output = tmp_path / "expert_cfg.json"
+    assert main(["--scores", str(scores), "--top-p", "0.65", "--output", str(output)]) == 0
+    assert ExpertConfig.load(output) == ExpertConfig({1: (0,), 2: (2, 1)})
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    ]
+    assert rows == [
+        ["1", "0", "1", "70.0%", "0.175"],
+        ["2", "2 1", "2", "90.0%", "0.225"],
+        ["all", "50.0% of 6 experts, mean cover", "3", "80.0%", "0.200"],
+    ]
+
+
+def test_options_reach_the_config(scores, tmp_path, capsys):
+    output = tmp_path / "expert_cfg.json"
+    options = ["--method", "gate", "--train-shared-experts", "--train-non-expert-modules"]
+    assert main(["--scores", str(scores), "--output", str(output), *options]) == 0
+    # Gate scores .175 .05 .025 and .025 .075 .15 with the paper's p = 0.1
+    assert json.loads(output.read_text()) == {
+        "experts": {"1": [0], "2": [2]},
+        "shared_experts": True,
+        "non_expert_modules": True,
+    }
+    assert "gate score, p = 0.1" in capsys.readouterr().out
+
+
+def test_the_token_score_has_its_own_default(scores, tmp_path, capsys):
+    assert main(["--scores", str(scores), "--output", str(tmp_path / "c.json")]) == 0
+    assert "token score, p = 0.2" in capsys.readouterr().out
+
+
+def test_says_when_p_takes_everything(scores, tmp_path, capsys):
+    output = tmp_path / "c.json"
+    main(["--scores", str(scores), "--method", "gate", "--top-p", "0.9", "--output", str(output)])
+    assert "Note: p takes every expert of layer 1, 2" in capsys.readouterr().out
+
+
+def test_logs_of_another_number_of_experts_per_token(tmp_path, capsys):
+    (tmp_path / "expert_weights_1.txt").write_text("0\t1\t1\t2\t\t0.5\t0.25\t0.5\t0.25\n")
+    output = tmp_path / "c.json"
+    arguments = ["--scores", str(tmp_path), "--top-p", "0.5", "--output", str(output)]
+    assert main([*arguments, "--experts-per-token", "2"]) == 0
+    assert ExpertConfig.load(output) == ExpertConfig({1: (1,)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--top-p", "0"], "error: top_p: 0.0 is out of range; expected a number in (0, 1]"),
+        (["--top-p", "nan"], "error: top_p: nan is out of range; expected a number in (0, 1]"),
+        (["--scores", "nowhere"], "error: nowhere: cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(scores, tmp_path, capsys, change, message):
+    output = tmp_path / "c.json"
+    assert main(["--scores", str(scores), "--output", str(output), *change]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == message + "\n"
+    assert captured.out == ""
+    assert not output.exists()
+
+
+def test_released_configuration_from_the_command_line(esft_reference, tmp_path, capsys):
+    results = esft_reference / "results"
+    output = tmp_path / "expert_cfg.json"
+    logs = str(results / "expert_scores" / "intent")
+    assert main(["--scores", logs, "--method", "token", "--output", str(output)]) == 0
+    assert output.read_bytes() == (results / "expert_configs" / "intent.json").read_bytes()
+    assert "7.5% of 1664 experts" in capsys.readouterr().out
