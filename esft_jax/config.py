@@ -234,8 +234,8 @@ class RunConfig:
             problem = "mesh.data: no devices; expected -1 (all the rest) or at least 1"
         elif train.batch_size % train.micro_batches:
             problem = (
-                f"train.batch_size: {train.batch_size} rows do not divide into train.micro_batches"
-                f" = {train.micro_batches} equal parts; expected a multiple"
+                f"train.micro_batches: {train.micro_batches} equal parts do not make up a batch;"
+                f" expected a divisor of train.batch_size = {train.batch_size}"
             )
         elif optimizer.warmup_steps > train.steps:
             problem = (

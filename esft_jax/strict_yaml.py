@@ -22,6 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from esft_jax.errors import InputError
+from esft_jax.files import read_text, write_text_atomic
 
 Config = TypeVar("Config")
 
@@ -32,13 +33,7 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
     Raises:
         InputError: A file, key or value is wrong; names the file and line, or the override.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InputError(f"{path}: {reason}; expected a YAML configuration") from None
-    values, root = _parse(text, str(path))
+    values, root = _parse(read_text(path), str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of keys to values at the top level")
 
@@ -58,7 +53,8 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         for end in range(len(where), 0, -1):
             if override := overridden.get(tuple(map(str, where[:end])), ""):
                 raise InputError(f"override {override!r}: {message}") from None
-        raise InputError(f"{path}:{_line(root, where)}: {message}") from None
+        line = _line(root, where)
+        raise InputError(f"{path}{f':{line}' if line else ''}: {message}") from None
 
 
 def save(config: Any, path: str | Path) -> None:
@@ -68,7 +64,7 @@ def save(config: Any, path: str | Path) -> None:
     yaml.sort_base_mapping_type_on_output = False
     text = io.StringIO()
     yaml.dump(_plain(dataclasses.asdict(config)), text)
-    Path(path).write_text(text.getvalue(), encoding="utf-8")
+    write_text_atomic(path, text.getvalue())
 
 
 def _plain(value: Any) -> Any:
@@ -107,8 +103,8 @@ def _assign(
 
 
 def _line(node: Node | None, keys: Sequence[str | int]) -> int:
-    """Line of a key, or of the deepest key above it that is in the file."""
-    line = 1
+    """Line of a key, or of the deepest key above it that is in the file; 0 for none."""
+    line = 0
     for key in keys:
         if isinstance(node, MappingNode):
             found = next(((k, v) for k, v in node.value if k.value == str(key)), None)
