@@ -123,19 +123,19 @@ def build_dataset(
     """
     if not paths:
         raise InputError("data: no files given; expected at least one path")
-    sha256: dict[str, str] = {}
     flat = _FlatTokens()
     if format == "chat":
         limit = sequence_length + 1  # the last token is only a target
         _add_chats(flat, read_chat(paths), tokenizer, limit, too_long)
     else:
         _add_texts(flat, read_text(paths), tokenizer)
-    for path in paths:
-        sha256[path] = source_sha256(path)
     tokens, learn, offsets = flat.arrays()
     plan = plan_rows(offsets, sequence_length, seed)
     if not len(plan):
-        raise InputError(f"{', '.join(paths)}: no example has a target within {sequence_length=}")
+        raise InputError(
+            f"{', '.join(paths)}: no example has a target among its first {sequence_length + 1} "
+            "tokens; expected a larger data.sequence_length"
+        )
     stats = DataStats(
         examples=len(offsets) - 1,
         rows=len(plan),
@@ -144,7 +144,7 @@ def build_dataset(
         cut=flat.cut,
         dropped=flat.dropped,
         text_bytes=flat.text_bytes,
-        sha256=sha256,
+        sha256={path: source_sha256(path) for path in paths},
     )
     return PackedDataset(tokens, learn, plan, sequence_length, tokenizer.pad_id, stats)
 
@@ -168,7 +168,9 @@ def train_iterator(
         .seed(seed)
         .shuffle()
         .repeat()
-        .batch(batch_size)  # of row numbers: rows of other processes are never made
+        # Batches of row numbers: other processes' rows are never made. An endless sequence has no
+        # remainder, but without dropping it its length rounds up past what len() can return.
+        .batch(batch_size, drop_remainder=True)
         .map(lambda rows: dataset.gather(rows[mine]))
     )
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
