@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
 from esft_jax.errors import InputError
+from esft_jax.evaluation.metrics import METRICS
+
+
+def _known_metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"expected one of {', '.join(METRICS)}, got {name!r}")
+    return name
+
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -26,6 +34,8 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+MetricName = Annotated[Text, AfterValidator(_known_metric)]
 
 _STRICT = ConfigDict(extra="forbid")
 # The defaults of the paper: section 4 of arXiv 2407.01906.
@@ -171,7 +181,7 @@ class EvaluationConfig:
     """
 
     data: Text | None = None
-    metric: Text = "exact_match"
+    metric: MetricName = "exact_match"
     max_new_tokens: Count = 128
     batch_size: Count = 16
     temperature: NonNegative = 0.0

@@ -156,8 +156,11 @@ def _explain(cls: type, error: pydantic.ValidationError) -> tuple[Sequence[str |
             return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
         case "missing":
             return keys, f"{name}: this key is missing; expected a value"
-        case "value_error":  # from a check of several keys, whose message starts with the key
+        case "value_error":
             message = str(mistake["ctx"]["error"])
+            if keys:
+                return keys, f"{name}: {message}"
+            # From a check of several keys, whose message starts with the key.
             return message.partition(":")[0].split("."), message
         case "dataclass_type":
             expected = "expected a mapping of keys to values"

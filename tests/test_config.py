@@ -99,6 +99,7 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("select.top_p=0.0", "select.top_p: expected greater than 0, got 0.0"),
         ("evaluation.top_p=1.5", "evaluation.top_p: expected less than or equal to 1, got 1.5"),
         ("optimizer.final_lr_fraction=2", "optimizer.final_lr_fraction: expected less than or"),
+        ("evaluation.metric=f1", "evaluation.metric: expected one of intent, exact_match, chrf"),
         ("mesh.data=0", "mesh.data: no devices; expected -1"),
         ("init=random", "init: random weights have no experts to select; expected pretrained"),
         ("train.balance_loss=0.1", "train.balance_loss: the router is frozen with method esft"),
