@@ -38,7 +38,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
 
 _STRICT = ConfigDict(extra="forbid")
-# The defaults of the paper: section 4 of arXiv 2407.01906.
+# The values of the paper (arXiv 2407.01906).
 _DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}
 
 
