@@ -114,7 +114,7 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
     def sharding(param: nnx.Variable) -> Any:
         if mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        value = param[...]
+        value = param.get_value()  # not `param[...]`: the parameter may be abstract
         return NamedSharding(mesh, RULES.spec(param.axes, value.shape, mesh))
 
     return jax.tree.map(

@@ -1,0 +1,113 @@
+"""Base weights from disk into a sharded `Transformer`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from esft_jax.errors import InputError
+from esft_jax.hf.names import LeafPath
+from esft_jax.hf.source import HuggingFaceSource, Source, bounded
+from esft_jax.mesh import param_shardings
+from esft_jax.model.transformer import Transformer
+
+# What a hub download fetches: never pickled weights, never code.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model, and where it comes from.
+
+    Attributes:
+        model: the model, on its devices.
+        source: its files.
+    """
+
+    model: Transformer
+    source: Source
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the base weights as stored. A Hugging Face folder is read once more for it."""
+        return self.source.fingerprint
+
+    @property
+    def config_folder(self) -> Path:
+        """Folder with `config.json` and the tokenizer."""
+        return self.source.folder
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a Hugging Face folder, a converted checkpoint, or a hub name; no weights are read.
+
+    Raises:
+        InputError: nothing there, or not a complete, consistent checkpoint.
+    """
+    return HuggingFaceSource(_folder(str(path)))
+
+
+def load_base(
+    path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None
+) -> LoadedBase:
+    """Load a model and keep the link to its files; see `load_model`."""
+    source = open_source(path)
+    model = nnx.eval_shape(
+        lambda: Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
+    )
+    graph, abstract = nnx.split(model)
+    shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
+    loaded = [
+        (leaf, param.replace(_read_leaf(source, leaf, param.get_value(), sharding.get_value())))
+        for (leaf, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True)
+    ]
+    return LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
+
+
+def _read_leaf(
+    source: Source, path: LeafPath, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """One parameter on its devices; each device's part is read on its own."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        return source.block(path, bounded(index or (), leaf.shape), leaf.dtype)
+
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def load_model(
+    path: str | Path, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> Transformer:
+    """Load a model from a Hugging Face folder, a hub name, or a converted checkpoint.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub (only safetensors, `config.json` and the
+            tokenizer are fetched).
+        dtype: type of the parameters and of the computation.
+        mesh: devices to split the parameters over; every device reads only its own part.
+
+    Raises:
+        InputError: nothing there, a damaged or missing file, or tensors that do not fit
+            `config.json`.
+    """
+    return load_base(path, dtype, mesh).model
+
+
+def _folder(path: str) -> Path:
+    """A local folder, downloaded from the hub if `path` is a name there."""
+    if Path(path).exists():
+        return Path(path)
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such folder")
+    try:
+        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: neither a folder nor found on the hub: {reason}") from None

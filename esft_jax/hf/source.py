@@ -1,0 +1,178 @@
+"""Base weights on disk: a Hugging Face folder, a hub name, or a converted checkpoint.
+
+Both forms answer the same two questions: a tensor by its Hugging Face name, and a block of one of
+our stacked parameters.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from esft_jax.errors import InputError
+from esft_jax.hf.names import (
+    LeafPath,
+    Placement,
+    fused_shapes,
+    fused_slices,
+    tensor_placements,
+)
+from esft_jax.hf.tensor_files import DTYPES, TensorFiles
+from esft_jax.model.config import ModelConfig
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Source(Protocol):
+    """Where base weights are read from.
+
+    Attributes:
+        folder: holds `config.json` and the tokenizer.
+        config: the model's shape.
+        placements: the model's tensors and their places.
+    """
+
+    folder: Path
+    config: ModelConfig
+    placements: dict[str, Placement]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights; see `combine_digests`."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor under its Hugging Face name, in its stored type."""
+
+    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter; `index` has bounded slices without steps."""
+
+
+class HuggingFaceSource:
+    """A folder in Hugging Face layout.
+
+    Raises:
+        InputError: missing, unexpected or misshapen tensors, by name; damaged files.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = ModelConfig.load(self.folder)
+        self.placements = tensor_placements(self.config)
+        self.files = TensorFiles(self.folder)
+        fused = {name: s for name, s in fused_shapes(self.config).items() if name in self.files}
+        self._fused = {
+            name: part for name, part in fused_slices(self.config).items() if part.name in fused
+        }
+        expected = fused | {
+            name: place.shape for name, place in self.placements.items() if name not in self._fused
+        }
+        missing = [name for name in expected if name not in self.files]
+        if missing:
+            others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise InputError(f"{self.folder}: tensor {missing[0]!r} is missing{others}")
+        for name in self.files:
+            if name not in expected and not self._ignored(name):
+                raise InputError(
+                    f"{self.files[name].file}: unexpected tensor {name!r}; config.json describes "
+                    "no such tensor"
+                )
+        for name, shape in expected.items():
+            self.files.check(name, shape)
+
+    def _ignored(self, name: str) -> bool:
+        """Buffers of old exports, and the head where it is the embedding."""
+        tied = self.config.tie_embeddings and name == "lm_head.weight"
+        return tied or name.endswith(".rotary_emb.inv_freq")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all weights; reads every one of them."""
+        return combine_digests(
+            {name: tensor_digest(name, self.tensor(name)) for name in self.placements}
+        )
+
+    @cached_property
+    def by_leaf(self) -> dict[LeafPath, list[str]]:
+        """Names of the tensors in each parameter."""
+        return names_by_leaf(self.placements)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        part = self._fused.get(name)
+        return DTYPES[self.files[part.name if part else name].dtype]
+
+    def tensor(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or a part of it, in its stored type."""
+        part = self._fused.get(name)
+        if part is None:
+            return self.files.read(name, index)
+        rows, columns = index or (slice(0, part.end - part.begin), slice(None))
+        inside = slice(part.begin + rows.start, part.begin + rows.stop)
+        return self.files.read(part.name, (slice(part.expert, part.expert + 1), inside, columns))[0]
+
+    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter, of the tensors that reach into it."""
+        block = np.empty([s.stop - s.start for s in index], dtype)
+        for name in self.by_leaf[path]:
+            overlap = _overlap(self.placements[name], index)
+            if overlap is not None:
+                target, part = overlap
+                tensor = self.tensor(name, part)
+                block[target] = tensor.T if self.placements[name].transposed else tensor
+        return block
+
+
+def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]:
+    """Names of the tensors in each parameter."""
+    found: dict[LeafPath, list[str]] = defaultdict(list)
+    for name, place in placements.items():
+        found[place.path].append(name)
+    return found
+
+
+def _overlap(
+    place: Placement, index: Sequence[slice]
+) -> tuple[tuple[int | slice, ...], tuple[slice, ...]] | None:
+    """The place in a block, and the part of the tensor as stored on disk, where the two meet."""
+    lead = len(place.index)
+    if not all(s.start <= i < s.stop for i, s in zip(place.index, index[:lead], strict=True)):
+        return None
+    target: list[int | slice] = [
+        i - s.start for i, s in zip(place.index, index[:lead], strict=True)
+    ]
+    part = []
+    for axis, size in enumerate(place.stored_shape):
+        wanted = index[lead + axis]
+        offset = place.columns[0] if place.columns and axis == 1 else 0
+        begin, end = max(wanted.start, offset), min(wanted.stop, offset + size)
+        if begin >= end:
+            return None
+        target.append(slice(begin - wanted.start, end - wanted.start))
+        part.append(slice(begin - offset, end - offset))
+    return tuple(target), tuple(reversed(part) if place.transposed else part)
+
+
+def tensor_digest(name: str, tensor: np.ndarray) -> str:
+    """SHA-256 of a tensor's name, type, shape and bytes."""
+    shape = "x".join(map(str, tensor.shape))
+    digest = hashlib.sha256(f"{name} {DTYPE_NAMES[tensor.dtype]} {shape}\n".encode())
+    digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def combine_digests(digests: dict[str, str]) -> str:
+    """Fingerprint of a base model, from the digest of each tensor under its per-expert name.
+
+    It does not depend on how tensors are spread over files, nor on whether experts are fused.
+    """
+    lines = "".join(f"{digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def bounded(index: Sequence[slice], shape: Sequence[int]) -> list[slice]:
+    """Slices with bounds."""
+    return [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]

@@ -1,0 +1,59 @@
+"""Tiny transformers checkpoints to read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "rope_parameters": YARN,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+}
+
+
+def torch_model(seed: int = 0, **changes: Any) -> transformers.DeepseekV2ForCausalLM:
+    torch.manual_seed(seed)
+    config = transformers.DeepseekV2Config(**(SHAPE | changes))
+    return transformers.DeepseekV2ForCausalLM(config).eval()
+
+
+def save(model: transformers.DeepseekV2ForCausalLM, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def torch_logits(model: transformers.DeepseekV2ForCausalLM, tokens: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
