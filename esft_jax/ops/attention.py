@@ -17,10 +17,16 @@ def masked_attention(
 ) -> Float[Array, "B Q H W"]:
     """Softmax attention, softmax in float32. A query that sees nothing returns a mean of values,
     never NaN."""
-    scores = jnp.einsum("bqhr,bshr->bhqs", query, key, preferred_element_type=jnp.float32)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    scores = jnp.einsum("bhqr,bhsr->bhqs", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None], scores * scale, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqs,bshw->bqhw", weights, value)
+    # Dividing by the sum after the product with the values passes over [Q, S] less often.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "bhqs,bhsw->bhqw", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    mixed = mixed / weights.sum(axis=-1)[..., None]
+    return mixed.astype(value.dtype).swapaxes(1, 2)
 
 
 def causal_attention(

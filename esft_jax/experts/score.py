@@ -1,0 +1,85 @@
+"""Measuring how relevant each expert is to a task (arXiv 2407.01906, equations 6 and 7)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from esft_jax.experts.scores import ExpertScores
+from esft_jax.mesh import batch_sharding
+from esft_jax.model.transformer import Transformer
+
+
+def sample_scores(
+    expert_ids: Int[Array, "L B S K"], gates: Float[Array, "L B S K"], num_experts: int
+) -> tuple[Float[Array, "L E"], Float[Array, "L E"]]:
+    """Token and gate scores summed over the B samples, each averaged over its own tokens.
+
+    A sample without tokens (all padding) adds nothing.
+    """
+    top_k = expert_ids.shape[-1]
+
+    def one(ids: Array, gates: Array) -> tuple[Array, Array]:
+        ids, gates = ids.reshape(-1), gates.reshape(-1)
+        empty = jnp.zeros(num_experts, jnp.float32)
+        counts = empty.at[ids].add(1.0, mode="drop")
+        tokens = jnp.maximum(counts.sum() / top_k, 1.0)
+        return counts / (top_k * tokens), empty.at[ids].add(gates, mode="drop") / tokens
+
+    token, gate = jax.vmap(jax.vmap(one))(expert_ids, gates)
+    return token.sum(axis=1), gate.sum(axis=1)
+
+
+def score_experts(
+    model: Transformer,
+    batches: Iterable[dict[str, np.ndarray]],
+    provenance: dict[str, Any] | None = None,
+) -> ExpertScores:
+    """Run a model forward over task samples and average its routing.
+
+    Args:
+        model: the base model.
+        batches: dicts with `tokens`, `segment_ids` and `positions`, int32 `[B, S]`; one row is
+            one sample. With a mesh: this process's rows of the global batch.
+        provenance: where the samples came from; kept with the scores.
+
+    Raises:
+        ValueError: no sample holds a token.
+    """
+    graph, params = nnx.split(model)
+    num_experts = model.config.router.num_experts
+
+    @jax.jit
+    def add(totals: tuple, params: nnx.State, batch: dict[str, Array]) -> tuple:
+        _, router = nnx.merge(graph, params).hidden_states(**batch)
+        token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
+        filled = (batch["segment_ids"] > 0).any(axis=1).sum()
+        tokens = (batch["segment_ids"] > 0).sum()
+        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens))
+
+    zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
+    totals: Any = (zeros, zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
+        totals = add(totals, params, place_batch(inputs, model))
+    token, gate, samples, tokens = jax.device_get(totals)
+    if samples == 0:
+        raise ValueError("no sample to score; expected at least one batch with tokens")
+    return ExpertScores(
+        layers=model.config.moe_layers,
+        token=token.astype(np.float64) / samples,
+        gate=gate.astype(np.float64) / samples,
+        provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
+    )
+
+
+def place_batch(batch: dict[str, np.ndarray], model: Transformer) -> dict[str, Array]:
+    """This process's rows of a batch, on the model's devices."""
+    if model.mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    sharding = batch_sharding(model.mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,47 @@
+"""AdamW for the tuned partition, nothing for the frozen one."""
+
+import optax
+
+from esft_jax.config import OptimizerConfig
+from esft_jax.experts.partition import FROZEN, TUNED, is_scale, map_by_path
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up from 0, then constant or cosine decay."""
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(
+            config.learning_rate,
+            max(steps - config.warmup_steps, 1),
+            alpha=config.final_lr_fraction,
+        )
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The update of `{"tuned": ..., "frozen": ...}`.
+
+    Clipping sees the tuned gradients only; the frozen partition has no state and its update is
+    zero. Norm scales are not decayed.
+    """
+    adamw = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=lambda params: {
+                TUNED: map_by_path(params[TUNED], lambda path: not is_scale(path)),
+                FROZEN: params[FROZEN],
+            },
+        ),
+    )
+    return optax.multi_transform(
+        {TUNED: adamw, FROZEN: optax.set_to_zero()}, {TUNED: TUNED, FROZEN: FROZEN}
+    )

@@ -1,0 +1,58 @@
+"""What a run changes, and where it lives on the mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.struct import dataclass
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.mesh import param_shardings
+
+
+@dataclass
+class TrainState:
+    """What a run changes.
+
+    Attributes:
+        step: updates done.
+        tuned: trained parameters, float32.
+        opt_state: the optimizer's state; it holds arrays for tuned parameters only.
+    """
+
+    step: Int[Array, ""]
+    tuned: nnx.State
+    opt_state: optax.OptState
+
+
+def init_state(
+    optimizer: optax.GradientTransformation, tuned: nnx.State, frozen: nnx.State
+) -> TrainState:
+    """The state before the first update."""
+    opt_state = optimizer.init({TUNED: tuned, FROZEN: frozen})
+    return TrainState(jnp.zeros((), jnp.int32), tuned, opt_state)
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a (possibly abstract) state: moments lie with their parameters."""
+    tuned = param_shardings(state.tuned, mesh)
+    by_path = {
+        jax.tree_util.keystr((jax.tree_util.DictKey(TUNED), *path)): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(tuned)
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path)
+        owners = (place for suffix, place in by_path.items() if name.endswith(suffix))
+        return next(owners, replicated)
+
+    return TrainState(
+        step=replicated,
+        tuned=tuned,
+        opt_state=jax.tree_util.tree_map_with_path(sharding, state.opt_state),
+    )

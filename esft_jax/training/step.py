@@ -1,0 +1,125 @@
+"""One optimizer update, and one evaluation, as compiled functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.model.router import RouterOutput
+from esft_jax.model.transformer import Remat, Transformer
+from esft_jax.training.state import TrainState
+from esft_jax.ops.cross_entropy import cross_entropy_sum
+
+Batch = dict[str, Array]
+
+
+def loss_sum(
+    model: Transformer, batch: Batch, remat: Remat = "none"
+) -> tuple[Float[Array, ""], RouterOutput]:
+    """Sum over tokens of weight times loss in nats, and the router outputs."""
+    hidden, router = model.hidden_states(
+        batch["tokens"], batch["segment_ids"], batch["positions"], remat=remat
+    )
+    total = cross_entropy_sum(
+        hidden, model.head_weight(), batch["targets"], batch["loss_weights"]
+    )
+    return total, router
+
+
+def balance_loss(router: RouterOutput) -> Float[Array, ""]:
+    """Load-balancing loss, summed over MoE layers; 1 per layer when the load is uniform.
+
+    `sum_e f_e P_e` with f the share of assignments times E and P the mean probability over the
+    batch's tokens (arXiv 2405.04434, equations 23 to 25).
+    """
+    num_experts, top_k = router.probs.shape[-1], router.expert_ids.shape[-1]
+
+    def layer(ids: Array, probs: Array) -> Array:
+        counts = jnp.zeros(num_experts).at[ids.reshape(-1)].add(1.0, mode="drop")
+        tokens = jnp.maximum(counts.sum() / top_k, 1.0)
+        share = counts * num_experts / (top_k * tokens)
+        return jnp.sum(share * probs.reshape(-1, num_experts).sum(axis=0) / tokens)
+
+    return jax.vmap(layer)(router.expert_ids, router.probs).sum()
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    remat: Remat = "none",
+    balance_weight: float = 0.0,
+) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
+
+    The loss is the mean over the tokens of the whole batch, however they fall on micro-batches.
+    Gradients are taken with respect to the tuned partition alone.
+    """
+
+    def objective(
+        tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        model = nnx.merge(graph, tuned, frozen)
+        nll, router = loss_sum(model, batch, remat)
+        loss = nll / total_weight
+        if not balance_weight:
+            return loss, (loss, jnp.zeros(()))
+        balance = balance_loss(router) / micro_batches
+        return loss + balance_weight * balance, (loss, balance)
+
+    def step(
+        state: TrainState, frozen: nnx.State, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        total_weight = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+        gradient = jax.grad(objective, has_aux=True)
+
+        def accumulate(totals: tuple, micro: Batch) -> tuple[tuple, None]:
+            return jax.tree.map(
+                jnp.add, totals, gradient(state.tuned, frozen, micro, total_weight)
+            ), None
+
+        if micro_batches == 1:
+            grads, (loss, balance) = gradient(state.tuned, frozen, batch, total_weight)
+        else:
+            zeros = (jax.tree.map(jnp.zeros_like, state.tuned), (jnp.zeros(()), jnp.zeros(())))
+            (grads, (loss, balance)), _ = jax.lax.scan(
+                accumulate, zeros, _split(batch, micro_batches)
+            )
+        # `multi_transform` wants a tree for the frozen partition; these zeros are never computed
+        # since their updates are not read.
+        updates, opt_state = optimizer.update(
+            {TUNED: grads, FROZEN: jax.tree.map(jnp.zeros_like, frozen)},
+            state.opt_state,
+            {TUNED: state.tuned, FROZEN: frozen},
+        )
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total_weight}
+        if balance_weight:
+            metrics["balance_loss"] = balance
+        tuned = optax.apply_updates(state.tuned, updates[TUNED])
+        return TrainState(state.step + 1, tuned, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    graph: nnx.GraphDef,
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+    """A pure function `(tuned, frozen, batch) -> (summed loss in nats, summed weight)`."""
+
+    def step(tuned: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        total, _ = loss_sum(nnx.merge(graph, tuned, frozen), batch)
+        return total, batch["loss_weights"].sum()
+
+    return step
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """Batch rows dealt out to micro-batches, `[M, B / M, S]`; every device keeps its own rows."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
