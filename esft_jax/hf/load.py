@@ -13,6 +13,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
+from esft_jax.hf.converted import ConvertedSource, is_converted
 from esft_jax.hf.names import LeafPath
 from esft_jax.hf.source import HuggingFaceSource, Source, bounded
 from esft_jax.mesh import param_shardings
@@ -51,7 +52,8 @@ def open_source(path: str | Path) -> Source:
     Raises:
         InputError: nothing there, or not a complete, consistent checkpoint.
     """
-    return HuggingFaceSource(_folder(str(path)))
+    folder = local_folder(path)
+    return ConvertedSource(folder) if is_converted(folder) else HuggingFaceSource(folder)
 
 
 def load_base(
@@ -64,10 +66,11 @@ def load_base(
     )
     graph, abstract = nnx.split(model)
     shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
-    loaded = [
-        (leaf, param.replace(_read_leaf(source, leaf, param.get_value(), sharding.get_value())))
-        for (leaf, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True)
-    ]
+    loaded = []
+    for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
+        leaf = tuple(map(str, keys))
+        array = _read_leaf(source, leaf, param.get_value(), sharding.get_value())
+        loaded.append((leaf, param.replace(array)))
     return LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
 
 
@@ -100,14 +103,19 @@ def load_model(
     return load_base(path, dtype, mesh).model
 
 
-def _folder(path: str) -> Path:
-    """A local folder, downloaded from the hub if `path` is a name there."""
-    if Path(path).exists():
-        return Path(path)
-    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+def local_folder(path: str | Path) -> Path:
+    """A local folder, downloaded from the hub if `path` is a name there.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name = str(path)
+    if Path(name).is_dir():
+        return Path(name)
+    if isinstance(path, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder")
     try:
-        return Path(snapshot_download(path, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: neither a folder nor found on the hub: {reason}") from None

@@ -21,10 +21,8 @@ from esft_jax.hf.names import (
     fused_slices,
     tensor_placements,
 )
-from esft_jax.hf.tensor_files import DTYPES, TensorFiles
+from esft_jax.hf.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
 from esft_jax.model.config import ModelConfig
-
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Source(Protocol):
@@ -43,6 +41,9 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of all weights; see `combine_digests`."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor under its Hugging Face name, in its stored type."""

@@ -1,10 +1,15 @@
-"""Tiny transformers checkpoints to read."""
+"""Tiny transformers checkpoints to read, and ways to compare models."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import torch
 import transformers
+from flax import nnx
+from safetensors.torch import load_file, save_file
 
 YARN = {
     "rope_type": "yarn",
@@ -57,3 +62,27 @@ def save(model: transformers.DeepseekV2ForCausalLM, folder: Path, **options: Any
 def torch_logits(model: transformers.DeepseekV2ForCausalLM, tokens: Any) -> Any:
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def logits(model, tokens):
+    graph, params = nnx.split(model)
+    return jax.jit(lambda p, t: nnx.merge(graph, p)(t).logits)(params, tokens)
+
+
+def leaves(model):
+    return {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model))}
+
+
+def assert_same(one, other):
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(np.asarray(one[path]), np.asarray(other[path]), str(path))
+
+
+def rewrite(source, target, change):
+    """A copy of a one-file checkpoint whose tensors went through `change`."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    save_file(change(tensors), target / "model.safetensors")
+    return target

@@ -1,0 +1,186 @@
+"""The converted form of a base model: our stacked parameters, sharded on disk.
+
+A folder holds `config.json` and the tokenizer as the Hugging Face folder has them, `params/`, an
+Orbax checkpoint with one Zarr array per parameter whose chunks are single source tensors (or parts
+of very large ones), and `manifest.json`, which is written last: without it the conversion is
+unfinished.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text
+from esft_jax.hf.names import LeafPath, Placement, tensor_placements
+from esft_jax.model.config import ModelConfig
+
+FORMAT = "esft_jax converted base, version 1"
+MANIFEST = "manifest.json"
+JOURNAL = "conversion.jsonl"
+PARAMS = "params"
+
+_MAX_CHUNK_BYTES = 64 << 20
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is a conversion, finished or not."""
+    return (folder / PARAMS).is_dir() or (folder / JOURNAL).is_file()
+
+
+class ConvertedSource:
+    """A finished conversion.
+
+    Raises:
+        InputError: it is unfinished, damaged, or does not fit its `config.json`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise InputError(
+                f"{self.folder}: unfinished conversion; run `python -m esft_jax.convert` again to "
+                "complete it"
+            )
+        manifest = parse_json(read_text(path), str(path))
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"{path}: key 'format': expected {FORMAT!r}")
+        if not isinstance(manifest.get("fingerprint"), str):
+            raise InputError(f"{path}: key 'fingerprint' is missing")
+        self._fingerprint: str = manifest["fingerprint"]
+        self.config = ModelConfig.load(self.folder)
+        self.placements = tensor_placements(self.config)
+        self._arrays = {
+            leaf: self._open(leaf, shape) for leaf, shape in leaf_shapes(self.placements).items()
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights, as recorded when they were converted."""
+        return self._fingerprint
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        return np.dtype(self._arrays[self.placements[name].path].dtype.numpy_dtype)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor under its Hugging Face name, in its stored type."""
+        place = self.placements[name]
+        value = self._read(place.path, place.selection)
+        return value.T if place.transposed else value
+
+    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter."""
+        return self._read(path, tuple(index)).astype(dtype, copy=False)
+
+    def _open(self, leaf: LeafPath, shape: tuple[int, ...]) -> ts.TensorStore:
+        path = self.folder / PARAMS / ".".join(leaf)
+        try:
+            array = ts.open({"driver": "zarr3", "kvstore": _store(path)}, open=True).result()
+        except ValueError as error:
+            raise InputError(f"{path}: missing or damaged: {_first_line(error)}") from None
+        if array.shape != shape:
+            raise InputError(
+                f"{path}: shape {list(array.shape)}; config.json expects {list(shape)}"
+            )
+        return array
+
+    def _read(self, leaf: LeafPath, index: tuple[int | slice, ...]) -> np.ndarray:
+        try:
+            return self._arrays[leaf][index].read().result()
+        except ValueError as error:
+            path = self.folder / PARAMS / ".".join(leaf)
+            raise InputError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def leaf_shapes(placements: Mapping[str, Placement]) -> dict[LeafPath, tuple[int, ...]]:
+    """Shape of every stacked parameter: the smallest that holds all its tensors."""
+    shapes: dict[LeafPath, tuple[int, ...]] = {}
+    for place in placements.values():
+        matrix = place.stored_shape
+        if place.columns is not None:
+            matrix = (*matrix[:-1], place.columns[1])
+        end = (*(i + 1 for i in place.index), *matrix)
+        before = shapes.get(place.path, end)
+        shapes[place.path] = tuple(map(max, before, end))
+    return shapes
+
+
+def create_arrays(
+    folder: Path, placements: Mapping[str, Placement], dtypes: Mapping[LeafPath, np.dtype]
+) -> dict[LeafPath, ts.TensorStore]:
+    """Create the arrays of `params/`, or open those that exist, for writing."""
+    chunks = {
+        place.path: (1,) * len(place.index) + place.stored_shape for place in placements.values()
+    }
+    arrays = {}
+    for leaf, shape in leaf_shapes(placements).items():
+        metadata = {
+            "shape": list(shape),
+            "data_type": dtypes[leaf].name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": _chunk(chunks[leaf], dtypes[leaf].itemsize)},
+            },
+            # Weights hardly compress; what pays is noticing damage. A lost chunk reads as NaN,
+            # which no loss survives, where zeros would pass.
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+            "fill_value": "NaN",
+        }
+        spec = {
+            "driver": "zarr3",
+            "kvstore": _store(folder / PARAMS / ".".join(leaf)),
+            "metadata": metadata,
+        }
+        arrays[leaf] = ts.open(spec, open=True, create=True).result()
+    return arrays
+
+
+def orbax_metadata(shapes: Mapping[LeafPath, tuple[int, ...]]) -> str:
+    """Content of Orbax's `_METADATA`, from which it knows the tree and the arrays' format."""
+
+    def entry(leaf: LeafPath, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "key_metadata": [{"key": key, "key_type": 2} for key in leaf],  # 2: key of a dict
+            "value_metadata": {
+                # Restored as NumPy arrays unless the caller asks for a sharding.
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": list(shape),
+            },
+        }
+
+    return json.dumps(
+        {
+            "tree_metadata": {str(leaf): entry(leaf, shape) for leaf, shape in shapes.items()},
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+    )
+
+
+def _chunk(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """A source tensor's block, halved along its longest axis until it is not too large."""
+    chunk = list(shape)
+    while int(np.prod(chunk)) * itemsize > _MAX_CHUNK_BYTES:
+        longest = chunk.index(max(chunk))
+        chunk[longest] = -(-chunk[longest] // 2)
+    return chunk
+
+
+def _store(path: Path) -> dict[str, str]:
+    return {"driver": "file", "path": str(path.absolute())}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,137 @@
+"""Writing folders in Hugging Face layout: weights in shards, and the files beside them."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from esft_jax.errors import InputError
+from esft_jax.hf.tensor_files import DTYPE_NAMES
+
+# What belongs to a model besides its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class TensorSpec(NamedTuple):
+    """A tensor before its data is there."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return self.dtype.itemsize * int(np.prod(self.shape))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy `config.json`, tokenizer and the like, as far as they exist."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends without an error.
+
+    Args:
+        target: must be new or empty, unless `replace` is set.
+        replace: an existing folder gives way once the new one is complete.
+    """
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists; expected a new or empty folder")
+    target = target.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_bytes: int,
+) -> None:
+    """Write `model.safetensors`, or shards of at most `max_bytes` with an index.
+
+    Headers come first in the format, so types and shapes must be known before the data; each
+    tensor is written as it arrives and then forgotten.
+
+    Args:
+        specs: the tensors, in the order they arrive in.
+    """
+    shards = _plan_shards(specs, max_bytes)
+    arriving = iter(tensors)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with (folder / file).open("wb") as out:
+            _write_header(out, {name: specs[name] for name in names})
+            for expected in names:
+                name, tensor = next(arriving)
+                assert (name, TensorSpec(tensor.dtype, tensor.shape)) == (expected, specs[name])
+                out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+                weight_map[name] = file
+    if len(shards) > 1:
+        size = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, spec in specs.items():
+        if shards[-1] and used + spec.num_bytes > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += spec.num_bytes
+    return shards
+
+
+def _write_header(out: BinaryIO, specs: Mapping[str, TensorSpec]) -> None:
+    """Header of the safetensors format: its length, then JSON, padded to a multiple of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)

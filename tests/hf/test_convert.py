@@ -1,0 +1,195 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from esft_jax.errors import InputError
+from esft_jax.hf import convert as convert_module
+from esft_jax.hf import converted
+from esft_jax.hf.convert import convert
+from esft_jax.hf.load import load_base, load_model
+from esft_jax.hf.source import HuggingFaceSource
+from esft_jax.mesh import make_mesh, param_shardings
+from tests.hf.checkpoints import assert_same, leaves, rewrite, save, torch_model
+
+
+@pytest.fixture(scope="module")
+def converted_tiny(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    convert(tiny[1], folder)
+    return folder
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(".__lock")
+    }
+
+
+def test_loads_the_same_as_its_source(tiny, converted_tiny):
+    source, base = load_base(tiny[1], jnp.float32), load_base(converted_tiny, jnp.float32)
+    assert_same(source.model, base.model)
+    assert base.fingerprint == source.fingerprint
+    assert_same(source.model, load_model(converted_tiny, mesh=make_mesh(2, 4)))
+    assert_same(load_model(tiny[1], jnp.bfloat16), load_model(converted_tiny, jnp.bfloat16))
+
+
+def test_gives_back_every_tensor_of_its_source(tiny, converted_tiny):
+    source, target = HuggingFaceSource(tiny[1]), load_base(converted_tiny).source
+    for name in source.placements:
+        np.testing.assert_array_equal(target.tensor(name), source.tensor(name), name)
+        assert target.dtype(name) == source.dtype(name)
+
+
+def test_mixed_types_are_kept_without_loss(tiny, tmp_path):
+    def mix(tensors):
+        return {
+            name: tensor if ".mlp.gate." in name or "layers.1" in name else tensor.bfloat16()
+            for name, tensor in tensors.items()
+        }
+
+    folder = rewrite(tiny[1], tmp_path / "mixed", mix)
+    fingerprint = convert(folder, tmp_path / "converted")
+    source, base = load_base(folder, jnp.float32), load_base(tmp_path / "converted", jnp.float32)
+    assert_same(source.model, base.model)
+    assert fingerprint == source.fingerprint == base.fingerprint
+    manifest = json.loads((tmp_path / "converted" / "manifest.json").read_text())
+    assert manifest["dtypes"] == ["BF16", "F32"]
+    assert base.source.dtype("model.embed_tokens.weight") == jnp.bfloat16
+    assert base.source.dtype("model.layers.2.mlp.gate.weight") == np.float32
+
+
+def test_orbax_restores_it_onto_a_mesh(tiny, converted_tiny):
+    model = load_model(tiny[1])
+    mesh = make_mesh(2, 4)
+    _, params = nnx.split(model)
+    shardings = param_shardings(params, mesh)
+    target = nnx.to_pure_dict(
+        jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            params,
+            shardings,
+        )
+    )
+    found = ocp.StandardCheckpointer().restore(converted_tiny / "params", target)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == nnx.to_pure_dict(shardings)
+    expected = nnx.to_pure_dict(params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    plain = ocp.PyTreeCheckpointer().restore(converted_tiny / "params")
+    jax.tree.map(np.testing.assert_array_equal, plain, expected)
+
+
+def test_a_chunk_is_one_tensor_or_a_part_of_it(tiny, tmp_path, monkeypatch):
+    files = HuggingFaceSource(tiny[1]).placements
+    convert(tiny[1], tmp_path / "whole")
+    chunks = [p for p in (tmp_path / "whole" / "params").glob("*/c/**/*") if p.is_file()]
+    assert len([p for p in chunks if "__lock" not in p.name]) == len(files)
+    monkeypatch.setattr(converted, "_MAX_CHUNK_BYTES", 1000)
+    convert(tiny[1], tmp_path / "split")
+    chunks = [p for p in (tmp_path / "split" / "params").glob("*/c/**/*") if p.is_file()]
+    assert max(p.stat().st_size for p in chunks) <= 1004  # 1000 and a checksum
+    assert_same(load_model(tmp_path / "whole"), load_model(tmp_path / "split"))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def unfinished(tiny, tmp_path, monkeypatch):
+    """A conversion that died in the middle, half a line of its journal written."""
+    digest, calls = convert_module.tensor_digest, iter(range(60))
+
+    def killed(name, tensor):
+        if next(calls, None) is None:
+            raise Killed
+        return digest(name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "tensor_digest", killed)
+        with pytest.raises(Killed):
+            convert(tiny[1], tmp_path / "target")
+    journal = tmp_path / "target" / "conversion.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    return tmp_path / "target"
+
+
+def test_a_killed_conversion_is_refused_then_resumed(tiny, converted_tiny, unfinished, monkeypatch):
+    with pytest.raises(InputError, match="unfinished conversion; run .*convert"):
+        load_base(unfinished)
+    calls, digest = [], convert_module.tensor_digest
+
+    def count(name, tensor):
+        calls.append(name)
+        return digest(name, tensor)
+
+    monkeypatch.setattr(convert_module, "tensor_digest", count)
+    convert(tiny[1], unfinished)
+    assert len(calls) == len(HuggingFaceSource(tiny[1]).placements) - 59
+    assert content(unfinished) == content(converted_tiny)
+
+
+def test_another_source_does_not_complete_it(unfinished, tmp_path):
+    other = save(torch_model(seed=1), tmp_path / "other")
+    before = content(unfinished)
+    with pytest.raises(InputError, match="unfinished conversion of another source"):
+        convert(other, unfinished)
+    assert content(unfinished) == before
+
+
+def test_targets_that_hold_something_are_left_alone(tiny, converted_tiny, tmp_path):
+    with pytest.raises(InputError, match="is complete already"):
+        convert(tiny[1], converted_tiny)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists; expected a new or empty folder"):
+        convert(tiny[1], tmp_path)
+    assert content(tmp_path) == {"notes.txt": b"mine"}
+    with pytest.raises(InputError, match="is a converted checkpoint already"):
+        convert(converted_tiny, tmp_path / "new")
+
+
+def test_a_bad_source_leaves_no_target(tiny, tmp_path):
+    bad = rewrite(tiny[1], tmp_path / "bad", lambda t: dict(list(t.items())[1:]))
+    with pytest.raises(InputError, match="is missing"):
+        convert(bad, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_damage_is_noticed(tiny, tmp_path):
+    folder = tmp_path / "target"
+    convert(tiny[1], folder)
+    down = folder / "params" / "moe_blocks.moe.experts.down"
+    chunk = down / "c" / "1" / "2" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(InputError, match=r"experts.down: cannot be read: .*Digest mismatch"):
+        load_model(folder)
+    chunk.unlink()
+    found = leaves(load_model(folder))["moe_blocks", "moe", "experts", "down"]
+    assert np.isnan(found[1, 2]).all() and not np.isnan(found[1, 1]).any()
+    (down / "zarr.json").unlink()
+    with pytest.raises(InputError, match=r"experts.down: missing or damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "manifest.json: key 'format': expected"),
+        ('{"format": "x"}', "manifest.json: key 'format': expected"),
+        (json.dumps({"format": converted.FORMAT}), "manifest.json: key 'fingerprint' is missing"),
+        ("{", "manifest.json: not valid JSON"),
+    ],
+)
+def test_bad_manifests(tiny, tmp_path, text, message):
+    convert(tiny[1], tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "c")

@@ -1,0 +1,196 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from esft_jax.errors import InputError
+from esft_jax.hf.load import load_base, load_model
+from esft_jax.mesh import make_mesh, param_shardings
+from esft_jax.model import Transformer
+from tests.hf.checkpoints import (
+    assert_same,
+    leaves,
+    logits,
+    rewrite,
+    save,
+    torch_logits,
+    torch_model,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({}, {}), ({"q_lora_rank": 12, "tie_word_embeddings": True}, {"max_shard_size": "30KB"})],
+    ids=["lite", "q_lora-tied-sharded"],
+)
+def test_logits_are_those_of_transformers(tmp_path, tokens, changes, options):
+    model = torch_model(**changes)
+    folder = save(model, tmp_path, **options)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == bool(options)
+    found = logits(load_model(folder), tokens)
+    np.testing.assert_allclose(found, torch_logits(model, tokens), atol=1e-4)
+
+
+def test_a_sharded_load_reads_only_what_a_device_holds(tiny, monkeypatch):
+    _, folder = tiny
+    whole, base = load_model(folder), load_base(folder, jnp.float32)
+    read = []
+    tensor = type(base.source).tensor
+
+    def spy(self, name, index=()):
+        found = tensor(self, name, index)
+        read.append((name, found.shape))
+        return found
+
+    monkeypatch.setattr(type(base.source), "tensor", spy)
+    mesh = make_mesh(2, 4)
+    sharded = load_model(folder, mesh=mesh)
+    assert_same(whole, sharded)
+    _, params = nnx.split(sharded)
+    for param, expected in zip(
+        jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True
+    ):
+        assert param.sharding == expected
+    assert ("model.embed_tokens.weight", (96, 4)) in read
+    assert ("model.embed_tokens.weight", (96, 32)) not in read
+
+
+def test_parameters_take_the_type_asked_for(tiny):
+    model = load_model(tiny[1], dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in leaves(model).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert model.dtype == jnp.bfloat16
+    exact = leaves(load_model(tiny[1]))
+    for path, leaf in leaves(model).items():
+        np.testing.assert_array_equal(leaf, exact[path].astype(jnp.bfloat16))
+
+
+def test_fused_experts_load_the_same_and_have_the_same_fingerprint(tiny, tmp_path):
+    model, folder = tiny
+    experts = {n: t for n, t in model.state_dict().items() if ".mlp.experts." in n}
+
+    def fuse(tensors):
+        return {n: t for n, t in tensors.items() if ".mlp.experts." not in n} | experts
+
+    base, other = load_base(folder), load_base(rewrite(folder, tmp_path / "fused", fuse))
+    assert_same(base.model, other.model)
+    assert base.fingerprint == other.fingerprint
+
+
+def test_the_fingerprint_ignores_shards_and_sees_every_value(tiny, tmp_path):
+    model, folder = tiny
+    expected = load_base(folder).fingerprint
+    sharded = save(model, tmp_path / "sharded", max_shard_size="30KB")
+    assert load_base(sharded).fingerprint == expected
+
+    def touch(tensors):
+        tensors["model.layers.2.mlp.experts.7.down_proj.weight"][-1, -1] += 1
+        return tensors
+
+    assert load_base(rewrite(folder, tmp_path / "touched", touch)).fingerprint != expected
+
+
+def test_a_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
+    model = torch_model(tie_word_embeddings=True)
+    folder = save(model, tmp_path / "tied")
+
+    def add(tensors):
+        tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"]
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    more = rewrite(folder, tmp_path / "more", add)
+    assert load_base(more).fingerprint == load_base(folder).fingerprint
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {n: v for n, v in t.items() if n != GATE}, f"tensor '{GATE}' is missing"),
+        (lambda t: t | {"model.extra": t[GATE].clone()}, "unexpected tensor 'model.extra'"),
+        (
+            lambda t: t | {GATE: t[GATE].T.contiguous()},
+            rf"model.safetensors: tensor '{GATE}' has shape \[32, 16\]; "
+            r"config.json expects \[16, 32\]",
+        ),
+        (lambda t: t | {GATE: t[GATE].double()}, f"tensor '{GATE}' has type F64; expected BF16"),
+    ],
+    ids=["missing", "unexpected", "misshapen", "wrong-type"],
+)
+def test_tensors_that_do_not_fit_are_named(tiny, tmp_path, change, message):
+    folder = rewrite(tiny[1], tmp_path / "bad", change)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+def truncate(folder):
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def pickle_only(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def point_outside(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "../x.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def misplace(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: next(f.glob("model-00002*")).unlink(),
+            "model-00002-of-00003.safetensors: missing shard; .*index.json lists it",
+        ),
+        (truncate, "model-00003-of-00003.safetensors: damaged or truncated safetensors"),
+        (pickle_only, "only pytorch_model.bin; pickled weights are not read"),
+        (point_outside, "index.json: weight_map: model.norm.weight: '../x.safetensors' is no file"),
+        (misplace, "tensor 'model.norm.weight' is missing; .*index.json lists it here"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "3 safetensors files without"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{"),
+            "index.json: not valid JSON",
+        ),
+        (lambda f: (f / "config.json").unlink(), "config.json: not found"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, damage, message):
+    folder = save(torch_model(), tmp_path / "sharded", max_shard_size="100KB")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nobody/nothing"])
+def test_a_path_that_is_nothing(path):
+    with pytest.raises(InputError, match=path):
+        load_model(path)
+
+
+def test_no_weights_are_ever_initialised(tiny, monkeypatch):
+    draw = jax.random.normal
+
+    def normal(key, *args):
+        assert isinstance(key, jax.core.Tracer), "drawn, not only traced"
+        return draw(key, *args)
+
+    monkeypatch.setattr(jax.random, "normal", normal)
+    assert isinstance(load_model(tiny[1]), Transformer)

@@ -1,0 +1,38 @@
+import math
+
+import pytest
+
+from esft_jax.hf.converted import leaf_shapes
+from esft_jax.hf.names import fused_shapes, tensor_placements
+from esft_jax.hf.tensor_files import TensorFiles
+from esft_jax.model import ModelConfig
+from tests.hf.checkpoints import save, torch_model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": 12, "tie_word_embeddings": True},
+        {"first_k_dense_replace": 0, "n_shared_experts": 2},
+    ],
+    ids=["lite", "q_lora-tied", "no-dense"],
+)
+def test_names_and_shapes_are_those_of_a_saved_checkpoint(tmp_path, changes):
+    files = TensorFiles(save(torch_model(**changes), tmp_path))
+    placements = tensor_placements(ModelConfig.load(tmp_path))
+    assert {n: p.shape for n, p in placements.items()} == {n: i.shape for n, i in files.items()}
+
+
+def test_fused_names_and_shapes_are_those_of_transformers_in_memory(tiny):
+    model, folder = tiny
+    expected = {name: t.shape for name, t in model.state_dict().items() if ".mlp.experts." in name}
+    assert fused_shapes(ModelConfig.load(folder)) == expected
+
+
+def test_no_two_tensors_share_a_place(tiny):
+    placements = tensor_placements(ModelConfig.load(tiny[1]))
+    places = {(p.path, str(p.selection)) for p in placements.values()}
+    assert len(places) == len(placements)
+    elements = sum(math.prod(p.shape) for p in placements.values())
+    assert elements == sum(map(math.prod, leaf_shapes(placements).values()))
