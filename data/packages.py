@@ -26,7 +26,7 @@ class Package:
     version: str
     licence: str
 
-    def download_command(self, folder: Path) -> list[str]:
+    def download_command(self) -> list[str]:
         """Return the command that leaves this package's archive in its working directory."""
         if self.client == "pip":
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", "."]
@@ -55,7 +55,10 @@ def fetch(package: Package, cache: Path) -> Unpacked:
     if not (home / "version").exists():
         shutil.rmtree(home, ignore_errors=True)
         (home / "files").mkdir(parents=True)
-        subprocess.run(package.download_command(home), cwd=home, check=True)
+        command = package.download_command()
+        if shutil.which(command[0]) is None:
+            raise SystemExit(f"{package.name}: cannot be downloaded without {command[0]}")
+        subprocess.run(command, cwd=home, check=True)
         archive = next(path for path in home.iterdir() if path.is_file())
         _unpack(archive, home / "files")
         # Debian names are package_version_architecture, with %3a for the colon of an epoch.
