@@ -49,10 +49,13 @@ class MeshConfig:
     Attributes:
         data: Devices that share the batch; -1 takes all that `expert` leaves.
         expert: Devices that share the experts of a layer.
+        cpu_devices: Without an accelerator, devices that JAX splits the CPU into; about one per
+            core is fastest; none leaves it to JAX. Ignored on TPU and GPU.
     """
 
     data: Annotated[int, Field(strict=True, ge=-1)] = -1
     expert: Count = 1
+    cpu_devices: Count | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

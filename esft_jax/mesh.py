@@ -1,5 +1,6 @@
 """The device mesh, and which of its axes each logical axis of an array is split over."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +13,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esft_jax.errors import InputError
 
 DATA, EXPERT = "data", "expert"
+
+
+def split_cpu(devices: int | None) -> None:
+    """Have JAX split the CPU into this many devices, if any; no effect on accelerators.
+
+    JAX fixes its devices when it first touches them, so this comes before everything else. Where
+    they are fixed already (`XLA_FLAGS`, or JAX in use), `make_mesh` checks that they suffice.
+    """
+    if devices is None:
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(data: int = -1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -125,6 +138,17 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of `[B, ...]` arrays."""
     return NamedSharding(mesh, PartitionSpec(RULES.batch))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """This process's rows of a batch, on its devices."""
+    if mesh is None:
+        return {key: jax.numpy.asarray(value) for key, value in batch.items()}
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value)
+        for key, value in batch.items()
+    }
 
 
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from esft_jax.experts.scores import ExpertScores
-from esft_jax.mesh import batch_sharding
+from esft_jax.mesh import place_batch
 from esft_jax.model.transformer import Transformer
 
 
@@ -65,7 +65,7 @@ def score_experts(
     totals: Any = (zeros, zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
-        totals = add(totals, params, place_batch(inputs, model))
+        totals = add(totals, params, place_batch(inputs, model.mesh))
     token, gate, samples, tokens = jax.device_get(totals)
     if samples == 0:
         raise ValueError("no sample to score; expected at least one batch with tokens")
@@ -75,11 +75,3 @@ def score_experts(
         gate=gate.astype(np.float64) / samples,
         provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
     )
-
-
-def place_batch(batch: dict[str, np.ndarray], model: Transformer) -> dict[str, Array]:
-    """This process's rows of a batch, on the model's devices."""
-    if model.mesh is None:
-        return jax.tree.map(jnp.asarray, batch)
-    sharding = batch_sharding(model.mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

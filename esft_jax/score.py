@@ -1,0 +1,47 @@
+"""Measure how relevant each expert is to a task: run the base model over samples of its data."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+from rich.console import Console
+
+from esft_jax.cli import add_config_arguments, command
+from esft_jax.config import load_config
+from esft_jax.select import print_selection
+from esft_jax.experts.select import select_experts
+from esft_jax.mesh import split_cpu
+from esft_jax.training.run_folder import RunFolder
+from esft_jax.training.setup import load_pretrained, measure_scores, open_setup
+
+
+@command
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.score`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where to write (default: scores/ in the run's folder)"
+    )
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    split_cpu(config.mesh.cpu_devices)
+    setup = open_setup(config)
+    scores = measure_scores(setup, load_pretrained(setup))
+    folder = args.output or RunFolder(config.output).scores
+    if jax.process_index() == 0:
+        scores.save(folder)
+        select = config.select
+        chosen = select_experts(scores, select.method, select.threshold)
+        console = Console()
+        console.print(
+            f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
+            f"a choice by {select.method} score with p = {select.threshold:g}:"
+        )
+        print_selection(scores, chosen, console)
+        console.print(f"scores: {folder}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

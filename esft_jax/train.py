@@ -1,0 +1,78 @@
+"""Fine-tune a model as one YAML file says: score, select, train, evaluate, save an adapter."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from esft_jax.cli import add_config_arguments, command
+from esft_jax.config import RunConfig, load_config
+from esft_jax.evaluation.tasks import EvaluationReport, run_evaluation
+from esft_jax.mesh import split_cpu
+from esft_jax.training.loop import RunResult, run_training
+
+
+@command
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.train`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several hosts of the run: join the others first",
+    )
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    split_cpu(config.mesh.cpu_devices)
+    if args.distributed:
+        jax.distributed.initialize()
+    console = Console(quiet=jax.process_index() != 0)
+    before = after = None
+    if config.evaluation.data is not None and config.init == "pretrained":
+        before = run_evaluation(config)
+    result = run_training(config, say=console.print)
+    if result.result is None:
+        console.print(
+            f"Stopped at step {result.step} and saved; the same command continues the run."
+        )
+        return
+    if config.evaluation.data is not None:
+        after = _evaluate_result(config, result)
+    _print_summary(console, result, before, after)
+
+
+def _evaluate_result(config: RunConfig, result: RunResult) -> EvaluationReport:
+    if config.method == "esft":
+        return run_evaluation(config, result.result)
+    return run_evaluation(dataclasses.replace(config, model=str(result.result)))
+
+
+def _print_summary(
+    console: Console,
+    result: RunResult,
+    before: EvaluationReport | None,
+    after: EvaluationReport | None,
+) -> None:
+    table = Table(show_header=False)
+    if after is not None:
+        start = f"{before.value:.1f} -> " if before is not None else ""
+        table.add_row(f"{after.metric}, %", f"{start}{after.value:.1f}")
+    if result.valid_loss is not None:
+        table.add_row("validation loss, nats per token", f"{result.valid_loss:.4f}")
+    if result.experts is not None:
+        table.add_row("experts trained", str(result.experts.num_experts_selected))
+    share = result.trained / result.total
+    table.add_row("parameters trained", f"{result.trained:,} of {result.total:,} ({share:.2%})")
+    table.add_row("parameters of step", str(result.step))
+    table.add_row("training, seconds", f"{result.seconds:.0f}")
+    console.print(table)
+    console.print(f"{'adapter' if result.experts else 'model'}: {result.result}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

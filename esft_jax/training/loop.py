@@ -1,0 +1,351 @@
+"""A whole training run, from a configuration to an adapter."""
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from esft_jax.config import RunConfig
+from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.experts.select import select_experts
+from esft_jax.hf.adapter import save_adapter, trained_tensors
+from esft_jax.hf.export import save_model
+from esft_jax.hf.load import LoadedBase
+from esft_jax.mesh import place_batch
+from esft_jax.model.transformer import Transformer
+from esft_jax.training.checkpoint import Checkpoints, abstract_state
+from esft_jax.training.metrics_log import MetricsLog
+from esft_jax.training.optimizer import make_optimizer, make_schedule
+from esft_jax.training.run_folder import RunFolder
+from esft_jax.training.setup import (
+    Setup,
+    load_pretrained,
+    measure_scores,
+    open_setup,
+    random_model,
+    training_data,
+)
+from esft_jax.training.state import TrainState, init_state, state_shardings
+from esft_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        folder: the run's folder.
+        result: `adapter/` or `model/` in it; None if the run was stopped before its end.
+        step: updates whose parameters the result holds.
+        valid_loss: its mean validation loss in nats per token, if there is a validation set.
+        trained, total: parameters trained, and in the model.
+        experts: what was trained; None for full fine-tuning.
+        seconds: spent in this call.
+    """
+
+    folder: Path
+    result: Path | None
+    step: int
+    valid_loss: float | None
+    trained: int
+    total: int
+    experts: ExpertConfig | None
+    seconds: float
+
+
+def run_training(config: RunConfig, say: Callable[[str], None] = print) -> RunResult:
+    """Train as configured; continue from the last checkpoint if the run folder has one.
+
+    Args:
+        say: receives a line of text for every stage.
+
+    Raises:
+        InputError: bad configuration, data, checkpoint or experts; before any training.
+    """
+    begin = time.perf_counter()
+    folder = RunFolder(config.output)
+    folder.check(config)
+    setup = open_setup(config)
+    train_set, valid_set = training_data(setup)
+    say(_describe("train", train_set))
+    if valid_set is not None:
+        say(_describe("valid", valid_set))
+    model, base = _starting_model(setup)
+    folder.create(config)
+    experts = _chosen_experts(setup, folder, base, say) if base and config.method == "esft" else None
+    run = _Run(setup, folder, model, experts, base, train_set, valid_set)
+    say(
+        f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%}); "
+        f"train step: {run.step_bytes / 2**20:,.0f} MiB of arguments and temporaries per device"
+    )
+    with closing(run.checkpoints):
+        outcome = run.train()
+        path = None if outcome.tuned is None else run.write_result(outcome)
+    return RunResult(
+        folder.path,
+        path,
+        outcome.step,
+        outcome.valid_loss,
+        run.trained,
+        run.total,
+        experts,
+        time.perf_counter() - begin,
+    )
+
+
+def _describe(name: str, dataset: PackedDataset) -> str:
+    stats = dataset.stats
+    cut = f", {stats.cut} cut to length" if stats.cut else ""
+    return (
+        f"{name}: {stats.examples:,} examples in {stats.rows:,} rows of "
+        f"{dataset.sequence_length}, {stats.tokens:,} tokens, {stats.target_tokens:,} with a "
+        f"loss{cut}"
+    )
+
+
+def _starting_model(setup: Setup) -> tuple[Transformer, LoadedBase | None]:
+    if setup.config.init == "random":
+        return random_model(setup), None
+    base = load_pretrained(setup)
+    return base.model, base
+
+
+def _chosen_experts(
+    setup: Setup, folder: RunFolder, base: LoadedBase, say: Callable[[str], None]
+) -> ExpertConfig:
+    """Experts of the configuration, of the run being resumed, or newly scored and selected."""
+    config, given = setup.config, setup.config.expert_cfg
+    path = Path(given) if given is not None else folder.expert_cfg
+    if path.exists():
+        experts = ExpertConfig.load(path)
+        say(f"experts: {experts.num_experts_selected} from {path}")
+    else:
+        scores = measure_scores(setup, base)
+        scores.save(folder.scores)
+        experts = select_experts(
+            scores,
+            config.select.method,
+            config.select.threshold,
+            config.select.shared_experts,
+            config.select.non_expert_modules,
+        )
+        say(
+            f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
+            f"{config.select.method} score, p = {config.select.threshold}"
+        )
+    experts.validate(setup.model_config.moe_layers, setup.model_config.router.num_experts)
+    experts.save(folder.expert_cfg)
+    return experts
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Where the loop ended: the parameters to keep, or None if a signal stopped it early."""
+
+    step: int
+    tuned: nnx.State | None
+    valid_loss: float | None
+
+
+class _Run:
+    """The compiled functions, the state and the files of a run in progress."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        model: Transformer,
+        experts: ExpertConfig | None,
+        base: LoadedBase | None,
+        train_set: PackedDataset,
+        valid_set: PackedDataset | None,
+    ):
+        self.setup, self.folder, self.experts, self.base = setup, folder, experts, base
+        self.config, self.mesh = setup.config, setup.mesh
+        self.train_set, self.valid_set = train_set, valid_set
+        self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        if experts is not None:
+            attach_tuned_experts(model, experts)
+        self.graph, tuned, self.frozen = partition(model, experts)
+        self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
+        self.trained = trained_parameters(model, tuned)
+        self._compile(tuned)
+        self.checkpoints = Checkpoints(folder.checkpoints, self._facts())
+        self.best_loss: float | None = None
+
+    def _compile(self, tuned: nnx.State) -> None:
+        train, optimizer = self.config.train, make_optimizer(
+            self.config.optimizer, self.config.train.steps
+        )
+
+        def start(tuned: nnx.State) -> TrainState:
+            return init_state(optimizer, tuned, self.frozen)
+
+        self.shardings = state_shardings(jax.eval_shape(start, tuned), self.mesh)
+        self.state = jax.jit(start, out_shardings=self.shardings)(tuned)
+        step = jax.jit(
+            make_train_step(
+                self.graph,
+                optimizer,
+                micro_batches=train.micro_batches,
+                remat=train.remat,
+                balance_weight=train.balance_loss,
+            ),
+            donate_argnums=0,
+            out_shardings=(self.shardings, None),
+        )
+        example = place_batch(self._empty_batch(train.batch_size), self.mesh)
+        self.train_step = step.lower(self.state, self.frozen, example).compile()
+        memory = self.train_step.memory_analysis()
+        self.step_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.eval_step = jax.jit(make_eval_step(self.graph))
+
+    def _empty_batch(self, batch_size: int) -> dict[str, np.ndarray]:
+        return self.train_set.gather([], size=batch_size // jax.process_count())
+
+    def _facts(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and its resumption."""
+        experts = self.experts and {str(k): list(v) for k, v in self.experts.experts.items()}
+        return {
+            "base_fingerprint": self.base.fingerprint if self.base else None,
+            "experts": experts,
+            "data_sha256": self.train_set.stats.sha256,
+            "expert_shards": self.setup.mesh.shape["expert"],
+        }
+
+    def train(self) -> _Outcome:
+        """Run to the last step, or to the first one after SIGTERM."""
+        config = self.config.train
+        iterator = train_iterator(
+            self.train_set,
+            batch_size=config.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        first = 0
+        if self.checkpoints.last_step is not None:
+            self.state, position = self.checkpoints.restore(
+                abstract_state(self.state, self.shardings)
+            )
+            iterator.set_state(position["data"])
+            self.best_loss, first = position["best_loss"], int(self.state.step)
+        schedule = make_schedule(self.config.optimizer, config.steps)
+        loss = None
+        with MetricsLog(self.folder, first, config.steps) as log, _stop_signal() as stopped:
+            since, tokens = time.perf_counter(), 0
+            for step in range(first + 1, config.steps + 1):
+                batch = place_batch(next(iterator), self.mesh)
+                self.state, metrics = self.train_step(self.state, self.frozen, batch)
+                tokens += config.batch_size * self.train_set.sequence_length
+                log.advance()
+                if step % config.log_every == 0 or step == config.steps:
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    now = time.perf_counter()
+                    scalars["tokens_per_second"] = tokens / (now - since)
+                    scalars["learning_rate"] = float(schedule(step - 1))
+                    scalars["epoch"] = step * config.batch_size / len(self.train_set)
+                    log.write(step, scalars)
+                    since, tokens = now, 0
+                if self.valid_set is not None and (
+                    step % config.eval_every == 0 or step == config.steps
+                ):
+                    loss = self.evaluate()
+                    log.write(step, {"valid_loss": loss})
+                    if self.best_loss is None or loss < self.best_loss:
+                        self.best_loss = loss
+                        self.checkpoints.save_best(step, self.state)
+                    since, tokens = time.perf_counter(), 0
+                if step % config.save_every == 0 or step == config.steps or stopped():
+                    self.checkpoints.save(step, self.state, iterator.get_state(), self.best_loss)
+                    if stopped() and step < config.steps:
+                        return _Outcome(step, None, loss)
+        if self.checkpoints.best_step is not None:
+            tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
+            return _Outcome(self.checkpoints.best_step, tuned, self.best_loss)
+        return _Outcome(int(self.state.step), self.state.tuned, loss)
+
+    def evaluate(self) -> float:
+        """Mean loss over the validation set, nats per token."""
+        assert self.valid_set is not None
+        size = self.config.train.batch_size // self.config.train.micro_batches
+        total = weight = 0.0
+        for batch in eval_batches(
+            self.valid_set, size, jax.process_index(), jax.process_count()
+        ):
+            sums = self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
+            total, weight = total + float(sums[0]), weight + float(sums[1])
+        return total / weight
+
+    def write_result(self, outcome: _Outcome) -> Path:
+        """Write `adapter/` (esft) or `model/` (full)."""
+        if self.frozen_hash is not None and self._hash_frozen() != self.frozen_hash:
+            raise RuntimeError("a frozen weight changed during training; the result is not written")
+        model = nnx.merge(self.graph, outcome.tuned, self.frozen)
+        if self.experts is None:
+            save_model(model, self.folder.model, self.setup.folder)
+            return self.folder.model
+        assert self.base is not None
+        config = self.config
+        manifest = {
+            "base_model": config.model,
+            "base_fingerprint": self.base.fingerprint,
+            "scores_sha256": _file_hash(self.folder.scores / "scores.json"),
+            "data_sha256": self.train_set.stats.sha256,
+            "method": config.select.method if config.expert_cfg is None else None,
+            "top_p": config.select.threshold if config.expert_cfg is None else None,
+            "step": outcome.step,
+            "valid_loss": outcome.valid_loss,
+        }
+        tensors = trained_tensors(model, [path for path, _ in nnx.to_flat_state(outcome.tuned)])
+        save_adapter(self.folder.adapter, tensors, self.experts, manifest)
+        return self.folder.adapter
+
+    def _hash_frozen(self) -> str:
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.frozen):
+            for shard in leaf.addressable_shards:
+                digest.update(np.asarray(shard.data).tobytes())
+        return digest.hexdigest()
+
+
+def trained_parameters(model: Transformer, tuned: nnx.State) -> int:
+    """Number of trained parameters, without the padding rows of the tuned bank."""
+    count = 0
+    for path, param in nnx.to_flat_state(tuned):
+        value = param[...]
+        if path[0] == "tuned_experts" and model.tuned_experts is not None:
+            count += len(model.tuned_experts.layout.rows()) * int(np.prod(value.shape[1:]))
+        else:
+            count += value.size
+    return count
+
+
+def _file_hash(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM, which schedulers and preemption send, into a flag read between steps."""
+    received = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal received
+        received = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: received
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,64 @@
+"""Metrics of a run: a progress bar, JSON lines, TensorBoard."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from esft_jax.training.run_folder import RunFolder
+
+
+class MetricsLog:
+    """Writes scalars by step. Only process 0 writes or shows anything.
+
+    Lines past `start`, left by a run that was stopped after its last checkpoint, are removed, so
+    that a step never stands twice in the file.
+    """
+
+    def __init__(self, folder: RunFolder, start: int, steps: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        _drop_after(folder.metrics, start)
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        self._bar = tqdm(initial=start, total=steps, desc="train", unit="step")
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Record scalars, and show them beside the progress bar."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in scalars.items()})
+
+    def advance(self) -> None:
+        """One more step done."""
+        if self._active:
+            self._bar.update()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""The folder of one run: what lies where, and whether it may be continued."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from esft_jax.config import RunConfig, load_config, save_config
+from esft_jax.errors import InputError
+
+# What a resumed run may change without becoming another run.
+_CHANGEABLE = {
+    "mesh.data",
+    "mesh.cpu_devices",
+    "train.steps",
+    "train.eval_every",
+    "train.save_every",
+    "train.log_every",
+    "train.remat",
+    "train.verify_frozen",
+}
+
+
+class RunFolder:
+    """Paths of a run's files.
+
+    config.yaml        the resolved configuration
+    scores/            expert scores, if the run measured them
+    expert_cfg.json    the selected experts
+    checkpoints/       `last` to resume from, `best` by validation loss
+    metrics.jsonl      one line per logged step; `tensorboard/` holds the same
+    adapter/           the result of `esft`: the trained experts
+    model/             the result of `full`: a Hugging Face folder
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.scores = self.path / "scores"
+        self.expert_cfg = self.path / "expert_cfg.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that holds something else, or a run with other settings.
+
+        Raises:
+            InputError: naming the folder, and the first setting that differs.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"output: {self.path} is a file; expected a folder")
+        if not self.config.exists():
+            if any(self.path.iterdir()):
+                raise InputError(
+                    f"output: {self.path} is not empty and holds no run; expected a new folder"
+                )
+            return
+        saved = _flat(dataclasses.asdict(load_config(self.config)))
+        for key, value in _flat(dataclasses.asdict(config)).items():
+            section = key.split(".")[0]
+            if key in _CHANGEABLE or section in ("evaluation", "output"):
+                continue
+            if saved[key] != value:
+                raise InputError(
+                    f"output: {self.path} holds a run with {key} = {saved[key]!r}, not {value!r}; "
+                    "expected the same settings to resume it, or another folder"
+                )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and write the resolved configuration."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output: {self.path}: {error.strerror}") from None
+        save_config(config, self.config)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
