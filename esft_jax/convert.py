@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from esft_jax.cli import command
-from esft_jax.hf.convert import convert
+from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.load import local_folder
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
     args = parser.parse_args(argv)
-    fingerprint = convert(local_folder(args.source), args.to, origin=args.source)
+    fingerprint = convert_checkpoint(local_folder(args.source), args.to, origin=args.source)
     print(f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}")
 
 

@@ -34,7 +34,9 @@ from esft_jax.hf.source import (
 from esft_jax.hf.tensor_files import DTYPE_NAMES
 
 
-def convert(source_folder: str | Path, target: str | Path, origin: str | None = None) -> str:
+def convert_checkpoint(
+    source_folder: str | Path, target: str | Path, origin: str | None = None
+) -> str:
     """Convert a checkpoint, or complete a conversion of it that was interrupted.
 
     Args:
@@ -66,8 +68,8 @@ def convert(source_folder: str | Path, target: str | Path, origin: str | None = 
                 continue
             place, tensor = source.placements[name], source.tensor(name)
             digests[name] = tensor_digest(name, tensor)
-            stored = (tensor.T if place.transposed else tensor).astype(dtypes[place.path])
-            arrays[place.path][place.selection].write(stored).result()
+            block = place.to_block(tensor).astype(dtypes[place.path])
+            arrays[place.path][place.box].write(block).result()
             journal.write(json.dumps({"tensor": name, "sha256": digests[name]}) + "\n")
             journal.flush()
     copy_companions(source.folder, folder)

@@ -7,7 +7,7 @@ unfinished.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import tensorstore as ts
 
 from esft_jax.errors import InputError
 from esft_jax.files import parse_json, read_text
+from esft_jax.hf.blocks import Box, box_shape
 from esft_jax.hf.names import LeafPath, Placement, tensor_placements
 from esft_jax.model.config import ModelConfig
 
@@ -71,12 +72,11 @@ class ConvertedSource:
     def tensor(self, name: str) -> np.ndarray:
         """One tensor under its Hugging Face name, in its stored type."""
         place = self.placements[name]
-        value = self._read(place.path, place.selection)
-        return value.T if place.transposed else value
+        return place.from_block(self._read(place.path, place.box))
 
-    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """A block of a stacked parameter."""
-        return self._read(path, tuple(index)).astype(dtype, copy=False)
+    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter, cast to a type."""
+        return self._read(path, box).astype(dtype, copy=False)
 
     def _open(self, leaf: LeafPath, shape: tuple[int, ...]) -> ts.TensorStore:
         path = self.folder / PARAMS / ".".join(leaf)
@@ -90,9 +90,9 @@ class ConvertedSource:
             )
         return array
 
-    def _read(self, leaf: LeafPath, index: tuple[int | slice, ...]) -> np.ndarray:
+    def _read(self, leaf: LeafPath, box: Box) -> np.ndarray:
         try:
-            return self._arrays[leaf][index].read().result()
+            return self._arrays[leaf][box].read().result()
         except ValueError as error:
             path = self.folder / PARAMS / ".".join(leaf)
             raise InputError(f"{path}: cannot be read: {_first_line(error)}") from None
@@ -102,10 +102,7 @@ def leaf_shapes(placements: Mapping[str, Placement]) -> dict[LeafPath, tuple[int
     """Shape of every stacked parameter: the smallest that holds all its tensors."""
     shapes: dict[LeafPath, tuple[int, ...]] = {}
     for place in placements.values():
-        matrix = place.stored_shape
-        if place.columns is not None:
-            matrix = (*matrix[:-1], place.columns[1])
-        end = (*(i + 1 for i in place.index), *matrix)
+        end = tuple(s.stop for s in place.box)
         before = shapes.get(place.path, end)
         shapes[place.path] = tuple(map(max, before, end))
     return shapes
@@ -115,9 +112,7 @@ def create_arrays(
     folder: Path, placements: Mapping[str, Placement], dtypes: Mapping[LeafPath, np.dtype]
 ) -> dict[LeafPath, ts.TensorStore]:
     """Create the arrays of `params/`, or open those that exist, for writing."""
-    chunks = {
-        place.path: (1,) * len(place.index) + place.stored_shape for place in placements.values()
-    }
+    chunks = {place.path: box_shape(place.box) for place in placements.values()}
     arrays = {}
     for leaf, shape in leaf_shapes(placements).items():
         metadata = {

@@ -8,6 +8,9 @@ that knows both.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from esft_jax.hf.blocks import Box
 from esft_jax.model.config import ModelConfig
 
 LeafPath = tuple[str, ...]
@@ -38,11 +41,22 @@ class Placement:
         return self.shape[::-1] if self.transposed else self.shape
 
     @property
-    def selection(self) -> tuple[int | slice, ...]:
-        """Index that selects the tensor in the parameter."""
-        if self.columns is None:
-            return self.index
-        return (*self.index, slice(None), slice(*self.columns))
+    def box(self) -> Box:
+        """The block of the parameter that holds the tensor."""
+        matrix = [slice(0, size) for size in self.stored_shape]
+        if self.columns is not None:
+            matrix[-1] = slice(*self.columns)
+        return (*(slice(i, i + 1) for i in self.index), *matrix)
+
+    def to_block(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as the block that its box selects."""
+        stored = tensor.T if self.transposed else tensor
+        return stored.reshape((1,) * len(self.index) + stored.shape)
+
+    def from_block(self, block: np.ndarray) -> np.ndarray:
+        """The tensor, from the block that its box selects."""
+        stored = block.reshape(self.stored_shape)
+        return stored.T if self.transposed else stored
 
 
 class FusedSlice(NamedTuple):

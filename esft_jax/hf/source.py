@@ -6,7 +6,6 @@ our stacked parameters.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from esft_jax.errors import InputError
+from esft_jax.hf.blocks import Box, box_shape, intersect, within
 from esft_jax.hf.names import (
     LeafPath,
     Placement,
@@ -48,8 +48,8 @@ class Source(Protocol):
     def tensor(self, name: str) -> np.ndarray:
         """One tensor under its Hugging Face name, in its stored type."""
 
-    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """A block of a stacked parameter; `index` has bounded slices without steps."""
+    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter, cast to a type."""
 
 
 class HuggingFaceSource:
@@ -106,7 +106,7 @@ class HuggingFaceSource:
         part = self._fused.get(name)
         return DTYPES[self.files[part.name if part else name].dtype]
 
-    def tensor(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def tensor(self, name: str, index: Box = ()) -> np.ndarray:
         """A tensor, or a part of it, in its stored type."""
         part = self._fused.get(name)
         if part is None:
@@ -115,15 +115,17 @@ class HuggingFaceSource:
         inside = slice(part.begin + rows.start, part.begin + rows.stop)
         return self.files.read(part.name, (slice(part.expert, part.expert + 1), inside, columns))[0]
 
-    def block(self, path: LeafPath, index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """A block of a stacked parameter, of the tensors that reach into it."""
-        block = np.empty([s.stop - s.start for s in index], dtype)
+        block = np.empty(box_shape(box), dtype)
         for name in self.by_leaf[path]:
-            overlap = _overlap(self.placements[name], index)
-            if overlap is not None:
-                target, part = overlap
-                tensor = self.tensor(name, part)
-                block[target] = tensor.T if self.placements[name].transposed else tensor
+            place = self.placements[name]
+            common = intersect(box, place.box)
+            if common is None:
+                continue
+            part = within(common, place.box)[len(place.index) :]
+            tensor = self.tensor(name, part[::-1] if place.transposed else part)
+            block[within(common, box)] = tensor.T if place.transposed else tensor
         return block
 
 
@@ -133,28 +135,6 @@ def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]
     for name, place in placements.items():
         found[place.path].append(name)
     return found
-
-
-def _overlap(
-    place: Placement, index: Sequence[slice]
-) -> tuple[tuple[int | slice, ...], tuple[slice, ...]] | None:
-    """The place in a block, and the part of the tensor as stored on disk, where the two meet."""
-    lead = len(place.index)
-    if not all(s.start <= i < s.stop for i, s in zip(place.index, index[:lead], strict=True)):
-        return None
-    target: list[int | slice] = [
-        i - s.start for i, s in zip(place.index, index[:lead], strict=True)
-    ]
-    part = []
-    for axis, size in enumerate(place.stored_shape):
-        wanted = index[lead + axis]
-        offset = place.columns[0] if place.columns and axis == 1 else 0
-        begin, end = max(wanted.start, offset), min(wanted.stop, offset + size)
-        if begin >= end:
-            return None
-        target.append(slice(begin - wanted.start, end - wanted.start))
-        part.append(slice(begin - offset, end - offset))
-    return tuple(target), tuple(reversed(part) if place.transposed else part)
 
 
 def tensor_digest(name: str, tensor: np.ndarray) -> str:
@@ -172,8 +152,3 @@ def combine_digests(digests: dict[str, str]) -> str:
     """
     lines = "".join(f"{digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def bounded(index: Sequence[slice], shape: Sequence[int]) -> list[slice]:
-    """Slices with bounds."""
-    return [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]

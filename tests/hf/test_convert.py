@@ -10,7 +10,7 @@ from flax import nnx
 from esft_jax.errors import InputError
 from esft_jax.hf import convert as convert_module
 from esft_jax.hf import converted
-from esft_jax.hf.convert import convert
+from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.source import HuggingFaceSource
 from esft_jax.mesh import make_mesh, param_shardings
@@ -20,7 +20,7 @@ from tests.hf.checkpoints import assert_same, leaves, rewrite, save, torch_model
 @pytest.fixture(scope="module")
 def converted_tiny(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "tiny"
-    convert(tiny[1], folder)
+    convert_checkpoint(tiny[1], folder)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_mixed_types_are_kept_without_loss(tiny, tmp_path):
         }
 
     folder = rewrite(tiny[1], tmp_path / "mixed", mix)
-    fingerprint = convert(folder, tmp_path / "converted")
+    fingerprint = convert_checkpoint(folder, tmp_path / "converted")
     source, base = load_base(folder, jnp.float32), load_base(tmp_path / "converted", jnp.float32)
     assert_same(source.model, base.model)
     assert fingerprint == source.fingerprint == base.fingerprint
@@ -87,11 +87,11 @@ def test_orbax_restores_it_onto_a_mesh(tiny, converted_tiny):
 
 def test_a_chunk_is_one_tensor_or_a_part_of_it(tiny, tmp_path, monkeypatch):
     files = HuggingFaceSource(tiny[1]).placements
-    convert(tiny[1], tmp_path / "whole")
+    convert_checkpoint(tiny[1], tmp_path / "whole")
     chunks = [p for p in (tmp_path / "whole" / "params").glob("*/c/**/*") if p.is_file()]
     assert len([p for p in chunks if "__lock" not in p.name]) == len(files)
     monkeypatch.setattr(converted, "_MAX_CHUNK_BYTES", 1000)
-    convert(tiny[1], tmp_path / "split")
+    convert_checkpoint(tiny[1], tmp_path / "split")
     chunks = [p for p in (tmp_path / "split" / "params").glob("*/c/**/*") if p.is_file()]
     assert max(p.stat().st_size for p in chunks) <= 1004  # 1000 and a checksum
     assert_same(load_model(tmp_path / "whole"), load_model(tmp_path / "split"))
@@ -114,7 +114,7 @@ def unfinished(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(convert_module, "tensor_digest", killed)
         with pytest.raises(Killed):
-            convert(tiny[1], tmp_path / "target")
+            convert_checkpoint(tiny[1], tmp_path / "target")
     journal = tmp_path / "target" / "conversion.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     return tmp_path / "target"
@@ -130,7 +130,7 @@ def test_a_killed_conversion_is_refused_then_resumed(tiny, converted_tiny, unfin
         return digest(name, tensor)
 
     monkeypatch.setattr(convert_module, "tensor_digest", count)
-    convert(tiny[1], unfinished)
+    convert_checkpoint(tiny[1], unfinished)
     assert len(calls) == len(HuggingFaceSource(tiny[1]).placements) - 59
     assert content(unfinished) == content(converted_tiny)
 
@@ -139,31 +139,31 @@ def test_another_source_does_not_complete_it(unfinished, tmp_path):
     other = save(torch_model(seed=1), tmp_path / "other")
     before = content(unfinished)
     with pytest.raises(InputError, match="unfinished conversion of another source"):
-        convert(other, unfinished)
+        convert_checkpoint(other, unfinished)
     assert content(unfinished) == before
 
 
 def test_targets_that_hold_something_are_left_alone(tiny, converted_tiny, tmp_path):
     with pytest.raises(InputError, match="is complete already"):
-        convert(tiny[1], converted_tiny)
+        convert_checkpoint(tiny[1], converted_tiny)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="exists; expected a new or empty folder"):
-        convert(tiny[1], tmp_path)
+        convert_checkpoint(tiny[1], tmp_path)
     assert content(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(InputError, match="is a converted checkpoint already"):
-        convert(converted_tiny, tmp_path / "new")
+        convert_checkpoint(converted_tiny, tmp_path / "new")
 
 
 def test_a_bad_source_leaves_no_target(tiny, tmp_path):
     bad = rewrite(tiny[1], tmp_path / "bad", lambda t: dict(list(t.items())[1:]))
     with pytest.raises(InputError, match="is missing"):
-        convert(bad, tmp_path / "target")
+        convert_checkpoint(bad, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
 def test_damage_is_noticed(tiny, tmp_path):
     folder = tmp_path / "target"
-    convert(tiny[1], folder)
+    convert_checkpoint(tiny[1], folder)
     down = folder / "params" / "moe_blocks.moe.experts.down"
     chunk = down / "c" / "1" / "2" / "0" / "0"
     data = bytearray(chunk.read_bytes())
@@ -189,7 +189,7 @@ def test_damage_is_noticed(tiny, tmp_path):
     ],
 )
 def test_bad_manifests(tiny, tmp_path, text, message):
-    convert(tiny[1], tmp_path / "c")
+    convert_checkpoint(tiny[1], tmp_path / "c")
     (tmp_path / "c" / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=message):
         load_model(tmp_path / "c")

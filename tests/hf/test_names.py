@@ -32,7 +32,7 @@ def test_fused_names_and_shapes_are_those_of_transformers_in_memory(tiny):
 
 def test_no_two_tensors_share_a_place(tiny):
     placements = tensor_placements(ModelConfig.load(tiny[1]))
-    places = {(p.path, str(p.selection)) for p in placements.values()}
+    places = {(p.path, str(p.box)) for p in placements.values()}
     assert len(places) == len(placements)
     elements = sum(math.prod(p.shape) for p in placements.values())
     assert elements == sum(map(math.prod, leaf_shapes(placements).values()))

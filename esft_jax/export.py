@@ -1,0 +1,29 @@
+"""Merge an adapter into its base and write the full model as a Hugging Face folder."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from esft_jax.cli import command
+from esft_jax.hf.export import export_model
+
+
+@command
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.export`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="Hugging Face folder, name on the hub, or converted checkpoint",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    args = parser.parse_args(argv)
+    export_model(args.base, args.adapter, args.to)
+    print(f"Exported {args.base} with {args.adapter or 'no adapter'}; written to {args.to}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

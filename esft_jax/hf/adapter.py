@@ -1,0 +1,257 @@
+"""Adapters: the trained tensors under Hugging Face names, and what they were trained on.
+
+A folder holds safetensors, `expert_cfg.json` and `manifest.json`. The adapters that the ESFT
+authors released have no manifest, and their names may lack the prefix `model.`.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.files import parse_json, read_text
+from esft_jax.hf.blocks import Box, read_block, write_blocks
+from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
+from esft_jax.hf.names import LeafPath, Placement, expert_names, tensor_placements
+from esft_jax.hf.tensor_files import DTYPES, TensorFiles
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.transformer import Transformer
+
+EXPERT_CONFIG = "expert_cfg.json"
+MANIFEST = "manifest.json"
+
+_MAX_SHARD_BYTES = 4 << 30
+_EXPERTS: LeafPath = ("moe_blocks", "moe", "experts")
+
+
+class AdapterTensors(Mapping[str, np.ndarray]):
+    """Tensors of an adapter by their full Hugging Face names, read when they are asked for."""
+
+    def __init__(self, files: TensorFiles):
+        self.files = files
+        self.stored = {
+            name if name.startswith(("model.", "lm_head.")) else f"model.{name}": name
+            for name in files
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.files.read(self.stored[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        return DTYPES[self.files[self.stored[name]].dtype]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk.
+
+    Attributes:
+        folder: where it is.
+        tensors: its tensors by Hugging Face name; data is read on access.
+        expert_cfg: what was trained.
+        manifest: its provenance; None for adapters that ESFT's authors released.
+    """
+
+    folder: Path
+    tensors: AdapterTensors
+    expert_cfg: ExpertConfig
+    manifest: dict[str, Any] | None
+
+    def check(self, config: ModelConfig, base_fingerprint: str | None = None) -> None:
+        """Check that the adapter fits a model.
+
+        Args:
+            base_fingerprint: of the base it shall be merged into; only compared if it has a
+                manifest.
+
+        Raises:
+            InputError: it belongs to another base, or its tensors are not exactly those that its
+                `expert_cfg.json` names in this model.
+        """
+        expected = trained_names(config, self.expert_cfg, str(self.folder / EXPERT_CONFIG))
+        for name in expected:
+            if name not in self.tensors:
+                raise InputError(
+                    f"{self.folder}: tensor {name!r} is missing; {EXPERT_CONFIG} names it"
+                )
+        placements = tensor_placements(config)
+        wanted = set(expected)
+        for name in self.tensors:
+            if name not in wanted:
+                raise InputError(
+                    f"{self.folder}: unexpected tensor {name!r}; {EXPERT_CONFIG} does not name it"
+                )
+            self.tensors.files.check(self.tensors.stored[name], placements[name].shape)
+        if self.manifest is not None and base_fingerprint is not None:
+            trained_on = self.manifest["base_fingerprint"]
+            if trained_on != base_fingerprint:
+                raise InputError(
+                    f"{self.folder / MANIFEST}: base_fingerprint: trained on another base "
+                    f"({trained_on[:12]}...); this one is {base_fingerprint[:12]}..."
+                )
+
+
+def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> list[str]:
+    """Names of the tensors that an expert configuration trains, in the order of the model.
+
+    Raises:
+        InputError: the configuration does not fit the model; the message begins with `where`.
+    """
+    try:
+        expert_cfg.validate(config.moe_layers, config.router.num_experts)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    selected = {
+        name
+        for layer, ids in expert_cfg.experts.items()
+        for expert in ids
+        for name in expert_names(layer, expert)
+    }
+
+    def trained(name: str, place: Placement) -> bool:
+        if place.path[:3] == _EXPERTS:
+            return name in selected
+        if "shared_experts" in place.path:
+            return expert_cfg.shared_experts
+        return expert_cfg.non_expert_modules
+
+    return [name for name, place in tensor_placements(config).items() if trained(name, place)]
+
+
+def trained_tensors(
+    model: Transformer, trained: Collection[tuple[Any, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The trained tensors of a model under training, in `model.dtype`.
+
+    On several processes all must consume it, in step.
+
+    Args:
+        model: with its tuned bank, if experts are trained.
+        trained: paths of all trained parameters; the bank's own may be among them.
+    """
+    rows = _bank_rows(model)
+    names = [
+        name
+        for name, place in tensor_placements(model.config).items()
+        if place.path in trained or (place.path[:3] == _EXPERTS and place.index in rows)
+    ]
+    return model_tensors(model, names, model.dtype)
+
+
+def model_tensors(
+    model: Transformer, names: Iterable[str], dtype: DTypeLike
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a model under Hugging Face names; tuned experts come from their bank."""
+    placements, rows = tensor_placements(model.config), _bank_rows(model)
+    leaves: dict[LeafPath, jax.Array] = {
+        tuple(map(str, path)): param.get_value()
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    for name in names:
+        place = placements[name]
+        leaf, box = leaves[place.path], place.box
+        if place.path[:3] == _EXPERTS and place.index in rows:
+            row = rows[place.index]
+            leaf = leaves["tuned_experts", place.path[-1]]
+            box = (slice(row, row + 1), *box[2:])
+        yield name, place.from_block(read_block(leaf, box)).astype(dtype)
+
+
+def save_adapter(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    expert_cfg: ExpertConfig,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Write an adapter; an older one in the same place gives way once the new one is complete.
+
+    On several processes all must call it; the first one writes.
+
+    Args:
+        tensors: what `trained_tensors` yields.
+        manifest: provenance, with the key `base_fingerprint`.
+    """
+    if "base_fingerprint" not in manifest:
+        raise KeyError("base_fingerprint")
+    found = dict(tensors)
+    if jax.process_index() != 0:
+        return
+    with new_folder(Path(folder), replace=True) as temporary:
+        specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in found.items()}
+        write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
+        expert_cfg.save(temporary / EXPERT_CONFIG)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Open an adapter of ours or one that ESFT's authors released; tensors are read on access.
+
+    Raises:
+        InputError: missing or damaged files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected an adapter")
+    expert_cfg = ExpertConfig.load(folder / EXPERT_CONFIG)
+    manifest, path = None, folder / MANIFEST
+    if path.exists():
+        manifest = parse_json(read_text(path), str(path))
+        known = isinstance(manifest, dict) and isinstance(manifest.get("base_fingerprint"), str)
+        if not known:
+            raise InputError(f"{path}: key 'base_fingerprint' is missing; expected a string")
+    return Adapter(folder, AdapterTensors(TensorFiles(folder)), expert_cfg, manifest)
+
+
+def apply_adapter(model: Transformer, adapter: Adapter, base_fingerprint: str) -> None:
+    """Merge an adapter into a base model, in place; sharding and types stay.
+
+    The model's former arrays are used up.
+
+    Args:
+        base_fingerprint: of the model (`LoadedBase.fingerprint`).
+
+    Raises:
+        InputError: see `Adapter.check`; the model is unchanged then.
+    """
+    assert model.tuned_experts is None, "an adapter is merged into the base experts"
+    adapter.check(model.config, base_fingerprint)
+    placements = tensor_placements(model.config)
+    by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
+    for name in adapter.tensors:
+        by_leaf[placements[name].path].append(name)
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+    def blocks(names: list[str]) -> Iterator[tuple[Box, np.ndarray]]:
+        for name in names:
+            yield placements[name].box, placements[name].to_block(adapter.tensors[name])
+
+    for path, names in by_leaf.items():
+        param = params[path]
+        param.set_value(write_blocks(param.get_value(), blocks(names)))
+    nnx.update(model, nnx.from_flat_state(params))
+
+
+def _bank_rows(model: Transformer) -> dict[tuple[int, ...], int]:
+    """Row of the tuned bank by (index among the MoE layers, expert)."""
+    if model.tuned_experts is None:
+        return {}
+    return {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}

@@ -1,0 +1,127 @@
+"""Full models in Hugging Face layout, which `transformers` and the published code both load."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text
+from esft_jax.hf.adapter import load_adapter, model_tensors
+from esft_jax.hf.folder import TensorSpec, copy_companions, new_folder, write_tensors
+from esft_jax.hf.load import open_source
+from esft_jax.hf.names import tensor_placements
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.transformer import Transformer
+
+_MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export_model(base: str | Path, adapter: str | Path | None, target: str | Path) -> None:
+    """Write a base model, with an adapter merged into it, as a Hugging Face folder.
+
+    One tensor is in memory at a time. Tensors keep their types: those of the adapter are not cast
+    to the base's, and `config.json` names the widest type, so that nothing is lost on loading.
+
+    Args:
+        base: Hugging Face folder, hub name, or converted checkpoint.
+        adapter: adapter folder, or None for the base alone.
+        target: folder to write, new or empty.
+
+    Raises:
+        InputError: bad input, or an adapter of another base; nothing is written then.
+    """
+    source = open_source(base)
+    tensors: Mapping[str, np.ndarray] = {}
+    specs = {
+        name: TensorSpec(source.dtype(name), place.shape)
+        for name, place in source.placements.items()
+    }
+    if adapter is not None:
+        loaded = load_adapter(adapter)
+        # The fingerprint may take reading the whole base.
+        loaded.check(source.config, source.fingerprint if loaded.manifest else None)
+        tensors = loaded.tensors
+        for name in tensors:
+            specs[name] = TensorSpec(loaded.tensors.dtype(name), specs[name].shape)
+
+    def merged() -> Iterator[tuple[str, np.ndarray]]:
+        for name in specs:
+            yield name, tensors[name] if name in tensors else source.tensor(name)
+
+    _write_model(Path(target), source.folder, specs, merged(), replace=False)
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    template_folder: str | Path,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Write all weights of a model as a Hugging Face folder; an older one there gives way.
+
+    On several processes all must call it; the first one writes.
+
+    Args:
+        template_folder: where `config.json` and the tokenizer are copied from.
+        dtype: type of the weights; the model's own by default.
+    """
+    dtype = np.dtype(dtype or model.dtype)
+    placements = tensor_placements(model.config)
+    template = Path(template_folder)
+    if ModelConfig.load(template) != model.config:
+        raise InputError(f"{template / 'config.json'}: describes another model than the one saved")
+    specs = {name: TensorSpec(dtype, place.shape) for name, place in placements.items()}
+    tensors = model_tensors(model, placements, dtype)
+    if jax.process_index() == 0:
+        _write_model(Path(folder), template, specs, tensors, replace=True)
+    else:
+        for _ in tensors:  # reading a tensor takes part of every process
+            pass
+
+
+def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """A `config.json` that all readers understand alike.
+
+    transformers 5 reads `rope_parameters` and `dtype`; the published code and transformers 4 read
+    `rope_theta`, `rope_scaling` and `torch_dtype`, and silently drop YaRN without them.
+
+    Args:
+        raw: the parsed `config.json`, in either spelling.
+        dtype: type the weights are loaded in unless the reader says otherwise.
+    """
+    config = {
+        key: value for key, value in raw.items() if key != "auto_map"
+    }  # its code stays behind
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    return config | {
+        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **rope},
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, "rope_type": kind, **rope},
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,
+    }
+
+
+def _write_model(
+    target: Path,
+    template: Path,
+    specs: dict[str, TensorSpec],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    *,
+    replace: bool,
+) -> None:
+    path = template / "config.json"
+    widest = np.result_type(*{spec.dtype for spec in specs.values()})
+    config = exported_config(parse_json(read_text(path), str(path)), widest)
+    with new_folder(target, replace=replace) as folder:
+        copy_companions(template, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder, specs, tensors, _MAX_SHARD_BYTES)
