@@ -1,0 +1,191 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from esft_jax.errors import InputError
+from esft_jax.hf import export as export_module
+from esft_jax.hf.adapter import apply_adapter, load_adapter, save_adapter
+from esft_jax.hf.convert import convert_checkpoint
+from esft_jax.hf.export import export_model, exported_config, save_model
+from esft_jax.hf.load import load_base, load_model
+from esft_jax.hf.tensor_files import TensorFiles
+from esft_jax.model import ModelConfig
+from tests.hf.checkpoints import (
+    YARN,
+    assert_same,
+    logits,
+    rewrite,
+    save,
+    torch_logits,
+    torch_model,
+)
+from tests.hf.test_adapter import EXPERTS, NAMES, save_trained
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_trained(folder, load_base(tiny[1], jnp.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(tiny, adapter):
+    """The base with the adapter applied in memory."""
+    base = load_base(tiny[1], jnp.float32)
+    apply_adapter(base.model, load_adapter(adapter), base.fingerprint)
+    return base.model
+
+
+def from_pretrained(folder):
+    return transformers.DeepseekV2ForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
+
+
+def test_transformers_loads_an_export_with_the_same_logits(
+    tiny, adapter, merged, tokens, tmp_path, monkeypatch
+):
+    convert_checkpoint(tiny[1], tmp_path / "converted")
+    monkeypatch.setattr(export_module, "_MAX_SHARD_BYTES", 100_000)
+    export_model(tmp_path / "converted", adapter, tmp_path / "export")
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) == 3
+    model = from_pretrained(tmp_path / "export")
+    assert model.dtype == torch.float32
+    found = torch_logits(model, tokens)
+    np.testing.assert_allclose(found, logits(merged, tokens), atol=1e-4)
+    assert np.abs(found - torch_logits(tiny[0], tokens)).max() > 1e-2
+    assert_same(load_model(tmp_path / "export"), merged)
+
+
+def test_both_forms_of_the_base_export_the_same_files(tiny, adapter, tmp_path):
+    convert_checkpoint(tiny[1], tmp_path / "converted")
+    export_model(tmp_path / "converted", adapter, tmp_path / "one")
+    export_model(tiny[1], adapter, tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_without_an_adapter_the_base_comes_back(tiny, tmp_path):
+    convert_checkpoint(tiny[1], tmp_path / "converted")
+    export_model(tmp_path / "converted", None, tmp_path / "export")
+    assert load_base(tmp_path / "export").fingerprint == load_base(tiny[1]).fingerprint
+
+
+def test_tensors_keep_their_types_and_the_config_names_the_widest(tiny, adapter, tmp_path):
+    half = save(torch_model().bfloat16(), tmp_path / "half")
+    adapter_of_half = tmp_path / "adapter"
+    base = load_base(half, jnp.float32)
+    save_trained(adapter_of_half, base)
+    export_model(half, adapter_of_half, tmp_path / "export")
+    types = {name: info.dtype for name, info in TensorFiles(tmp_path / "export").items()}
+    assert {name for name, dtype in types.items() if dtype == "F32"} == set(NAMES)
+    assert set(types.values()) == {"BF16", "F32"}
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert from_pretrained(tmp_path / "export").dtype == torch.float32
+    export_model(half, None, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_comes_along_and_foreign_files_stay(tiny, tmp_path):
+    base = rewrite(tiny[1], tmp_path / "base", lambda tensors: tensors)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "training_args.bin").write_bytes(b"")
+    export_model(base, None, tmp_path / "export")
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+PUBLISHED = {
+    "rope_theta": 10000,
+    "rope_scaling": {k: v for k, v in YARN.items() if k not in ("rope_type", "rope_theta")}
+    | {"type": "yarn"},
+}
+
+
+@pytest.mark.parametrize(
+    "spelling", [{"rope_parameters": YARN}, PUBLISHED], ids=["transformers-5", "published"]
+)
+def test_config_json_has_both_spellings_of_rope(tiny, tokens, tmp_path, spelling):
+    model, folder = tiny
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["rope_parameters"]
+    base = rewrite(folder, tmp_path / "base", lambda tensors: tensors)
+    (base / "config.json").write_text(json.dumps(raw | spelling | {"auto_map": {"A": "b.C"}}))
+    export_model(base, None, tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["rope_theta"] == 10000
+    assert config["rope_scaling"] == PUBLISHED["rope_scaling"] | {"rope_type": "yarn"}
+    assert config["rope_parameters"] == YARN
+    assert "auto_map" not in config
+    for key in ("rope_parameters", "rope_scaling"):
+        alone = {k: v for k, v in config.items() if k != key}
+        assert ModelConfig.from_hugging_face(alone) == ModelConfig.load(folder)
+    found = torch_logits(from_pretrained(tmp_path / "export"), tokens)
+    np.testing.assert_array_equal(found, torch_logits(model, tokens))
+
+
+def test_plain_rope_in_both_spellings():
+    config = exported_config({"rope_theta": 5000.0}, np.dtype(np.float32))
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
+    assert config["rope_theta"] == 5000.0
+    assert config["rope_scaling"] is None
+
+
+def test_saving_a_whole_model(tiny, tmp_path, merged, tokens):
+    save_model(merged, tmp_path / "model", tiny[1])
+    assert_same(load_model(tmp_path / "model"), merged)
+    found = torch_logits(from_pretrained(tmp_path / "model"), tokens)
+    np.testing.assert_allclose(found, logits(merged, tokens), atol=1e-4)
+    save_model(load_model(tiny[1]), tmp_path / "model", tiny[1], jnp.bfloat16)  # replaces it
+    infos = TensorFiles(tmp_path / "model").values()
+    assert {info.dtype for info in infos} == {"BF16"}
+    assert_same(load_model(tmp_path / "model", jnp.bfloat16), load_model(tiny[1], jnp.bfloat16))
+
+
+def test_a_template_of_another_model_is_refused(tmp_path, merged):
+    other = save(torch_model(n_routed_experts=4), tmp_path / "other")
+    with pytest.raises(InputError, match=r"config.json: describes another model"):
+        save_model(merged, tmp_path / "model", other)
+    assert not (tmp_path / "model").exists()
+
+
+def test_bad_input_writes_nothing(tiny, adapter, tmp_path):
+    other = save(torch_model(seed=1), tmp_path / "other")
+    with pytest.raises(InputError, match="base_fingerprint: trained on another base"):
+        export_model(other, adapter, tmp_path / "export")
+    small = save(torch_model(moe_intermediate_size=8), tmp_path / "small")
+    with pytest.raises(InputError, match=r"has shape .*; config.json expects"):
+        export_model(small, adapter, tmp_path / "export")
+    tensors = [(NAMES[0], np.zeros((16, 32), np.float32))]
+    save_adapter(tmp_path / "part", tensors, EXPERTS, {"base_fingerprint": ""})
+    with pytest.raises(InputError, match="is missing; expert_cfg.json names it"):
+        export_model(tiny[1], tmp_path / "part", tmp_path / "export")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "part", "small"]
+
+
+def test_a_target_in_use_is_left_alone(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists; expected a new or empty folder"):
+        export_model(tiny[1], None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_export_that_dies_leaves_nothing(tiny, tmp_path, monkeypatch):
+    source = export_module.open_source(tiny[1])
+    monkeypatch.setattr(export_module, "open_source", lambda path: source)
+    monkeypatch.setattr(type(source), "tensor", lambda self, name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_model(tiny[1], None, tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
