@@ -27,10 +27,15 @@ from tests.hf.test_adapter import EXPERTS, NAMES, save_trained
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny, tmp_path_factory):
+def training(tiny, tmp_path_factory):
+    """A model with a trained bank, and the adapter it saved."""
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_trained(folder, load_base(tiny[1], jnp.float32))
-    return folder
+    return save_trained(folder, load_base(tiny[1], jnp.float32)), folder
+
+
+@pytest.fixture(scope="module")
+def adapter(training):
+    return training[1]
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +53,17 @@ def from_pretrained(folder):
 
 
 def test_transformers_loads_an_export_with_the_same_logits(
-    tiny, adapter, merged, tokens, tmp_path, monkeypatch
+    tiny, training, merged, tokens, tmp_path, monkeypatch
 ):
     convert_checkpoint(tiny[1], tmp_path / "converted")
     monkeypatch.setattr(export_module, "_MAX_SHARD_BYTES", 100_000)
+    trained, adapter = training
     export_model(tmp_path / "converted", adapter, tmp_path / "export")
     assert len(list((tmp_path / "export").glob("*.safetensors"))) == 3
     model = from_pretrained(tmp_path / "export")
     assert model.dtype == torch.float32
     found = torch_logits(model, tokens)
-    np.testing.assert_allclose(found, logits(merged, tokens), atol=1e-4)
+    np.testing.assert_allclose(found, logits(trained, tokens), atol=1e-4)
     assert np.abs(found - torch_logits(tiny[0], tokens)).max() > 1e-2
     assert_same(load_model(tmp_path / "export"), merged)
 
@@ -143,11 +149,12 @@ def test_plain_rope_in_both_spellings():
     assert config["rope_scaling"] is None
 
 
-def test_saving_a_whole_model(tiny, tmp_path, merged, tokens):
-    save_model(merged, tmp_path / "model", tiny[1])
+def test_saving_a_whole_model(tiny, tmp_path, training, merged):
+    save_model(training[0], tmp_path / "model", tiny[1])  # tuned experts come from their bank
     assert_same(load_model(tmp_path / "model"), merged)
-    found = torch_logits(from_pretrained(tmp_path / "model"), tokens)
-    np.testing.assert_allclose(found, logits(merged, tokens), atol=1e-4)
+    export_model(tiny[1], training[1], tmp_path / "export")
+    for file in (tmp_path / "export").iterdir():
+        assert file.read_bytes() == (tmp_path / "model" / file.name).read_bytes(), file.name
     save_model(load_model(tiny[1]), tmp_path / "model", tiny[1], jnp.bfloat16)  # replaces it
     infos = TensorFiles(tmp_path / "model").values()
     assert {info.dtype for info in infos} == {"BF16"}
