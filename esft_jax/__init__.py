@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from esft_jax.mesh import make_mesh
     from esft_jax.model import ModelConfig, Transformer
     from esft_jax.training.loop import run_training
+    from esft_jax.training.setup import open_setup
 
 # Where each public name lives; imported on first use, so that `esft --help` needs no JAX.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "load_model": "hf.load",
     "load_scores": "experts.scores",
     "make_mesh": "mesh",
+    "open_setup": "training.setup",
     "partition": "experts.partition",
     "run_evaluation": "evaluation.tasks",
     "run_training": "training.loop",

@@ -74,9 +74,7 @@ class ShardingRules:
     embed: tuple[str, ...] = (DATA, EXPERT)
     layers: tuple[str, ...] = ()
 
-    def spec(
-        self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
-    ) -> PartitionSpec:
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         """Partition of an array with these logical axes.
 
         An `embed` axis that the mesh does not divide stays whole; that costs memory, not
@@ -146,8 +144,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, ja
         return {key: jax.numpy.asarray(value) for key, value in batch.items()}
     sharding = batch_sharding(mesh)
     return {
-        key: jax.make_array_from_process_local_data(sharding, value)
-        for key, value in batch.items()
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
     }
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from esft_jax.cli import add_config_arguments, command
 from esft_jax.config import load_config
-from esft_jax.select import print_selection
 from esft_jax.experts.select import select_experts
 from esft_jax.mesh import split_cpu
+from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import load_pretrained, measure_scores, open_setup
 

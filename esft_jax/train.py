@@ -11,9 +11,10 @@ from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command
 from esft_jax.config import RunConfig, load_config
-from esft_jax.evaluation.tasks import EvaluationReport, run_evaluation
+from esft_jax.evaluation.tasks import EvaluationReport, check_evaluation, run_evaluation
 from esft_jax.mesh import split_cpu
 from esft_jax.training.loop import RunResult, run_training
+from esft_jax.training.setup import open_setup
 
 
 @command
@@ -32,10 +33,13 @@ def main(argv: Sequence[str] | None) -> None:
     if args.distributed:
         jax.distributed.initialize()
     console = Console(quiet=jax.process_index() != 0)
+    setup = open_setup(config)
     before = after = None
-    if config.evaluation.data is not None and config.init == "pretrained":
-        before = run_evaluation(config)
-    result = run_training(config, say=console.print)
+    if config.evaluation.data is not None:
+        check_evaluation(config)
+        if config.init == "pretrained":
+            before = run_evaluation(config)
+    result = run_training(setup, say=console.print)
     if result.result is None:
         console.print(
             f"Stopped at step {result.step} and saved; the same command continues the run."

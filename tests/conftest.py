@@ -1,6 +1,8 @@
-"""Test session: eight CPU devices, a compilation cache, and the reference's golden data."""
+"""Test session: eight CPU devices, a compilation cache, golden data, a tiny model and task."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,62 @@ def esft_reference() -> Path:
     if not folder:
         pytest.skip("golden data: set ESFT_REFERENCE to a checkout of github.com/deepseek-ai/ESFT")
     return Path(folder)
+
+
+# A model that compiles and runs in seconds, with the embedded model's tokenizer.
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "dtype": "float32",
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: random weights in the shape of `TINY`, float32."""
+    # Not before `pytest_configure` has set up the environment of JAX.
+    from flax import nnx
+
+    from esft_jax.hf.export import save_model
+    from esft_jax.model import ModelConfig, Transformer
+
+    embedded = Path(__file__).parents[1] / "models" / "tiny-moe"
+    template = tmp_path_factory.mktemp("template")
+    for path in embedded.glob("*token*.json"):
+        shutil.copy(path, template)
+    raw = json.loads((embedded / "config.json").read_text()) | TINY
+    (template / "config.json").write_text(json.dumps(raw))
+    model = Transformer(ModelConfig.load(template), rngs=nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp("base") / "model"
+    save_model(model, folder, template)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short chats."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n} plus {n}?"},
+                {"role": "assistant", "content": f"It is {2 * n}."},
+            ]
+        }
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -46,7 +46,8 @@ def choose(
 
 class Router(nnx.Module):
     """Softmax over experts, top-k after it (DeepSeek-V2). Always float32: lower precision flips
-    experts."""
+    experts.
+    """
 
     def __init__(self, size: int, config: RouterConfig, params: ParamFactory):
         self.weight = params.weight((size, config.num_experts), ("embed", None))

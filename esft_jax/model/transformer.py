@@ -209,9 +209,7 @@ class Transformer(nnx.Module):
         cos, sin = rotation(self.config.rope, self.config.qk_rope_head_dim, positions)
 
         def attend(block: Block, x: Array, cache: LatentCache) -> tuple[Array, LatentCache]:
-            out, cache = block.attention.decode(
-                block.attention_norm(x), cos, sin, positions, cache
-            )
+            out, cache = block.attention.decode(block.attention_norm(x), cos, sin, positions, cache)
             return x + out, cache
 
         def dense_layer(block: Block, x: Array, layer: Array, cache: LatentCache) -> tuple:

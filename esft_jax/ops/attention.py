@@ -16,7 +16,8 @@ def masked_attention(
     scale: float,
 ) -> Float[Array, "B Q H W"]:
     """Softmax attention, softmax in float32. A query that sees nothing returns a mean of values,
-    never NaN."""
+    never NaN.
+    """
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqr,bhsr->bhqs", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None], scores * scale, jnp.finfo(jnp.float32).min)
@@ -44,9 +45,9 @@ def causal_attention(
     index = jnp.arange(length)
 
     def block(q: Array, q_segments: Array, q_index: Array) -> Array:
-        visible = (q_segments[:, :, None] == segment_ids[:, None, :]) & (
-            index <= q_index[:, None]
-        )[None]
+        visible = (q_segments[:, :, None] == segment_ids[:, None, :]) & (index <= q_index[:, None])[
+            None
+        ]
         return masked_attention(q, key, value, visible, scale)
 
     if length <= QUERY_BLOCK or length % QUERY_BLOCK:

@@ -38,7 +38,8 @@ def sort_by_group(groups: Int[Array, "T K"], num_groups: int) -> Dispatch:
 @jax.custom_vjp
 def take_rows(x: Float[Array, "T D"], dispatch: Dispatch) -> Float[Array, "N D"]:
     """Each assignment's token row, in sorted order. Its gradient is a gather too, where JAX's own
-    would be a scatter-add of wide rows."""
+    would be a scatter-add of wide rows.
+    """
     return x[dispatch.order // (dispatch.order.size // x.shape[0])]
 
 

@@ -156,7 +156,7 @@ def _forward(
 
 @dataclass
 class _Needed:
-    """Trace-time facts carried from the forward to the backward rule: which gradients to compute."""
+    """Trace-time facts for the backward rule: which gradients to compute."""
 
     x: bool = field(pytree_node=False)
     banks: tuple[bool, ...] = field(pytree_node=False)

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from esft_jax.config import RunConfig
 from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
@@ -26,15 +25,7 @@ from esft_jax.model.transformer import Transformer
 from esft_jax.training.checkpoint import Checkpoints, abstract_state
 from esft_jax.training.metrics_log import MetricsLog
 from esft_jax.training.optimizer import make_optimizer, make_schedule
-from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import (
-    Setup,
-    load_pretrained,
-    measure_scores,
-    open_setup,
-    random_model,
-    training_data,
-)
+from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
 from esft_jax.training.state import TrainState, init_state, state_shardings
 from esft_jax.training.step import make_eval_step, make_train_step
 
@@ -63,27 +54,27 @@ class RunResult:
     seconds: float
 
 
-def run_training(config: RunConfig, say: Callable[[str], None] = print) -> RunResult:
+def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     """Train as configured; continue from the last checkpoint if the run folder has one.
 
     Args:
+        setup: what `open_setup` made of a configuration.
         say: receives a line of text for every stage.
 
     Raises:
-        InputError: bad configuration, data, checkpoint or experts; before any training.
+        InputError: damaged weights, or a checkpoint of another run; before any training.
     """
     begin = time.perf_counter()
-    folder = RunFolder(config.output)
-    folder.check(config)
-    setup = open_setup(config)
-    train_set, valid_set = training_data(setup)
-    say(_describe("train", train_set))
-    if valid_set is not None:
-        say(_describe("valid", valid_set))
-    model, base = _starting_model(setup)
-    folder.create(config)
-    experts = _chosen_experts(setup, folder, base, say) if base and config.method == "esft" else None
-    run = _Run(setup, folder, model, experts, base, train_set, valid_set)
+    say(_describe("train", setup.train_set))
+    if setup.valid_set is not None:
+        say(_describe("valid", setup.valid_set))
+    base = load_pretrained(setup) if setup.config.init == "pretrained" else None
+    model = random_model(setup) if base is None else base.model
+    setup.run.create(setup.config)
+    experts = None
+    if base is not None and setup.config.method == "esft":
+        experts = _choose_experts(setup, base, say)
+    run = _Run(setup, model, base, experts)
     say(
         f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%}); "
         f"train step: {run.step_bytes / 2**20:,.0f} MiB of arguments and temporaries per device"
@@ -92,7 +83,7 @@ def run_training(config: RunConfig, say: Callable[[str], None] = print) -> RunRe
         outcome = run.train()
         path = None if outcome.tuned is None else run.write_result(outcome)
     return RunResult(
-        folder.path,
+        setup.run.path,
         path,
         outcome.step,
         outcome.valid_loss,
@@ -113,38 +104,26 @@ def _describe(name: str, dataset: PackedDataset) -> str:
     )
 
 
-def _starting_model(setup: Setup) -> tuple[Transformer, LoadedBase | None]:
-    if setup.config.init == "random":
-        return random_model(setup), None
-    base = load_pretrained(setup)
-    return base.model, base
-
-
-def _chosen_experts(
-    setup: Setup, folder: RunFolder, base: LoadedBase, say: Callable[[str], None]
-) -> ExpertConfig:
-    """Experts of the configuration, of the run being resumed, or newly scored and selected."""
-    config, given = setup.config, setup.config.expert_cfg
-    path = Path(given) if given is not None else folder.expert_cfg
-    if path.exists():
-        experts = ExpertConfig.load(path)
-        say(f"experts: {experts.num_experts_selected} from {path}")
+def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) -> ExpertConfig:
+    """The experts that were given, or newly scored and selected ones; kept in the run folder."""
+    experts, select = setup.experts, setup.config.select
+    if experts is not None:
+        say(f"experts: {experts.num_experts_selected} given")
     else:
         scores = measure_scores(setup, base)
-        scores.save(folder.scores)
+        scores.save(setup.run.scores)
         experts = select_experts(
             scores,
-            config.select.method,
-            config.select.threshold,
-            config.select.shared_experts,
-            config.select.non_expert_modules,
+            select.method,
+            select.threshold,
+            select.shared_experts,
+            select.non_expert_modules,
         )
         say(
             f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
-            f"{config.select.method} score, p = {config.select.threshold}"
+            f"{select.method} score, p = {select.threshold:g}"
         )
-    experts.validate(setup.model_config.moe_layers, setup.model_config.router.num_experts)
-    experts.save(folder.expert_cfg)
+    experts.save(setup.run.expert_cfg)
     return experts
 
 
@@ -163,16 +142,13 @@ class _Run:
     def __init__(
         self,
         setup: Setup,
-        folder: RunFolder,
         model: Transformer,
-        experts: ExpertConfig | None,
         base: LoadedBase | None,
-        train_set: PackedDataset,
-        valid_set: PackedDataset | None,
+        experts: ExpertConfig | None,
     ):
-        self.setup, self.folder, self.experts, self.base = setup, folder, experts, base
-        self.config, self.mesh = setup.config, setup.mesh
-        self.train_set, self.valid_set = train_set, valid_set
+        self.setup, self.base, self.experts = setup, base, experts
+        self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
+        self.train_set, self.valid_set = setup.train_set, setup.valid_set
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if experts is not None:
             attach_tuned_experts(model, experts)
@@ -180,12 +156,13 @@ class _Run:
         self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
         self._compile(tuned)
-        self.checkpoints = Checkpoints(folder.checkpoints, self._facts())
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self._facts())
         self.best_loss: float | None = None
 
     def _compile(self, tuned: nnx.State) -> None:
-        train, optimizer = self.config.train, make_optimizer(
-            self.config.optimizer, self.config.train.steps
+        train, optimizer = (
+            self.config.train,
+            make_optimizer(self.config.optimizer, self.config.train.steps),
         )
 
         def start(tuned: nnx.State) -> TrainState:
@@ -280,9 +257,7 @@ class _Run:
         assert self.valid_set is not None
         size = self.config.train.batch_size // self.config.train.micro_batches
         total = weight = 0.0
-        for batch in eval_batches(
-            self.valid_set, size, jax.process_index(), jax.process_count()
-        ):
+        for batch in eval_batches(self.valid_set, size, jax.process_index(), jax.process_count()):
             sums = self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
             total, weight = total + float(sums[0]), weight + float(sums[1])
         return total / weight

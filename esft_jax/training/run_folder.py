@@ -30,6 +30,7 @@ class RunFolder:
     metrics.jsonl      one line per logged step; `tensorboard/` holds the same
     adapter/           the result of `esft`: the trained experts
     model/             the result of `full`: a Hugging Face folder
+    evaluation/        completions and scores by `evaluate`
     """
 
     def __init__(self, path: str | Path):
@@ -42,6 +43,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.evaluation = self.path / "evaluation"
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that holds something else, or a run with other settings.
@@ -54,7 +56,9 @@ class RunFolder:
         if not self.path.is_dir():
             raise InputError(f"output: {self.path} is a file; expected a folder")
         if not self.config.exists():
-            if any(self.path.iterdir()):
+            # `score` and `evaluate` may have been here before.
+            ours = {self.scores, self.evaluation}
+            if not ours.issuperset(self.path.iterdir()):
                 raise InputError(
                     f"output: {self.path} is not empty and holds no run; expected a new folder"
                 )

@@ -12,41 +12,64 @@ from esft_jax.config import RunConfig
 from esft_jax.data.pipeline import PackedDataset, build_dataset, eval_batches, sample_rows
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.hf.load import LoadedBase, load_base, local_folder
 from esft_jax.mesh import EXPERT, make_mesh, param_shardings
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked configuration with what it names.
+    """A checked configuration with all that it names, except weights.
 
     Attributes:
+        run: where results go.
         folder: where the model's `config.json` and tokenizer lie.
         mesh: of the whole run.
+        experts: the ones to train, if they are chosen already: by `expert_cfg`, or by the run that
+            is being resumed.
     """
 
     config: RunConfig
+    run: RunFolder
     folder: Path
     model_config: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
+    train_set: PackedDataset
+    valid_set: PackedDataset | None
+    experts: ExpertConfig | None
 
 
 def open_setup(config: RunConfig) -> Setup:
-    """Read what is small and check that everything fits together.
+    """Read everything but weights, and check that it fits together.
 
     Raises:
-        InputError: naming the key that does not fit.
+        InputError: naming the key, file or line that is wrong.
     """
+    run = RunFolder(config.output)
+    run.check(config)
     folder = local_folder(config.model)
     model_config = ModelConfig.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
     _check_fit(config, model_config, mesh)
-    return Setup(config, folder, model_config, Tokenizer.load(folder), mesh)
+    experts = None
+    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
+    if config.method == "esft" and chosen.exists():
+        experts = ExpertConfig.load(chosen)
+        try:
+            experts.validate(model_config.moe_layers, model_config.router.num_experts)
+        except InputError as error:
+            raise InputError(f"{chosen}: {error}") from None
+    tokenizer = Tokenizer.load(folder)
+    length = config.data.sequence_length
+    train_set = _packed(config, config.data.train, tokenizer, length)
+    valid_set = _packed(config, config.data.valid, tokenizer, length) if config.data.valid else None
+    return Setup(config, run, folder, model_config, tokenizer, mesh, train_set, valid_set, experts)
 
 
 def _check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
@@ -64,42 +87,34 @@ def _check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
                 f"{key}: {length} tokens; the model's limit is {model.max_positions} "
                 "(max_position_embeddings)"
             )
+    micro_batch = config.train.batch_size // config.train.micro_batches
     for key, rows in (
-        ("train.batch_size / train.micro_batches", config.train.batch_size // config.train.micro_batches),
+        ("train.batch_size / train.micro_batches", micro_batch),
         ("score.batch_size", config.score.batch_size),
     ):
         if rows % mesh.size:
             raise InputError(f"{key}: {rows} rows cannot be split over {mesh.size} devices")
 
 
-def training_data(setup: Setup) -> tuple[PackedDataset, PackedDataset | None]:
-    """The packed training and validation sets."""
-    data = setup.config.data
-
-    def build(paths: tuple[str, ...]) -> PackedDataset:
-        return build_dataset(
-            paths,
-            setup.tokenizer,
-            format=data.format,
-            sequence_length=data.sequence_length,
-            too_long=data.too_long,
-            seed=setup.config.seed,
-        )
-
-    return build(data.train), build(data.valid) if data.valid else None
+def _packed(
+    config: RunConfig, paths: tuple[str, ...], tokenizer: Tokenizer, sequence_length: int
+) -> PackedDataset:
+    return build_dataset(
+        paths,
+        tokenizer,
+        format=config.data.format,
+        sequence_length=sequence_length,
+        too_long=config.data.too_long,
+        seed=config.seed,
+    )
 
 
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     """Score the base model's experts on samples of the training data."""
-    config = setup.config
-    dataset = build_dataset(
-        config.data.train,
-        setup.tokenizer,
-        format=config.data.format,
-        sequence_length=config.score.sequence_length,
-        too_long=config.data.too_long,
-        seed=config.seed,
-    )
+    config, dataset = setup.config, setup.train_set
+    length = config.score.sequence_length
+    if length != dataset.sequence_length:
+        dataset = _packed(config, config.data.train, setup.tokenizer, length)
     batches = eval_batches(
         dataset,
         config.score.batch_size,
@@ -111,7 +126,7 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
         "model": config.model,
         "base_fingerprint": base.fingerprint,
         "data_sha256": dataset.stats.sha256,
-        "sequence_length": config.score.sequence_length,
+        "sequence_length": length,
         "seed": config.seed,
     }
     return score_experts(base.model, batches, provenance)

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from esft_jax.experts.partition import FROZEN, TUNED
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Remat, Transformer
-from esft_jax.training.state import TrainState
 from esft_jax.ops.cross_entropy import cross_entropy_sum
+from esft_jax.training.state import TrainState
 
 Batch = dict[str, Array]
 
@@ -24,9 +24,7 @@ def loss_sum(
     hidden, router = model.hidden_states(
         batch["tokens"], batch["segment_ids"], batch["positions"], remat=remat
     )
-    total = cross_entropy_sum(
-        hidden, model.head_weight(), batch["targets"], batch["loss_weights"]
-    )
+    total = cross_entropy_sum(hidden, model.head_weight(), batch["targets"], batch["loss_weights"])
     return total, router
 
 
@@ -97,7 +95,7 @@ def make_train_step(
             state.opt_state,
             {TUNED: state.tuned, FROZEN: frozen},
         )
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total_weight}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": total_weight}
         if balance_weight:
             metrics["balance_loss"] = balance
         tuned = optax.apply_updates(state.tuned, updates[TUNED])

@@ -1,0 +1,116 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from esft_jax.experts.score import sample_scores, score_experts
+from esft_jax.mesh import make_mesh, param_shardings
+from esft_jax.model import ModelConfig, Transformer
+
+RAW = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+}
+
+
+def make_model(**options) -> Transformer:
+    return Transformer(ModelConfig.from_hugging_face(RAW), rngs=nnx.Rngs(0), **options)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_model()
+
+
+def make_rows(count: int) -> dict[str, np.ndarray]:
+    """Rows of different lengths: 8 tokens, 9, 10, ... of 16, the rest padding."""
+    rng = np.random.default_rng(0)
+    lengths = 8 + np.arange(count)[:, None] % 8
+    index = np.arange(16)[None]
+    return {
+        "tokens": rng.integers(0, 64, (count, 16)).astype(np.int32),
+        "segment_ids": (index < lengths).astype(np.int32),
+        "positions": np.broadcast_to(index, (count, 16)).astype(np.int32),
+    }
+
+
+def part(rows: dict[str, np.ndarray], *where: int) -> dict[str, np.ndarray]:
+    return {key: value[slice(*where)] for key, value in rows.items()}
+
+
+def test_scores_are_the_papers_formulas(model) -> None:
+    """Equations 6 and 7, written out: mean over samples of the mean over each one's tokens."""
+    rows = make_rows(4)
+    scores = score_experts(model, [rows], {"from": "test"})
+    graph, params = nnx.split(model)
+    router = jax.jit(lambda p, r: nnx.merge(graph, p).hidden_states(**r)[1])(params, rows)
+    ids, gates = np.asarray(router.expert_ids), np.asarray(router.gates)
+    token, gate = np.zeros((2, 8)), np.zeros((2, 8))
+    for layer in range(2):
+        for row in range(4):
+            length = rows["segment_ids"][row].sum()
+            for position in range(length):
+                for k in range(2):
+                    expert = ids[layer, row, position, k]
+                    token[layer, expert] += 1 / 2 / length / 4
+                    gate[layer, expert] += gates[layer, row, position, k] / length / 4
+    np.testing.assert_allclose(scores.token, token, rtol=1e-5)
+    np.testing.assert_allclose(scores.gate, gate, rtol=1e-5)
+    np.testing.assert_allclose(scores.token.sum(axis=1), 1, rtol=1e-5)
+    assert scores.layers == (1, 2)
+    assert scores.provenance == {
+        "from": "test",
+        "samples": 4,
+        "tokens": int(rows["segment_ids"].sum()),
+    }
+
+
+def test_scores_do_not_depend_on_batches_or_padding_rows(model) -> None:
+    rows = make_rows(6)
+    whole = score_experts(model, [rows])
+    last = part(rows, 4, 6)
+    padded = {key: np.concatenate([value, np.zeros_like(value)]) for key, value in last.items()}
+    split = score_experts(model, [part(rows, 0, 4), padded])
+    assert split.provenance == whole.provenance
+    np.testing.assert_allclose(split.token, whole.token, rtol=1e-5)
+    np.testing.assert_allclose(split.gate, whole.gate, rtol=1e-5)
+
+
+def test_scores_on_a_mesh_equal_those_of_one_device(model) -> None:
+    mesh = make_mesh(2, 4)
+    sharded = make_model(mesh=mesh)
+    params = nnx.state(sharded)
+    nnx.update(sharded, jax.device_put(params, param_shardings(params, mesh)))
+    rows = make_rows(8)
+    one, other = score_experts(model, [rows]), score_experts(sharded, [rows])
+    np.testing.assert_allclose(one.token, other.token, rtol=1e-5)
+    np.testing.assert_allclose(one.gate, other.gate, rtol=1e-4)
+
+
+def test_without_tokens_there_is_no_score(model) -> None:
+    rows = make_rows(2)
+    with pytest.raises(ValueError, match="no sample to score"):
+        score_experts(model, [rows | {"segment_ids": np.zeros_like(rows["segment_ids"])}])
+
+
+def test_phantom_experts_are_not_counted() -> None:
+    ids = np.array([[[[0, 1], [8, 8]]]])
+    gates = np.array([[[[0.5, 0.25], [0.0, 0.0]]]], np.float32)
+    token, gate = sample_scores(ids, gates, 8)
+    np.testing.assert_allclose(token[0, :2], [0.5, 0.5])
+    np.testing.assert_allclose(gate[0, :2], [0.5, 0.25])

@@ -1,0 +1,193 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from esft_jax.config import RunConfig, load_config
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.hf.adapter import apply_adapter, load_adapter
+from esft_jax.hf.load import load_base, load_model
+from esft_jax.training import loop
+from esft_jax.training.loop import RunResult
+from esft_jax.training.setup import open_setup
+
+
+def run(config: RunConfig) -> RunResult:
+    return loop.run_training(open_setup(config), say=lambda text: None)
+
+
+def adapter_tensors(config: RunConfig) -> dict[str, np.ndarray]:
+    return load_file(f"{config.output}/adapter/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(base, chats, tmp_path_factory):
+    """One whole ESFT run: scoring, selecting, training on a 2 x 2 mesh."""
+    config = RunConfig(
+        model=str(base),
+        output=str(tmp_path_factory.mktemp("runs") / "run"),
+        dtype="float32",
+        mesh={"data": 2, "expert": 2},
+        data={"train": (str(chats),), "valid": (str(chats),), "sequence_length": 64},
+        score={"samples": 8, "sequence_length": 64, "batch_size": 4},
+        select={"top_p": 0.3},
+        train={
+            "steps": 4,
+            "batch_size": 4,
+            "eval_every": 2,
+            "save_every": 2,
+            "log_every": 1,
+            "verify_frozen": True,
+        },
+        optimizer={"learning_rate": 1e-3},
+    )
+    return config, run(config)
+
+
+def test_run_folder_holds_everything(finished) -> None:
+    config, result = finished
+    folder = result.folder
+    assert load_config(folder / "config.yaml") == config
+    assert {p.name for p in (folder / "scores").iterdir()} == {"scores.json", "summary.json"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last", "best"}
+    assert any((folder / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert {"grad_norm", "tokens_per_second", "learning_rate"} <= lines[0].keys()
+    valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert len(valid) == 2
+    assert valid[1] < valid[0]
+    assert result.valid_loss == pytest.approx(min(valid))
+
+
+def test_adapter_holds_exactly_the_selected_experts_and_its_provenance(finished, base) -> None:
+    config, result = finished
+    experts = ExpertConfig.load(result.result / "expert_cfg.json")
+    assert experts == result.experts
+    tensors = adapter_tensors(config)
+    assert len(tensors) == 3 * experts.num_experts_selected
+    assert sum(tensor.size for tensor in tensors.values()) == result.trained
+    manifest = json.loads((result.result / "manifest.json").read_text())
+    assert manifest["base_fingerprint"] == load_base(base).fingerprint
+    assert (manifest["method"], manifest["top_p"], manifest["step"]) == ("token", 0.3, 4)
+    assert manifest["scores_sha256"]
+    assert list(manifest["data_sha256"]) == list(config.data.train)
+
+
+def test_adapter_changes_the_selected_experts_only(finished, base) -> None:
+    _, result = finished
+    loaded = load_base(base, np.float32)
+    apply_adapter(loaded.model, load_adapter(result.result), loaded.fingerprint)
+    before = load_model(base)
+    experts = loaded.model.moe_blocks.moe.experts
+    old = before.moe_blocks.moe.experts
+    changed = (np.asarray(experts.gate_up[...]) != np.asarray(old.gate_up[...])).any(axis=(2, 3))
+    layers = loaded.model.config.moe_layers
+    found = {layer: tuple(np.flatnonzero(row)) for layer, row in zip(layers, changed, strict=True)}
+    assert found == {layer: tuple(sorted(ids)) for layer, ids in result.experts.experts.items()}
+    np.testing.assert_array_equal(loaded.model.embedding[...], before.embedding[...])
+
+
+def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) -> None:
+    config, _ = finished
+    again = dataclasses.replace(config, output=str(tmp_path / "again"))
+    make_iterator = loop.train_iterator
+
+    class Interrupted:
+        """The same data; SIGTERM arrives while the third batch is fetched."""
+
+        def __init__(self, *args, **kwargs):
+            self.inner, self.count = make_iterator(*args, **kwargs), 0
+            self.get_state, self.set_state = self.inner.get_state, self.inner.set_state
+
+        def __next__(self):
+            self.count += 1
+            if self.count == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.inner)
+
+    monkeypatch.setattr(loop, "train_iterator", Interrupted)
+    stopped = run(again)
+    assert (stopped.step, stopped.result) == (3, None)
+    assert not (tmp_path / "again" / "adapter").exists()
+    monkeypatch.setattr(loop, "train_iterator", make_iterator)
+    result = run(again)
+    assert result.step == 4
+    one, other = adapter_tensors(config), adapter_tensors(again)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], name)
+    steps = [json.loads(s)["step"] for s in (tmp_path / "again/metrics.jsonl").open()]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "holds a run with seed = 0, not 1"),
+        ({"select": {"top_p": 0.5}}, "holds a run with select.top_p = 0.3, not 0.5"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings(finished, changes, message) -> None:
+    config, _ = finished
+    with pytest.raises(InputError, match=message):
+        run(dataclasses.replace(config, **_rebuilt(config, changes)))
+
+
+def _rebuilt(config: RunConfig, changes: dict) -> dict:
+    return {
+        key: dataclasses.replace(getattr(config, key), **value)
+        if isinstance(value, dict)
+        else value
+        for key, value in changes.items()
+    }
+
+
+def test_a_checkpoint_of_another_expert_layout_is_refused(finished) -> None:
+    _, result = finished
+    checkpoint = loop.Checkpoints(result.folder / "checkpoints", {"expert_shards": 4})
+    with pytest.raises(InputError, match="expert_shards = 2; this run has 4"):
+        checkpoint.restore(None)
+
+
+def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
+    config = make_config(
+        method="full",
+        init="random",
+        train={
+            "steps": 3,
+            "batch_size": 4,
+            "micro_batches": 1,
+            "balance_loss": 0.01,
+            "log_every": 1,
+        },
+    )
+    result = run(config)
+    assert result.trained == result.total
+    model = load_model(result.result)
+    assert sum(x.size for x in jax.tree.leaves(loop.nnx.state(model))) == result.total
+    lines = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
+    assert lines[-2]["loss"] < lines[0]["loss"]
+    assert lines[0]["balance_loss"] > 2.9  # one per MoE layer at least
+
+
+def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path) -> None:
+    cfg = ExpertConfig({1: (0,), 3: (2, 5)}, shared_experts=True, non_expert_modules=True)
+    cfg.save(tmp_path / "cfg.json")
+    config = make_config(expert_cfg=str(tmp_path / "cfg.json"))
+    result = run(config)
+    names = adapter_tensors(config).keys()
+    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in names
+    assert "model.layers.2.mlp.gate.weight" in names
+    assert "model.embed_tokens.weight" in names
+    experts = {name.split(".mlp.experts.")[0] for name in names if ".mlp.experts." in name}
+    assert experts == {"model.layers.1", "model.layers.3"}
+    untouched = 3 * 8 - 3  # base experts that no gradient reaches
+    assert result.total - result.trained == untouched * 3 * 32 * 16

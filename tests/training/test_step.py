@@ -1,0 +1,132 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from esft_jax.config import OptimizerConfig
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.hf.load import load_model
+from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model.router import RouterOutput
+from esft_jax.training.optimizer import make_optimizer
+from esft_jax.training.state import init_state
+from esft_jax.training.step import balance_loss, loss_sum, make_train_step
+
+EXPERTS = ExpertConfig({1: (3, 0), 2: (5,), 3: (1, 6, 7)})
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 4096, (4, 32)).astype(np.int32)
+    segment_ids = np.repeat([[1], [1], [2], [1]], 32, axis=1).astype(np.int32)
+    segment_ids[1, 20:] = 0
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
+    # Uneven numbers of targets, so that a mean of means would differ from the mean.
+    weights = (rng.random((4, 32)) < np.array([[0.9], [0.1], [0.5], [0.3]])) * (segment_ids > 0)
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_weights": weights.astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def esft_step(base, batch):
+    """Structure, frozen parameters, state before, and state and metrics after one step."""
+    model = load_model(base)
+    attach_tuned_experts(model, EXPERTS)
+    graph, tuned, frozen = partition(model, EXPERTS)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), steps=10)
+    before = init_state(optimizer, tuned, frozen)
+    after, metrics = jax.jit(make_train_step(graph, optimizer))(before, frozen, batch)
+    return graph, frozen, optimizer, before, after, metrics
+
+
+def test_only_selected_experts_change(esft_step) -> None:
+    _, _, _, before, after, _ = esft_step
+    assert set(before.tuned) == {"tuned_experts"}
+    change = jax.tree.map(lambda a, b: jnp.abs(a - b).max(axis=(1, 2)), before.tuned, after.tuned)
+    for leaf in jax.tree.leaves(change):
+        assert leaf.shape == (6,)
+        assert (leaf > 0).all()
+
+
+def test_optimizer_state_exists_for_tuned_leaves_only(esft_step) -> None:
+    _, _, _, before, _, _ = esft_step
+    tuned = sum(leaf.size for leaf in jax.tree.leaves(before.tuned))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim)
+    assert moments == 2 * tuned
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(before.tuned))
+
+
+def test_gradients_are_slices_of_the_full_ones(base, batch, esft_step) -> None:
+    graph, frozen, _, before, _, _ = esft_step
+    model = load_model(base)
+    full_graph, params, _ = partition(model, None)
+
+    def loss(model: Transformer, batch) -> jax.Array:
+        return loss_sum(model, batch)[0]
+
+    full = jax.jit(jax.grad(lambda p, b: loss(nnx.merge(full_graph, p), b)))(params, batch)
+    tuned = jax.jit(jax.grad(lambda t, b: loss(nnx.merge(graph, t, frozen), b)))(
+        before.tuned, batch
+    )
+    bank = nnx.merge(graph, before.tuned, frozen).tuned_experts
+    for name in ("gate_up", "down"):
+        every = full["moe_blocks"]["moe"]["experts"][name][...]
+        for layer, expert, row in bank.layout.rows():
+            expected = every[layer, expert]
+            found = tuned["tuned_experts"][name][...][row]
+            assert jnp.abs(expected).max() > 0
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(batch, esft_step) -> None:
+    graph, frozen, optimizer, before, after, metrics = esft_step
+    step = jax.jit(make_train_step(graph, optimizer, micro_batches=2, remat="full"))
+    parts, split_metrics = step(before, frozen, batch)
+    for name in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose(split_metrics[name], metrics[name], rtol=1e-5)
+    moments = zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(after.opt_state), strict=True)
+    for one, other in moments:
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
+
+
+def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
+    ids = jnp.arange(16).reshape(1, 1, 8, 2) % 4
+    uniform = RouterOutput(ids, jnp.ones((1, 1, 8, 2)), jnp.full((1, 1, 8, 4), 0.25))
+    np.testing.assert_allclose(balance_loss(uniform), 1.0, rtol=1e-6)
+    skewed = uniform.replace(
+        expert_ids=ids % 2, probs=jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), (1, 1, 8, 4))
+    )
+    np.testing.assert_allclose(balance_loss(skewed), 2.0, rtol=1e-6)
+
+
+def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
+    """Arguments and temporaries of the compiled step, experts holding most of the weights."""
+    config = ModelConfig.load(base)
+    config = dataclasses.replace(
+        config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
+    )
+    bytes_used = {}
+    for name, experts in (("full", None), ("esft", ExpertConfig({1: (3, 0), 2: (5,), 3: (1,)}))):
+        model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        if experts:
+            attach_tuned_experts(model, experts)
+        graph, tuned, frozen = partition(model, experts)
+        optimizer = make_optimizer(OptimizerConfig(), steps=10)
+        state = jax.eval_shape(lambda t, o=optimizer, f=frozen: init_state(o, t, f), tuned)
+        step = jax.jit(make_train_step(graph, optimizer), donate_argnums=0)
+        compiled = step.lower(state, frozen, batch).compile()
+        memory = compiled.memory_analysis()
+        bytes_used[name] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        # Base weights are bfloat16, so a float32 array of a bank's shape is a weight gradient.
+        assert ("f32[64,32,128]" in compiled.as_text()) == (name == "full")
+    assert bytes_used["esft"] < 0.5 * bytes_used["full"]
