@@ -1,0 +1,273 @@
+"""Greedy and sampled decoding in batches, with MLA's compressed cache."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from esft_jax.data.tokenizer import Message, Tokenizer
+from esft_jax.errors import InputError
+from esft_jax.mesh import RULES, place_batch
+from esft_jax.model.attention import LatentCache
+from esft_jax.model.transformer import Transformer
+
+# Prompts are padded to powers of two from here on: few shapes, so few compilations.
+_SHORTEST_BUCKET = 16
+# Prompt tokens that run at once; bounds the attention scores of a long prompt.
+_PREFILL_BLOCK = 512
+
+
+class DecodingOptions(TypedDict, total=False):
+    """Optional arguments of `generate_tokens`, handed on by what calls it."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    batch_size: int
+    advance: Callable[[int], object]
+
+
+def generate_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    raw: bool = False,
+    max_new_tokens: int = 128,
+    **options: Unpack[DecodingOptions],
+) -> list[str]:
+    """Answers to prompts, each a user's turn of a chat of its own.
+
+    Args:
+        raw: continue the prompts as plain text (after BOS) instead.
+        max_new_tokens: tokens per answer, at most.
+        options: see `generate_tokens`.
+    """
+    encode = encode_text if raw else _encode_turn
+    completions = generate_tokens(
+        model,
+        [encode(tokenizer, text) for text in prompts],
+        eos_id=tokenizer.eos_id,
+        max_new_tokens=max_new_tokens,
+        **options,
+    )
+    return [tokenizer.decode(ids) for ids in completions]
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """BOS and the text as it is, without a chat template."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
+
+
+def _encode_turn(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode_prompt([Message(role="user", content=text)])
+
+
+def generate_tokens(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    advance: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """New tokens after each prompt, up to but without EOS.
+
+    On several processes all must call it with the same arguments, and all get every completion.
+
+    Args:
+        prompts: token ids, BOS included.
+        eos_id: token that ends a completion.
+        max_new_tokens: tokens per completion, at most.
+        temperature: 0 decodes greedily; else logits are divided by it and a token is drawn.
+        top_p: draw among the most likely tokens that together reach this probability.
+        seed: of the draws. A completion depends on it and on the prompt's number, not on the
+            prompts decoded beside it.
+        batch_size: prompts decoded together, over all devices.
+        advance: called with the number of prompts completed since the last call.
+
+    Raises:
+        InputError: an empty prompt or one too long for the model, or an option out of range.
+    """
+    _check_options(max_new_tokens, temperature, top_p, batch_size)
+    for number, prompt in enumerate(prompts):
+        check_length(f"prompt {number}", len(prompt), max_new_tokens, model.config.max_positions)
+    graph, params = nnx.split(model)
+    sampling = None if temperature == 0 else (float(temperature), float(top_p))
+    size = device_multiple(min(batch_size, len(prompts) or 1), model.mesh)
+    # Longest first: a batch holds prompts of about one length, and if memory runs out, it does so
+    # at once.
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        batch = _pad([prompts[number] for number in numbers], numbers, size, eos_id)
+        new = _complete(
+            graph,
+            params,
+            place_batch(_own_rows(batch), model.mesh),
+            jax.random.key(seed),
+            jnp.int32(eos_id),
+            sampling,
+            max_new_tokens=max_new_tokens,
+        )
+        for number, ids in zip(numbers, np.asarray(new).tolist(), strict=False):
+            completions[number] = ids[: ids.index(eos_id)] if eos_id in ids else ids
+        if advance is not None:
+            advance(len(numbers))
+    return completions
+
+
+def check_length(name: str, length: int, max_new_tokens: int, max_positions: int) -> None:
+    """Check that a prompt has tokens and that it and its completion fit the model.
+
+    Raises:
+        InputError: beginning with the prompt's name.
+    """
+    if not length:
+        raise InputError(f"{name}: no tokens; expected at least one")
+    if length + max_new_tokens > max_positions:
+        raise InputError(
+            f"{name}: {length} tokens and {max_new_tokens} new ones; the model's limit is "
+            f"{max_positions} (max_position_embeddings)"
+        )
+
+
+def device_multiple(rows: int, mesh: Mesh | None) -> int:
+    """The next number of rows that all devices share evenly."""
+    devices = 1 if mesh is None else mesh.size
+    return math.ceil(rows / devices) * devices
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if count < 1:
+            raise InputError(f"{name}: {count} is out of range; expected at least 1")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature: {temperature} is out of range; expected a number from 0")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: {top_p} is out of range; expected a number in (0, 1]")
+
+
+def _pad(
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, fill: int
+) -> dict[str, np.ndarray]:
+    """Right-padded prompts; rows without a prompt have number -1."""
+    longest = max(map(len, prompts))
+    width = max(_SHORTEST_BUCKET, 1 << (longest - 1).bit_length())
+    tokens = np.full((size, width), fill, np.int32)
+    lengths = np.ones(size, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+    padded = np.full(size, -1, np.int32)
+    padded[: len(numbers)] = numbers
+    return {"tokens": tokens, "lengths": lengths, "numbers": padded}
+
+
+def _own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This process's share of a batch."""
+    size = len(batch["numbers"]) // jax.process_count()
+    start = jax.process_index() * size
+    return {key: rows[start : start + size] for key, rows in batch.items()}
+
+
+@partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+def _complete(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    batch: dict[str, Array],
+    key: Array,
+    eos_id: Int[Array, ""],
+    sampling: tuple[Array, Array] | None,
+    *,
+    max_new_tokens: int,
+) -> Int[Array, "B N"]:
+    """New tokens of each row, filled up with EOS.
+
+    Args:
+        batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`.
+        sampling: temperature and top_p; None for greedy decoding.
+    """
+    model: Transformer = nnx.merge(graph, params)
+    last = batch["lengths"] - 1
+    rows, width = batch["tokens"].shape
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["numbers"])
+    cache = _prefill(model, batch["tokens"], last, width + max_new_tokens)
+
+    def running(state: tuple) -> Array:
+        step, done, *_ = state
+        return (step < max_new_tokens) & ~done.all()
+
+    def advance(state: tuple) -> tuple:
+        step, done, tokens, new, cache = state
+        positions = (last + step)[:, None]
+        logits, cache = model.decode(tokens[:, None], positions, ~done[:, None], cache)
+        tokens = choose_tokens(logits[:, 0], keys, step, sampling)
+        tokens = jnp.where(done, eos_id, tokens)
+        return step + 1, done | (tokens == eos_id), tokens, new.at[:, step].set(tokens), cache
+
+    # The last prompt token is run as the first step: it alone needs logits.
+    tokens = jnp.take_along_axis(batch["tokens"], last[:, None], axis=1)[:, 0]
+    new = jnp.full((rows, max_new_tokens), eos_id, jnp.int32)
+    state = (jnp.zeros((), jnp.int32), batch["numbers"] < 0, tokens, new, cache)
+    new = jax.lax.while_loop(running, advance, state)[3]
+    if model.mesh is not None:  # every process reads the whole result
+        whole = NamedSharding(model.mesh, PartitionSpec())
+        new = jax.lax.with_sharding_constraint(new, whole)
+    return new
+
+
+def _prefill(
+    model: Transformer, tokens: Int[Array, "B P"], last: Int[Array, " B"], slots: int
+) -> LatentCache:
+    """A cache that holds each prompt up to but without its last token.
+
+    Slots from there on hold what padding left; each is overwritten before it is first seen.
+    """
+    rows, width = tokens.shape
+    block = min(width, _PREFILL_BLOCK)
+
+    def run(cache: LatentCache, start: Array) -> tuple[LatentCache, None]:
+        positions = jnp.broadcast_to(start + jnp.arange(block), (rows, block))
+        part = jax.lax.dynamic_slice_in_dim(tokens, start, block, axis=1)
+        _, cache = model.decode(part, positions, positions < last[:, None], cache)
+        return cache, None
+
+    cache: Any = model.init_cache(rows, slots)
+    if model.mesh is not None:
+        split = NamedSharding(model.mesh, PartitionSpec(None, RULES.batch))
+        cache = jax.lax.with_sharding_constraint(cache, split)
+    return jax.lax.scan(run, cache, jnp.arange(0, width, block))[0]
+
+
+def choose_tokens(
+    logits: Float[Array, "B V"],
+    keys: Array,
+    step: Int[Array, ""],
+    sampling: tuple[Array, Array] | None,
+) -> Int[Array, " B"]:
+    """The next token of each row; `keys` has one random key per row."""
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_p = sampling
+
+    def draw(key: Array, logits: Float[Array, " V"]) -> Int[Array, ""]:
+        ordered, ids = jax.lax.top_k(logits, logits.shape[0])
+        ordered = (ordered - ordered[0]) / temperature
+        probs = jax.nn.softmax(ordered)
+        nucleus = jnp.cumsum(probs) - probs < top_p
+        return ids[jax.random.categorical(key, jnp.where(nucleus, ordered, -jnp.inf))]
+
+    return jax.vmap(draw)(jax.vmap(jax.random.fold_in, (0, None))(keys, step), logits)

@@ -1,0 +1,73 @@
+"""Let a model, alone or with an adapter, complete one prompt."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from esft_jax.cli import command
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.evaluation.generate import generate_text
+from esft_jax.hf.adapter import apply_adapter, load_adapter
+from esft_jax.hf.load import load_base, local_folder
+
+
+@command
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.generate`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="Hugging Face folder, name on the hub, or converted checkpoint",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="at most (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest tokens that together reach P (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as text, without a chat template"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of weights and computation (default: bfloat16)",
+    )
+    args = parser.parse_args(argv)
+    tokenizer = Tokenizer.load(local_folder(args.model))
+    adapter = None if args.adapter is None else load_adapter(args.adapter)
+    base = load_base(args.model, jnp.dtype(args.dtype))
+    if adapter is not None:
+        apply_adapter(base.model, adapter, base.fingerprint)
+    (answer,) = generate_text(
+        base.model,
+        tokenizer,
+        [args.prompt],
+        raw=args.raw,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

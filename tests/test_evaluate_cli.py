@@ -1,0 +1,144 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esft_jax import evaluate, generate
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.evaluation.generate import generate_text
+from esft_jax.evaluation.metrics import read_completions
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.hf.adapter import save_adapter, trained_names
+from esft_jax.hf.load import load_base, load_model
+from tests.hf.checkpoints import save, torch_model
+
+TOKENIZER = Path(__file__).parents[1] / "models" / "tiny-moe"
+ROWS = [
+    {"prompt": "2 + 2 =", "raw_answers": ["4"]},
+    {"prompt": "User: 2 + 3 =\n\nAssistant:", "raw_answers": ["5", "five"]},
+    {"prompt": "left out by the limit", "raw_answers": ["6"]},
+]
+CHAT = [{"role": "user", "content": "2 + 2 ="}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save(torch_model(vocab_size=4096, num_hidden_layers=2), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder)
+    return folder
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    """A configuration, and the folder of its run."""
+    task, chats = tmp_path / "eval.jsonl", tmp_path / "chats.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    chats.write_text(json.dumps({"messages": CHAT}) + "\n")
+    path = tmp_path / "config.yaml"
+    content = {
+        "model": str(model_folder),
+        "output": str(tmp_path / "run"),
+        "dtype": "float32",
+        "mesh": {"data": 1},
+        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
+        "evaluation": {"data": str(task), "max_new_tokens": 6, "batch_size": 2, "limit": 2},
+    }
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path, tmp_path / "run"
+
+
+@pytest.fixture
+def adapter(model_folder, tmp_path):
+    """Expert 3 of layer 1, trained to shout."""
+    experts = ExpertConfig({1: (3,)})
+    base = load_base(model_folder, jnp.float32)
+    names = trained_names(base.source.config, experts, "")
+    tensors = {name: 30 * base.source.tensor(name).astype(np.float32) for name in names}
+    manifest = {"base_fingerprint": base.fingerprint}
+    save_adapter(tmp_path / "adapter", tensors.items(), experts, manifest)
+    return tmp_path / "adapter"
+
+
+def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
+    path, run = config
+    assert evaluate.main(["--config", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "exact_match, %" in printed
+    assert "held-out loss, nats per token" in printed
+    base = run / "evaluation" / "base"
+    assert f"written to {base}" in printed
+    completions = read_completions(base / "completions.jsonl")
+    assert [completion.prompt for completion in completions] == [row["prompt"] for row in ROWS[:2]]
+    assert completions[1].raw_answers == ("5", "five")
+    scores = json.loads((base / "scores.json").read_text())
+    assert (scores["metric"], scores["value"], scores["rows"]) == ("exact_match", 0.0, 2)
+    assert scores["adapter"] is None
+    assert len(scores["data_sha256"]) == 2
+    assert scores["heldout"]["tokens"] > 1
+
+    assert evaluate.main(["--config", str(path), "--adapter", str(adapter)]) == 0
+    tuned = run / "evaluation" / "adapter"
+    tuned_scores = json.loads((tuned / "scores.json").read_text())
+    assert tuned_scores["adapter"] == str(adapter)
+    assert tuned_scores["heldout"]["nats_per_token"] != scores["heldout"]["nats_per_token"]
+    assert len(read_completions(tuned / "completions.jsonl")) == 2
+    assert json.loads((base / "scores.json").read_text()) == scores
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.max_new_tokens=60"], "eval.jsonl:1: prompt: "),
+        (["data.sequence_length=65"], "data.sequence_length: 65 tokens; the model's limit is 64"),
+        (["evaluation.metric=intent", "evaluation.data=nowhere.jsonl"], "nowhere.jsonl: cannot"),
+        (["mesh.expert=3"], "mesh"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(config, capsys, overrides, message):
+    path, run = config
+    assert evaluate.main(["--config", str(path), *overrides]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not run.exists()
+
+
+def test_an_adapter_of_another_base_is_refused(config, adapter, capsys):
+    path, run = config
+    (adapter / "manifest.json").write_text('{"base_fingerprint": "0"}')
+    assert evaluate.main(["--config", str(path), "--adapter", str(adapter)]) == 2
+    assert "trained on another base" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_generates_as_the_library_does(model_folder, capsys):
+    arguments = ["--model", str(model_folder), "--prompt", "2 + 2 =", "--dtype", "float32"]
+    options = ["--max-new-tokens", "6", "--temperature", "0.8", "--top-p", "0.9", "--seed", "5"]
+    assert generate.main([*arguments, *options, "--raw"]) == 0
+    tokenizer = Tokenizer.load(model_folder)
+    (expected,) = generate_text(
+        load_model(model_folder),
+        tokenizer,
+        ["2 + 2 ="],
+        raw=True,
+        max_new_tokens=6,
+        temperature=0.8,
+        top_p=0.9,
+        seed=5,
+    )
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys):
+    arguments = ["--model", str(model_folder), "--prompt", "a"]
+    assert generate.main([*arguments, "--max-new-tokens", "64"]) == 2
+    assert "the model's limit is 64" in capsys.readouterr().err
+    (adapter / "manifest.json").write_text('{"base_fingerprint": "0"}')
+    assert generate.main([*arguments, "--adapter", str(adapter)]) == 2
+    assert "trained on another base" in capsys.readouterr().err
