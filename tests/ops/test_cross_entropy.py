@@ -1,0 +1,105 @@
+"""The chunked loss against a plain log-softmax."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esft_jax.ops.cross_entropy import CHUNK, cross_entropy_sum
+
+B, S, D, V = 2, 2 * CHUNK, 8, 203
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0, 2, (B, S)).astype(np.float32)
+    weights[:, ::3] = 0
+    return {
+        "hidden": rng.normal(size=(B, S, D)).astype(np.float32),
+        "head": rng.normal(size=(D, V)).astype(np.float32),
+        "targets": rng.integers(0, V, (B, S)).astype(np.int32),
+        "weights": weights,
+    }
+
+
+@jax.jit
+def ours(hidden, head, targets, weights):
+    # A factor, so that a backward pass that ignores its cotangent shows.
+    return jax.value_and_grad(
+        lambda h, w: 3 * cross_entropy_sum(h, w, targets, weights), argnums=(0, 1)
+    )(hidden, head)
+
+
+def plain(hidden, head, targets, weights):
+    """Value and gradients in float64 numpy."""
+    hidden, head = hidden.astype(np.float64), head.astype(np.float64)
+    exps = np.exp(hidden @ head)
+    probs = exps / exps.sum(axis=-1, keepdims=True)
+    onehot = np.eye(head.shape[1])[targets]
+    value = -3 * np.sum(weights * np.log((probs * onehot).sum(axis=-1)))
+    dlogits = 3 * weights[..., None] * (probs - onehot)
+    return value, (dlogits @ head.T, np.einsum("bsd,bsv->dv", hidden, dlogits))
+
+
+def close(found, expected, tolerance):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(
+            np.asarray(one, np.float64) / scale, other / scale, atol=tolerance, rtol=0
+        )
+
+
+def test_value_and_gradients(inputs):
+    close(ours(**inputs), plain(**inputs), 1e-5)
+
+
+def test_a_length_that_is_no_multiple_of_the_chunk(inputs):
+    short = inputs | {key: inputs[key][:, :10] for key in ("hidden", "targets", "weights")}
+    close(ours(**short), plain(**short), 1e-5)
+
+
+def test_large_logits_do_not_overflow(inputs):
+    inputs = inputs | {"hidden": inputs["hidden"][:, :10] * 300}
+    inputs |= {key: inputs[key][:, :10] for key in ("targets", "weights")}
+    value, grads = ours(**inputs)
+    assert all(np.isfinite(x).all() for x in (value, *grads))
+
+
+def test_bfloat16(inputs):
+    low = inputs | {key: inputs[key].astype(jnp.bfloat16) for key in ("hidden", "head")}
+    value, grads = ours(**low)
+    assert value.dtype == jnp.float32
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16]
+    close((value, grads), plain(**low), 2**-7)
+
+
+def test_no_weight_no_loss(inputs):
+    value, grads = ours(**inputs | {"weights": np.zeros((B, S), np.float32)})
+    assert value == 0 and not any(g.any() for g in grads)
+
+
+def test_only_asked_for_gradients_exist(inputs):
+    def loss(hidden, head):
+        return cross_entropy_sum(hidden, head, inputs["targets"], inputs["weights"])
+
+    arguments = inputs["hidden"], inputs["head"]
+    program = str(jax.make_jaxpr(jax.grad(loss))(*arguments))
+    both = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arguments))
+    # The head's gradient would be accumulated from zeros of its shape.
+    pattern = rf":f32\[{D},{V}\] = broadcast_in_dim"
+    assert re.search(pattern, both) and not re.search(pattern, program)
+    close(jax.jit(jax.grad(loss))(*arguments), plain(**inputs)[1][0] / 3, 1e-5)
+
+
+def test_logits_never_exist_for_all_tokens(inputs):
+    text = ours.lower(**inputs).compile().as_text()
+    sizes = {
+        int(np.prod([int(n) for n in dims.split(",")]))
+        for dims in re.findall(r"\w\[([\d,]+)\]", text)
+        if str(V) in dims.split(",")
+    }
+    assert B * CHUNK * V in sizes  # the check sees logits
+    assert max(sizes) == B * CHUNK * V

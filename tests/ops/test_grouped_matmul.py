@@ -1,0 +1,146 @@
+"""Grouped products against a dense float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from esft_jax.ops.grouped_matmul import BLOCK, grouped_matmul
+
+D, F = 16, 24
+CASES = {
+    "uneven": [70, 3, 0, 65, 1],
+    "empty-ends": [0, 64, 0, 40, 0],
+    "one-giant": [0, 0, 200, 0, 0],
+    "all-empty": [0, 0, 0, 0, 0],
+}
+N = 200  # no multiple of the block; most cases leave rows that belong to nobody
+
+
+def draw(*shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def reference(x, matrices, sizes, cotangent):
+    """Product, and gradients of `sum(product * cotangent)`, in float64."""
+    x, matrices, cotangent = (a.astype(np.float64) for a in (x, matrices, cotangent))
+    out, dx, dw = np.zeros((len(x), F)), np.zeros_like(x), np.zeros_like(matrices)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start := start + size)
+        out[rows] = x[rows] @ matrices[group]
+        dx[rows] = cotangent[rows] @ matrices[group].T
+        dw[group] = x[rows].T @ cotangent[rows]
+    return out, dx, dw
+
+
+@jax.jit
+def run(x, banks, sizes, cotangent):
+    out, pull = jax.vjp(lambda x, banks: grouped_matmul(x, banks, sizes), x, banks)
+    return out, *pull(cotangent)
+
+
+def check(x, banks, sizes, cotangent, tolerance):
+    out, dx, dbanks = run(x, banks, np.array(sizes, np.int32), cotangent)
+    found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
+    matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
+    for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
+        scale = np.abs(expected).max() or 1.0
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
+        )
+    past = sum(sizes)
+    assert not np.any(out[past:]) and not np.any(dx[past:])
+
+
+@pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
+def test_two_banks(sizes):
+    banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+    check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
+
+
+def test_one_bank_of_fewer_rows_than_a_block():
+    assert BLOCK > 10
+    check(draw(10, D, seed=0), (draw(3, D, F, seed=1),), [4, 0, 5], draw(10, F, seed=3), 1e-6)
+
+
+def test_bfloat16_rows_and_float32_masters():
+    x, cotangent = (draw(N, w, seed=w).astype(jnp.bfloat16) for w in (D, F))
+    banks = (draw(2, D, F, seed=1).astype(jnp.bfloat16).astype(np.float32),)
+    banks += (draw(3, D, F, seed=2).astype(jnp.bfloat16),)
+    out, dx, dbanks = jax.eval_shape(run, x, banks, np.zeros(5, np.int32), cotangent)
+    assert (out.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert [d.dtype for d in dbanks] == [jnp.float32, jnp.bfloat16]
+    check(x, banks, CASES["uneven"], cotangent, 2**-8)
+
+
+def test_weight_gradient_of_bfloat16_rows_is_summed_in_float32():
+    rows = 10 * BLOCK  # each block adds 1/8 to a total that reaches the step size of bfloat16
+    x = np.full((rows, D), 1, jnp.bfloat16)
+    cotangent = np.full((rows, F), 2**-9, jnp.bfloat16)
+    cotangent[0] = 64
+    banks = (np.zeros((1, D, F), np.float32),)
+    _, _, (found,) = run(x, banks, np.array([rows], np.int32), cotangent)
+    np.testing.assert_allclose(found, 64 + (rows - 1) / 512, rtol=1e-6)
+
+
+def test_rows_of_nobody_poison_nothing():
+    banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+    sizes = np.array([30, 0, 20, 0, 7], np.int32)
+    x, cotangent = draw(N, D, seed=0), draw(N, F, seed=3)
+    clean = run(x, banks, sizes, cotangent)
+    x[57:100], x[100:] = np.nan, np.inf
+    jax.tree.map(np.testing.assert_array_equal, run(x, banks, sizes, cotangent), clean)
+
+
+def results(jaxpr):
+    """Shapes of everything that a program computes, loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.shape for var in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from results(inner)
+
+
+TUNED, FROZEN, ROWS = (5, D, F), (333, D, F), 70
+
+
+def gradient(argnums):
+    def loss(x, tuned, frozen, sizes):
+        return grouped_matmul(x, (tuned, frozen), sizes).sum()
+
+    return jax.grad(loss, argnums)
+
+
+ABSTRACT = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((ROWS, D), TUNED, FROZEN)]
+ABSTRACT.append(jax.ShapeDtypeStruct((338,), jnp.int32))
+
+
+def test_no_gradient_of_a_frozen_bank_is_computed():
+    def shapes(argnums):
+        return set(results(jax.make_jaxpr(gradient(argnums))(*ABSTRACT).jaxpr))
+
+    assert {(ROWS, D), TUNED} <= shapes((0, 1)) and FROZEN not in shapes((0, 1))
+    assert TUNED not in shapes(0) and FROZEN not in shapes(0)
+    assert FROZEN in shapes((1, 2))  # the check can fail
+    # With no operand before it differentiated, nothing is multiplied by transposes either.
+    assert (ROWS, D) not in shapes(1)
+
+
+def test_a_frozen_bank_takes_no_memory():
+    memory = jax.jit(gradient((0, 1))).lower(*ABSTRACT).compile().memory_analysis()
+    frozen_bytes = 4 * np.prod(FROZEN)
+    assert memory.argument_size_in_bytes > frozen_bytes
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < frozen_bytes / 4
+
+
+def test_a_second_bank_alone_can_be_learned():
+    x, banks = draw(N, D, seed=0), (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+    sizes, cotangent = np.array(CASES["uneven"], np.int32), draw(N, F, seed=3)
+
+    @jax.jit
+    def second(bank):
+        return jnp.sum(grouped_matmul(x, (banks[0], bank), sizes) * cotangent)
+
+    expected = reference(x, np.concatenate(banks), sizes, cotangent)[2][2:]
+    np.testing.assert_allclose(jax.grad(second)(banks[1]), expected, atol=1e-4)
