@@ -109,7 +109,7 @@ END
 )
 # exec keeps the process id that was written down.
 train="cd esft_jax && echo \$\$ > ../esft_jax.pid && exec .venv/bin/python -m esft_jax.train"
-train+=" --config $(words "$config" "${overrides[@]}")"
+train+=" --distributed --config $(words "$config" "${overrides[@]}")"
 
 send_checkout() {
   local archive=$1 file

@@ -134,7 +134,7 @@ def test_copies_installs_and_trains_on_every_worker(pod: Pod) -> None:
         assert (source / "esft_jax" / "new.py").read_text() == "new"
         assert not (source / "secret").exists()
         assert (pod.home(worker) / "pip").read_text() == "install --quiet -e .[tpu]\n"
-        words = "<-m> <esft_jax.train> <--config> <run.yaml> <train.steps=3>"
+        words = "<-m> <esft_jax.train> <--distributed> <--config> <run.yaml> <train.steps=3>"
         line = f"worker-{worker} got: {words} <data.train=[a b, it's]>"
         assert (pod.checkout / "out" / f"worker-{worker}.log").read_text() == f"{line}\n"
         assert f"[worker {worker}] {line}\n" in out

@@ -244,6 +244,34 @@ def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) ->
     return HeldoutLoss(int(tokens), nats / tokens, bits_per_byte)
 
 
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation reads, except weights; see `check_evaluation`."""
+
+    tokenizer: Tokenizer
+    mesh: Mesh
+    rows: list[TaskRow]
+    valid_set: PackedDataset | None
+
+
+def check_evaluation(config: RunConfig) -> EvaluationInputs:
+    """Read everything but weights, and check that it fits together.
+
+    Raises:
+        InputError: naming the key, file or line that is wrong.
+    """
+    evaluation = config.evaluation
+    if evaluation.data is None:
+        raise InputError("evaluation.data: not set; expected a file of prompts and answers")
+    folder = local_folder(config.model)
+    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    rows = read_task(evaluation.data)[: evaluation.limit]
+    limit = shape.max_positions
+    check_task(rows, tokenizer, evaluation.metric, evaluation.max_new_tokens, limit)
+    return EvaluationInputs(tokenizer, mesh, rows, _valid_set(config, shape, tokenizer))
+
+
 def run_evaluation(config: RunConfig, adapter: str | Path | None = None) -> EvaluationReport:
     """Evaluate a configuration's model, alone or with an adapter, on its task and valid data.
 
@@ -254,23 +282,15 @@ def run_evaluation(config: RunConfig, adapter: str | Path | None = None) -> Eval
         InputError: model, adapter or data do not fit the configuration; before any compute.
     """
     begin = time.perf_counter()
-    evaluation = config.evaluation
-    if evaluation.data is None:
-        raise InputError("evaluation.data: not set; expected a file of prompts and answers")
-    folder = local_folder(config.model)
-    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    rows = read_task(evaluation.data)[: evaluation.limit]
-    check_task(rows, tokenizer, evaluation.metric, evaluation.max_new_tokens, shape.max_positions)
-    valid_set = _valid_set(config, shape, tokenizer)
-    model = _load(config, adapter, mesh)
-
+    evaluation, inputs = config.evaluation, check_evaluation(config)
+    rows, valid_set = inputs.rows, inputs.valid_set
+    model = _load(config, adapter, inputs.mesh)
     target = _result_folder(config, adapter)
     hidden = None if jax.process_index() == 0 else True  # None: shown on terminals only
     with tqdm(total=len(rows), desc=f"evaluate {target.name}", disable=hidden) as bar:
         result = evaluate_task(
             model,
-            tokenizer,
+            inputs.tokenizer,
             rows,
             evaluation.metric,
             max_new_tokens=evaluation.max_new_tokens,
@@ -321,7 +341,7 @@ def _result_folder(config: RunConfig, adapter: str | Path | None) -> Path:
         name = run.adapter.name
     else:
         name = run.model.name if Path(config.model) == run.model else "base"
-    return run.path / "evaluation" / name
+    return run.evaluation / name
 
 
 def _write(

@@ -56,8 +56,8 @@ def partition(
     def is_tuned(path: Path, value: Any) -> bool:
         return label(path, experts) == TUNED
 
-    graph, tuned, frozen = nnx.split(model, is_tuned, ...)
-    return graph, jax.tree.map(lambda p: p.astype(jnp.float32), tuned), frozen
+    graph, tuned, *rest = nnx.split(model, is_tuned, ...)
+    return graph, jax.tree.map(lambda p: p.astype(jnp.float32), tuned), rest[0]
 
 
 def is_scale(path: Path) -> bool:

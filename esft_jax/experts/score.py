@@ -55,7 +55,8 @@ def score_experts(
 
     @jax.jit
     def add(totals: tuple, params: nnx.State, batch: dict[str, Array]) -> tuple:
-        _, router = nnx.merge(graph, params).hidden_states(**batch)
+        model = nnx.merge(graph, params)
+        _, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
         token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
         filled = (batch["segment_ids"] > 0).any(axis=1).sum()
         tokens = (batch["segment_ids"] > 0).sum()

@@ -47,14 +47,16 @@ def apply_experts(
     """
     num_experts = gate_up.shape[0]
     here = (expert_ids >= 0) & (expert_ids < num_experts)
+    gate_up_banks: tuple[Array, ...] = (gate_up,)
+    down_banks: tuple[Array, ...] = (down,)
     if tuned is None:
         groups, num_groups = expert_ids, num_experts
-        gate_up_banks, down_banks = (gate_up,), (down,)
     else:
         window = tuned.gate_up.shape[0]
         slots = tuned.slots[jnp.where(here, expert_ids, 0)]
         groups, num_groups = jnp.where(slots >= 0, slots, window + expert_ids), window + num_experts
-        gate_up_banks, down_banks = (tuned.gate_up, gate_up), (tuned.down, down)
+        gate_up_banks = (tuned.gate_up, *gate_up_banks)
+        down_banks = (tuned.down, *down_banks)
     dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
     rows = take_rows(x, dispatch)
     hidden = gated_silu(grouped_matmul(rows, gate_up_banks, dispatch.group_sizes))
@@ -91,7 +93,7 @@ class MoE(nnx.Module):
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up[...], self.experts.down[...])
-        tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else ()
+        tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
         apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
         if mesh is None:
             out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
@@ -115,7 +117,7 @@ def _apply_on_shard(
     gates: Float[Array, "B S K"],
     layer: Int[Array, ""],
     banks: tuple[Array, Array],
-    tuned_banks: tuple[Array, ...],
+    tuned_banks: tuple[Array, Array] | None,
     *,
     layout: TunedLayout | None,
     shards: int,
@@ -130,7 +132,9 @@ def _apply_on_shard(
             jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
         )
         expert_ids = expert_ids - shard * banks[0].shape[0]
-    tuned = layer_window(*tuned_banks, layout, layer, shard) if layout else None
+    tuned = None
+    if tuned_banks is not None and layout is not None:
+        tuned = layer_window(*tuned_banks, layout, layer, shard)
     out = apply_experts(x, expert_ids, gates, *banks, tuned)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)

@@ -110,6 +110,6 @@ def _scan_chunks(
     (total, dhead), dhidden = jax.lax.scan(
         step, start, (split(hidden), split(targets), split(weights))
     )
-    if hidden_grad:
+    if dhidden is not None:
         dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape)
     return total, dhidden, dhead

@@ -75,10 +75,10 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     if base is not None and setup.config.method == "esft":
         experts = _choose_experts(setup, base, say)
     run = _Run(setup, model, base, experts)
-    say(
-        f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%}); "
-        f"train step: {run.step_bytes / 2**20:,.0f} MiB of arguments and temporaries per device"
-    )
+    say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
+    if run.step_bytes is not None:
+        mebibytes = run.step_bytes / 2**20
+        say(f"train step: {mebibytes:,.0f} MiB of arguments and temporaries per device")
     with closing(run.checkpoints):
         outcome = run.train()
         path = None if outcome.tuned is None else run.write_result(outcome)
@@ -183,8 +183,11 @@ class _Run:
         )
         example = place_batch(self._empty_batch(train.batch_size), self.mesh)
         self.train_step = step.lower(self.state, self.frozen, example).compile()
+        # Not every backend reports it.
         memory = self.train_step.memory_analysis()
-        self.step_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.step_bytes = (
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None
+        )
         self.eval_step = jax.jit(make_eval_step(self.graph))
 
     def _empty_batch(self, batch_size: int) -> dict[str, np.ndarray]:
@@ -266,6 +269,7 @@ class _Run:
         """Write `adapter/` (esft) or `model/` (full)."""
         if self.frozen_hash is not None and self._hash_frozen() != self.frozen_hash:
             raise RuntimeError("a frozen weight changed during training; the result is not written")
+        assert outcome.tuned is not None
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
         if self.experts is None:
             save_model(model, self.folder.model, self.setup.folder)

@@ -37,7 +37,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), tuned, opt_state)
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     """Shardings of a (possibly abstract) state: moments lie with their parameters."""
     tuned = param_shardings(state.tuned, mesh)
     by_path = {
