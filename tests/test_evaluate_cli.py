@@ -90,6 +90,16 @@ def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     assert json.loads((base / "scores.json").read_text()) == scores
 
 
+def test_the_result_of_full_training_does_not_replace_the_base(config, model_folder):
+    path, run = config
+    shutil.copytree(model_folder, run / "model")
+    arguments = ["--config", str(path), f"model={run / 'model'}", "data.valid=[]"]
+    assert evaluate.main(arguments) == 0
+    scores = json.loads((run / "evaluation" / "model" / "scores.json").read_text())
+    assert scores["heldout"] is None
+    assert not (run / "evaluation" / "base").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
