@@ -1,13 +1,17 @@
 """RunConfig and its YAML: what is read, what is written, and what is refused with which words."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
+from ruamel.yaml import YAML
 
 from esft_jax.config import DataConfig, RunConfig, SelectConfig, load_config, save_config
 from esft_jax.errors import InputError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = """\
 model: models/m
 output: runs/r
@@ -160,3 +164,23 @@ def test_building_by_hand_checks_too() -> None:
         RunConfig(model="m", output="o", data=data, init="random")
     with pytest.raises(ValueError, match="top_p"):
         SelectConfig(top_p=2.0)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_load(path: Path) -> None:
+    load_config(path)
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    """The YAML in docs/configuration.md holds every key, and the defaults of the code."""
+    text = (CONFIGS.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    documented = YAML(typ="safe", pure=True).load(text.split("```yaml")[1].split("```")[0])
+    config = TypeAdapter(RunConfig).validate_json(json.dumps(documented))
+    required = {"model": config.model, "output": config.output, "data": {"train": ["train.jsonl"]}}
+    assert config == TypeAdapter(RunConfig).validate_json(json.dumps(required))
+
+    def keys(tree: dict) -> set[str]:
+        nested = {f"{k}.{n}" for k, v in tree.items() if isinstance(v, dict) for n in keys(v)}
+        return set(tree) | nested
+
+    assert keys(documented) == keys(dataclasses.asdict(config))
