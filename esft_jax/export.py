@@ -20,8 +20,13 @@ def main(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="type of all weights (default: each keeps the type it is stored in)",
+    )
     args = parser.parse_args(argv)
-    export_model(args.base, args.adapter, args.to)
+    export_model(args.base, args.adapter, args.to, args.dtype)
     print(f"Exported {args.base} with {args.adapter or 'no adapter'}; written to {args.to}")
 
 

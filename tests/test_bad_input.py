@@ -75,7 +75,9 @@ def expert_of_dense_layer(inputs: Inputs) -> None:
 def missing_shard(inputs: Inputs) -> None:
     weights = inputs.model / "model.safetensors"
     names = list(load_file(weights))
-    weight_map = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)
+    }
     index = inputs.model / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     weights.rename(inputs.model / "model-00001-of-00002.safetensors")
@@ -111,7 +113,7 @@ CASES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "nothing to learn": (lambda i: i.add_chat(user()), ("c.jsonl:41", "assistant")),
     "example longer than the sequence": (
         lambda i: i.add_chat(user("long " * 100), assistant()),
-        ("c.jsonl:41", "64"),
+        ("c.jsonl:41", "65", "data.sequence_length"),
     ),
     "sequence longer than the model's limit": (
         lambda i: i.overrides.append("data.sequence_length=256"),

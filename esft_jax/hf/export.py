@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -21,16 +22,23 @@ from esft_jax.model.transformer import Transformer
 _MAX_SHARD_BYTES = 5_000_000_000
 
 
-def export_model(base: str | Path, adapter: str | Path | None, target: str | Path) -> None:
+def export_model(
+    base: str | Path,
+    adapter: str | Path | None,
+    target: str | Path,
+    dtype: DTypeLike | None = None,
+) -> None:
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
-    One tensor is in memory at a time. Tensors keep their types: those of the adapter are not cast
-    to the base's, and `config.json` names the widest type, so that nothing is lost on loading.
+    One tensor is in memory at a time. Unless `dtype` is given, tensors keep their types: those of
+    the adapter are not cast to the base's, and `config.json` names the widest type, so that nothing
+    is lost on loading.
 
     Args:
         base: Hugging Face folder, hub name, or converted checkpoint.
         adapter: adapter folder, or None for the base alone.
         target: folder to write, new or empty.
+        dtype: type to cast all weights to.
 
     Raises:
         InputError: bad input, or an adapter of another base; nothing is written then.
@@ -49,9 +57,13 @@ def export_model(base: str | Path, adapter: str | Path | None, target: str | Pat
         for name in tensors:
             specs[name] = TensorSpec(loaded.tensors.dtype(name), specs[name].shape)
 
+    if dtype is not None:
+        specs = {name: TensorSpec(jnp.dtype(dtype), spec.shape) for name, spec in specs.items()}
+
     def merged() -> Iterator[tuple[str, np.ndarray]]:
-        for name in specs:
-            yield name, tensors[name] if name in tensors else source.tensor(name)
+        for name, spec in specs.items():
+            tensor = tensors[name] if name in tensors else source.tensor(name)
+            yield name, tensor.astype(spec.dtype, copy=False)
 
     _write_model(Path(target), source.folder, specs, merged(), replace=False)
 

@@ -112,6 +112,7 @@ def _multiply(x: Array, banks: tuple[Array, ...], group_sizes: Array, transposed
     return out
 
 
+@jax.named_scope("expert_weight_gradient")
 def _weight_gradient(
     x: Array, grad: Array, banks: tuple[Array, ...], group_sizes: Array, which: int
 ) -> Array:

@@ -23,7 +23,7 @@ from esft_jax.hf.load import LoadedBase
 from esft_jax.mesh import place_batch
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.checkpoint import Checkpoints, abstract_state
-from esft_jax.training.metrics_log import MetricsLog
+from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
 from esft_jax.training.state import TrainState, init_state, state_shardings
@@ -235,6 +235,8 @@ class _Run:
                     scalars["tokens_per_second"] = tokens / (now - since)
                     scalars["learning_rate"] = float(schedule(step - 1))
                     scalars["epoch"] = step * config.batch_size / len(self.train_set)
+                    scalars["peak_memory_bytes"] = peak_memory()
+                    scalars["trained_share"] = self.trained / self.total
                     log.write(step, scalars)
                     since, tokens = now, 0
                 if self.valid_set is not None and (

@@ -1,6 +1,8 @@
 """Metrics of a run: a progress bar, JSON lines, TensorBoard."""
 
 import json
+import resource
+import sys
 from pathlib import Path
 from types import TracebackType
 
@@ -9,6 +11,10 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from esft_jax.training.run_folder import RunFolder
+
+
+# What the progress bar has room for.
+_SHOWN = ("loss", "valid_loss", "tokens_per_second")
 
 
 class MetricsLog:
@@ -26,6 +32,7 @@ class MetricsLog:
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         self._bar = tqdm(initial=start, total=steps, desc="train", unit="step")
+        self._shown: dict[str, str] = {}
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Record scalars, and show them beside the progress bar."""
@@ -35,7 +42,8 @@ class MetricsLog:
         self._file.flush()
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in scalars.items()})
+        self._shown |= {name: f"{scalars[name]:.4g}" for name in _SHOWN if name in scalars}
+        self._bar.set_postfix(self._shown)
 
     def advance(self) -> None:
         """One more step done."""
@@ -55,6 +63,15 @@ class MetricsLog:
             self._bar.close()
             self._board.close()
             self._file.close()
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: on the first local device, or by the process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _drop_after(path: Path, step: int) -> None:

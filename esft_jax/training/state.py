@@ -51,8 +51,9 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
         owners = (place for suffix, place in by_path.items() if name.endswith(suffix))
         return next(owners, replicated)
 
-    return TrainState(
-        step=replicated,
-        tuned=tuned,
-        opt_state=jax.tree_util.tree_map_with_path(sharding, state.opt_state),
-    )
+    places: dict[str, Any] = {
+        "step": replicated,
+        "tuned": tuned,
+        "opt_state": jax.tree_util.tree_map_with_path(sharding, state.opt_state),
+    }
+    return TrainState(**places)

@@ -98,6 +98,16 @@ def test_tensors_keep_their_types_and_the_config_names_the_widest(tiny, adapter,
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_all_weights_are_cast_on_request(tiny, adapter, tmp_path):
+    export_model(tiny[1], adapter, tmp_path / "kept")
+    export_model(tiny[1], adapter, tmp_path / "cast", "bfloat16")
+    kept, cast = TensorFiles(tmp_path / "kept"), TensorFiles(tmp_path / "cast")
+    for name in kept:
+        assert cast[name].dtype == "BF16"
+        np.testing.assert_array_equal(cast.read(name), kept.read(name).astype(jnp.bfloat16))
+    assert json.loads((tmp_path / "cast/config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_tokenizer_comes_along_and_foreign_files_stay(tiny, tmp_path):
     base = rewrite(tiny[1], tmp_path / "base", lambda tensors: tensors)
     (base / "tokenizer.json").write_text("{}")
