@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input; the message is one line: file and line or key, what is wrong, what was expected."""
+    """Bad input; one line: file and line or key, what is wrong, what was expected."""

@@ -22,5 +22,6 @@ class MLP(nnx.Module):
         self.down = params.weight((width, size), (None, "embed"))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Apply the layer to each position."""
         hidden = gated_silu(x @ self.gate_up[...].astype(x.dtype))
         return hidden @ self.down[...].astype(x.dtype)

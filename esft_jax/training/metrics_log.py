@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from esft_jax.training.run_folder import RunFolder
 
-
 # What the progress bar has room for.
 _SHOWN = ("loss", "valid_loss", "tokens_per_second")
 
