@@ -1,5 +1,7 @@
 """Causal attention over packed documents."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -50,15 +52,19 @@ def causal_attention(
         ]
         return masked_attention(q, key, value, visible, scale)
 
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+    if length <= QUERY_BLOCK:
         return block(query, segment_ids, index)
-    blocks = length // QUERY_BLOCK
+    blocks = math.ceil(length / QUERY_BLOCK)
+    missing = blocks * QUERY_BLOCK - length
 
     def split(x: Array) -> Array:
+        # Queries that nobody reads fill the last block.
+        x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     out = jax.lax.map(
         lambda args: jax.checkpoint(block)(*args),
-        (split(query), split(segment_ids), index.reshape(blocks, QUERY_BLOCK)),
+        (split(query), split(segment_ids), split(index[None])[:, 0]),
     )
-    return jnp.moveaxis(out, 0, 1).reshape(*query.shape[:3], value.shape[-1])
+    out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *out.shape[3:])
+    return out[:, :length]

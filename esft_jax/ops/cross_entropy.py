@@ -24,6 +24,13 @@ def cross_entropy_sum(
     are made in the same pass as the loss, since the loss is linear in its own cotangent: logits
     are computed once. `head` gets a gradient only where one is asked for.
     """
+    length = hidden.shape[1]
+    missing = -length % CHUNK if length > CHUNK else 0
+    if missing:  # positions without weight fill the last chunk
+        hidden, targets, weights = (
+            jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+            for x in (hidden, targets, weights)
+        )
     return _cross_entropy_sum(hidden, head, targets, weights)
 
 
@@ -79,7 +86,7 @@ def _scan_chunks(
 ) -> tuple[Array, Array | None, Array | None]:
     """The loss sum, and its gradients by `hidden` and by `head` where wanted."""
     batch, length, _ = hidden.shape
-    chunk = CHUNK if length % CHUNK == 0 else length
+    chunk = min(CHUNK, length)
     matrix = head.astype(hidden.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
