@@ -12,6 +12,7 @@ import jinja2.sandbox
 import tokenizers
 
 from esft_jax.errors import InputError
+from esft_jax.files import parse_json
 
 # The format ESFT trains on: BOS, "User: {x}\n\nAssistant:", " {y}", EOS.
 DEFAULT_TEMPLATE = (
@@ -74,10 +75,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         config_path = folder / "tokenizer_config.json"
-        try:
-            config = json.loads(_read(config_path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{config_path}: broken JSON: {_one_line(error)}") from error
+        config = parse_json(_read(config_path), str(config_path))
+        if not isinstance(config, dict):
+            raise InputError(f"{config_path}: expected a JSON object")
         eos_token = _token_text(config, "eos_token")
         if eos_token is None:
             raise InputError(f"{config_path}: eos_token: missing; expected the token ending a text")

@@ -4,13 +4,13 @@ The router is described by its mathematics (score function, group limit, renorma
 never by a model's name, so that another family is a new reader here and nothing else.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text
 
 GroupLimit = Literal["none", "max"]
 
@@ -128,10 +128,11 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: not found; expected a Hugging Face model folder")
+        raw = parse_json(read_text(path), str(path))
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}: expected a JSON object")
         try:
-            return cls.from_hugging_face(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+            return cls.from_hugging_face(raw)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -244,6 +245,9 @@ def _read_rope(raw: dict[str, Any]) -> RopeConfig:
         return RopeConfig(theta=theta)
     if kind != "yarn":
         raise InputError(f"rope_parameters.rope_type: {kind!r}; expected 'default' or 'yarn'")
+    if not isinstance(parameters.get("factor"), int | float):
+        factor = parameters.get("factor")
+        raise InputError(f"rope_parameters.factor: {factor!r}; expected YaRN's factor, a number")
     return RopeConfig(
         theta=theta,
         factor=float(parameters["factor"]),

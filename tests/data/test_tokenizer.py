@@ -128,7 +128,7 @@ def test_bad_template(folder: Path, template: str, message: str) -> None:
         ("tokenizer.json", None, "tokenizer.json: cannot be read"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
         ("tokenizer_config.json", None, "tokenizer_config.json: cannot be read"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json: broken JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "{}", "eos_token: missing"),
         ("tokenizer_config.json", '{"eos_token": "<no>"}', "eos_token: '<no>' is not in"),
     ],
