@@ -263,6 +263,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     evaluation = config.evaluation
     if evaluation.data is None:
         raise InputError("evaluation.data: not set; expected a file of prompts and answers")
+    RunFolder(config.output).check_writable()
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)

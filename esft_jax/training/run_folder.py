@@ -1,6 +1,7 @@
 """The folder of one run: what lies where, and whether it may be continued."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ class RunFolder:
         Raises:
             InputError: naming the folder, and the first setting that differs.
         """
+        self.check_writable()
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise InputError(f"output: {self.path} is a file; expected a folder")
         if not self.config.exists():
-            # `score` and `evaluate` may have been here before.
+            # `score` and `evaluate` may have been here before, and a `select` that the run names.
             ours = {self.scores, self.evaluation}
+            if config.expert_cfg is not None and self.expert_cfg.exists():
+                ours |= {self.expert_cfg} if self.expert_cfg.samefile(config.expert_cfg) else set()
             if not ours.issuperset(self.path.iterdir()):
                 raise InputError(
                     f"output: {self.path} is not empty and holds no run; expected a new folder"
@@ -73,6 +75,14 @@ class RunFolder:
                     f"output: {self.path} holds a run with {key} = {saved[key]!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
+
+    def check_writable(self) -> None:
+        """Raise an `InputError` unless the folder, or a new one in its place, can be written to."""
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise InputError(f"output: {existing} is a file; expected a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"output: {existing}: no permission to write")
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration."""
