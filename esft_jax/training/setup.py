@@ -78,22 +78,30 @@ def _check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             f"mesh.expert: {mesh.shape[EXPERT]} does not divide the model's "
             f"{model.router.num_experts} experts"
         )
-    for key, length in (
-        ("data.sequence_length", config.data.sequence_length),
-        ("score.sequence_length", config.score.sequence_length),
-    ):
-        if length > model.max_positions:
-            raise InputError(
-                f"{key}: {length} tokens; the model's limit is {model.max_positions} "
-                "(max_position_embeddings)"
-            )
     micro_batch = config.train.batch_size // config.train.micro_batches
-    for key, rows in (
-        ("train.batch_size / train.micro_batches", micro_batch),
-        ("score.batch_size", config.score.batch_size),
-    ):
-        if rows % mesh.size:
-            raise InputError(f"{key}: {rows} rows cannot be split over {mesh.size} devices")
+    _check_rows("data", config.data.sequence_length, model)
+    _check_split("train.batch_size / train.micro_batches", micro_batch, mesh)
+    # Where nothing is scored, the defaults of `score` need not fit.
+    if config.method == "esft" and config.expert_cfg is None:
+        _check_scoring(config, model, mesh)
+
+
+def _check_scoring(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    _check_rows("score", config.score.sequence_length, model)
+    _check_split("score.batch_size", config.score.batch_size, mesh)
+
+
+def _check_rows(section: str, length: int, model: ModelConfig) -> None:
+    if length > model.max_positions:
+        raise InputError(
+            f"{section}.sequence_length: {length} tokens; the model's limit is "
+            f"{model.max_positions} (max_position_embeddings)"
+        )
+
+
+def _check_split(key: str, rows: int, mesh: Mesh) -> None:
+    if rows % mesh.size:
+        raise InputError(f"{key}: {rows} rows cannot be split over {mesh.size} devices")
 
 
 def _packed(
@@ -110,8 +118,13 @@ def _packed(
 
 
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
-    """Score the base model's experts on samples of the training data."""
+    """Score the base model's experts on samples of the training data.
+
+    Raises:
+        InputError: `score` does not fit the model or the mesh.
+    """
     config, dataset = setup.config, setup.train_set
+    _check_scoring(config, setup.model_config, setup.mesh)
     length = config.score.sequence_length
     if length != dataset.sequence_length:
         dataset = _packed(config, config.data.train, setup.tokenizer, length)
