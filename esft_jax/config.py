@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from esft_jax import strict_yaml
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS
+from esft_jax.experts.select import DEFAULT_TOP_P
 
 
 def _known_metric(name: str) -> str:
@@ -38,8 +39,6 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
 
 _STRICT = ConfigDict(extra="forbid")
-# The values of the paper (arXiv 2407.01906).
-_DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -112,7 +111,7 @@ class SelectConfig:
     @property
     def threshold(self) -> float:
         """`top_p`, or the paper's value for the method: 0.2 for token, 0.1 for gate."""
-        return _DEFAULT_TOP_P[self.method] if self.top_p is None else self.top_p
+        return DEFAULT_TOP_P[self.method] if self.top_p is None else self.top_p
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -174,7 +173,8 @@ class EvaluationConfig:
     """Completions of task prompts, and how they are judged.
 
     Attributes:
-        data: File of chat examples whose last message is the reference; none skips the evaluation.
+        data: File of prompts with accepted answers, or of chats whose last message is the answer;
+            none skips the evaluation.
         metric: Name of a metric of `esft_jax.evaluation.metrics`.
         max_new_tokens: Tokens per completion, at most.
         batch_size: Prompts decoded together, over all devices.
