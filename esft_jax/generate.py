@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None) -> None:
     tokenizer = Tokenizer.load(local_folder(args.model))
     adapter = None if args.adapter is None else load_adapter(args.adapter)
     base = load_base(args.model, jnp.dtype(args.dtype))
+    tokenizer.check_vocabulary(base.model.config.vocab_size)
     if adapter is not None:
         apply_adapter(base.model, adapter, base.fingerprint)
     (answer,) = generate_text(

@@ -102,6 +102,14 @@ class Tokenizer:
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise an `InputError` if a model with this many embeddings lacks one for some token."""
+        if self.vocab_size > size:
+            raise InputError(
+                f"tokenizer.json: token ids up to {self.vocab_size - 1}; the model's vocab_size is "
+                f"{size}"
+            )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special token is added."""
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -266,6 +266,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     RunFolder(config.output).check_writable()
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
+    tokenizer.check_vocabulary(shape.vocab_size)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
     rows = read_task(evaluation.data)[: evaluation.limit]
     limit = shape.max_positions

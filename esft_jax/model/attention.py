@@ -121,15 +121,15 @@ class LatentAttention(nnx.Module):
         )
         key_up, value_up = self._up_projections(x.dtype)
         query = jnp.concatenate([jnp.einsum("bshn,chn->bshc", plain, key_up), turned], axis=-1)
-        key = jnp.concatenate([cache.latent, cache.rotated_key], axis=-1)[:, :, None]
-        heads = (*key.shape[:2], self.config.num_heads)
+        key = jnp.concatenate([cache.latent, cache.rotated_key], axis=-1)
         visible = jnp.arange(key.shape[1]) <= positions[:, :, None]
+        # All heads share the latents: as queries of one head they meet them without a copy each.
         mixed = masked_attention(
-            query,
-            jnp.broadcast_to(key, (*heads, key.shape[-1])),
-            jnp.broadcast_to(cache.latent[:, :, None], (*heads, cache.latent.shape[-1])),
-            visible,
+            query.reshape(len(x), -1, 1, query.shape[-1]),
+            key[:, :, None],
+            cache.latent[:, :, None],
+            jnp.repeat(visible, self.config.num_heads, axis=1),
             self.config.attention_scale,
         )
-        mixed = jnp.einsum("bshc,chw->bshw", mixed, value_up)
+        mixed = jnp.einsum("bshc,chw->bshw", mixed.reshape(*query.shape[:3], -1), value_up)
         return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype), cache

@@ -125,9 +125,13 @@ def _weight_gradient(
     def step(i: Array, total: Array) -> Array:
         start, valid = _block_rows(schedule, i, rows, block)
         group = schedule.group[i] - first_group
+        # Both sides are masked: a foreign row's infinity times 0 would be NaN.
+        rows_x, rows_grad = (
+            jnp.where(valid, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x, grad)
+        )
         update = jax.lax.dot_general(
-            jnp.where(valid, jax.lax.dynamic_slice_in_dim(x, start, block), 0),
-            jax.lax.dynamic_slice_in_dim(grad, start, block),
+            rows_x,
+            rows_grad,
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )

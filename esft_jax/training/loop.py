@@ -213,49 +213,59 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        first = 0
-        if self.checkpoints.last_step is not None:
-            self.state, position = self.checkpoints.restore(
-                abstract_state(self.state, self.shardings)
-            )
-            iterator.set_state(position["data"])
-            self.best_loss, first = position["best_loss"], int(self.state.step)
-        schedule = make_schedule(self.config.optimizer, config.steps)
+        first = self._resume(iterator)
         loss = None
         with MetricsLog(self.folder, first, config.steps) as log, _stop_signal() as stopped:
-            since, tokens = time.perf_counter(), 0
+            logged, since = first, time.perf_counter()
             for step in range(first + 1, config.steps + 1):
+                last = step == config.steps
                 batch = place_batch(next(iterator), self.mesh)
                 self.state, metrics = self.train_step(self.state, self.frozen, batch)
-                tokens += config.batch_size * self.train_set.sequence_length
                 log.advance()
-                if step % config.log_every == 0 or step == config.steps:
-                    scalars = {name: float(value) for name, value in metrics.items()}
-                    now = time.perf_counter()
-                    scalars["tokens_per_second"] = tokens / (now - since)
-                    scalars["learning_rate"] = float(schedule(step - 1))
-                    scalars["epoch"] = step * config.batch_size / len(self.train_set)
-                    scalars["peak_memory_bytes"] = peak_memory()
-                    scalars["trained_share"] = self.trained / self.total
+                if last or step % config.log_every == 0:
+                    scalars = self._scalars(step, metrics)  # waits for the step
+                    elapsed = time.perf_counter() - since
+                    scalars["tokens_per_second"] = (step - logged) * self._step_tokens / elapsed
                     log.write(step, scalars)
-                    since, tokens = now, 0
-                if self.valid_set is not None and (
-                    step % config.eval_every == 0 or step == config.steps
-                ):
+                    logged, since = step, time.perf_counter()
+                if self.valid_set is not None and (last or step % config.eval_every == 0):
                     loss = self.evaluate()
                     log.write(step, {"valid_loss": loss})
                     if self.best_loss is None or loss < self.best_loss:
                         self.best_loss = loss
                         self.checkpoints.save_best(step, self.state)
-                    since, tokens = time.perf_counter(), 0
-                if step % config.save_every == 0 or step == config.steps or stopped():
+                    logged, since = step, time.perf_counter()
+                if last or step % config.save_every == 0 or stopped():
                     self.checkpoints.save(step, self.state, iterator.get_state(), self.best_loss)
-                    if stopped() and step < config.steps:
+                    if stopped() and not last:
                         return _Outcome(step, None, loss)
         if self.checkpoints.best_step is not None:
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
             return _Outcome(self.checkpoints.best_step, tuned, self.best_loss)
         return _Outcome(int(self.state.step), self.state.tuned, loss)
+
+    def _resume(self, iterator: Any) -> int:
+        """Restore the last checkpoint, if there is one. Returns the steps done."""
+        if self.checkpoints.last_step is None:
+            return 0
+        self.state, position = self.checkpoints.restore(abstract_state(self.state, self.shardings))
+        iterator.set_state(position["data"])
+        self.best_loss = position["best_loss"]
+        return int(self.state.step)
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.config.train.batch_size * self.train_set.sequence_length
+
+    def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        schedule = make_schedule(self.config.optimizer, self.config.train.steps)
+        return {
+            **{name: float(value) for name, value in metrics.items()},
+            "learning_rate": float(schedule(step - 1)),
+            "epoch": step * self.config.train.batch_size / len(self.train_set),
+            "peak_memory_bytes": peak_memory(),
+            "trained_share": self.trained / self.total,
+        }
 
     def evaluate(self) -> float:
         """Mean loss over the validation set, nats per token."""

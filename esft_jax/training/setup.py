@@ -66,6 +66,7 @@ def open_setup(config: RunConfig) -> Setup:
         except InputError as error:
             raise InputError(f"{chosen}: {error}") from None
     tokenizer = Tokenizer.load(folder)
+    tokenizer.check_vocabulary(model_config.vocab_size)
     length = config.data.sequence_length
     train_set = _packed(config, config.data.train, tokenizer, length)
     valid_set = _packed(config, config.data.valid, tokenizer, length) if config.data.valid else None
