@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
@@ -193,13 +194,15 @@ def save_adapter(
     if "base_fingerprint" not in manifest:
         raise KeyError("base_fingerprint")
     found = dict(tensors)
-    if jax.process_index() != 0:
-        return
-    with new_folder(Path(folder), replace=True) as temporary:
+    if jax.process_index() == 0:
         specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in found.items()}
-        write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
-        expert_cfg.save(temporary / EXPERT_CONFIG)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(manifest, indent=2) + "\n"
+        with new_folder(Path(folder), replace=True) as temporary:
+            write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
+            expert_cfg.save(temporary / EXPERT_CONFIG)
+            (temporary / MANIFEST).write_text(content, encoding="utf-8")
+    # No process returns, and perhaps opens the folder, before it is there.
+    sync_global_devices(f"adapter {folder}")
 
 
 def load_adapter(folder: str | Path) -> Adapter:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
@@ -94,6 +95,8 @@ def save_model(
     else:
         for _ in tensors:  # reading a tensor takes part of every process
             pass
+    # No process returns, and perhaps opens the folder, before it is there.
+    sync_global_devices(f"model {folder}")
 
 
 def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
