@@ -83,7 +83,7 @@ class ScoreConfig:
     Attributes:
         samples: Packed rows to run, at most; fewer if the data holds fewer.
         sequence_length: Tokens per packed row.
-        batch_size: Rows per forward pass, over all devices.
+        batch_size: Rows per forward pass, over all devices; rounded up to a multiple of them.
     """
 
     samples: Count = 32

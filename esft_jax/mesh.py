@@ -1,6 +1,7 @@
 """The device mesh, and which of its axes each logical axis of an array is split over."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -136,6 +137,12 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of `[B, ...]` arrays."""
     return NamedSharding(mesh, PartitionSpec(RULES.batch))
+
+
+def device_multiple(rows: int, mesh: Mesh | None) -> int:
+    """The next number of rows that all devices share evenly."""
+    devices = 1 if mesh is None else mesh.size
+    return math.ceil(rows / devices) * devices
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:

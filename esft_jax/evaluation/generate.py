@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.mesh import RULES, place_batch
+from esft_jax.mesh import RULES, device_multiple, place_batch
 from esft_jax.model.attention import LatentCache
 from esft_jax.model.transformer import Transformer
 
@@ -142,12 +142,6 @@ def check_length(name: str, length: int, max_new_tokens: int, max_positions: int
             f"{name}: {length} tokens and {max_new_tokens} new ones; the model's limit is "
             f"{max_positions} (max_position_embeddings)"
         )
-
-
-def device_multiple(rows: int, mesh: Mesh | None) -> int:
-    """The next number of rows that all devices share evenly."""
-    devices = 1 if mesh is None else mesh.size
-    return math.ceil(rows / devices) * devices
 
 
 def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:

@@ -24,7 +24,6 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
     DecodingOptions,
     check_length,
-    device_multiple,
     encode_text,
     generate_tokens,
 )
@@ -32,7 +31,7 @@ from esft_jax.evaluation.metrics import METRICS, Completion, write_completions
 from esft_jax.files import parse_json, read_text, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import load_base, local_folder
-from esft_jax.mesh import make_mesh, place_batch
+from esft_jax.mesh import device_multiple, make_mesh, place_batch
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.run_folder import RunFolder

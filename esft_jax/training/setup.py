@@ -16,7 +16,7 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.hf.load import LoadedBase, load_base, local_folder
-from esft_jax.mesh import EXPERT, make_mesh, param_shardings
+from esft_jax.mesh import EXPERT, device_multiple, make_mesh, param_shardings
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.run_folder import RunFolder
@@ -81,15 +81,14 @@ def _check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
         )
     micro_batch = config.train.batch_size // config.train.micro_batches
     _check_rows("data", config.data.sequence_length, model)
-    _check_split("train.batch_size / train.micro_batches", micro_batch, mesh)
+    if micro_batch % mesh.size:
+        raise InputError(
+            f"train.batch_size / train.micro_batches: {micro_batch} rows cannot be split over "
+            f"{mesh.size} devices"
+        )
     # Where nothing is scored, the defaults of `score` need not fit.
     if config.method == "esft" and config.expert_cfg is None:
-        _check_scoring(config, model, mesh)
-
-
-def _check_scoring(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
-    _check_rows("score", config.score.sequence_length, model)
-    _check_split("score.batch_size", config.score.batch_size, mesh)
+        _check_rows("score", config.score.sequence_length, model)
 
 
 def _check_rows(section: str, length: int, model: ModelConfig) -> None:
@@ -98,11 +97,6 @@ def _check_rows(section: str, length: int, model: ModelConfig) -> None:
             f"{section}.sequence_length: {length} tokens; the model's limit is "
             f"{model.max_positions} (max_position_embeddings)"
         )
-
-
-def _check_split(key: str, rows: int, mesh: Mesh) -> None:
-    if rows % mesh.size:
-        raise InputError(f"{key}: {rows} rows cannot be split over {mesh.size} devices")
 
 
 def _packed(
@@ -122,16 +116,16 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     """Score the base model's experts on samples of the training data.
 
     Raises:
-        InputError: `score` does not fit the model or the mesh.
+        InputError: `score.sequence_length` is beyond the model's limit.
     """
     config, dataset = setup.config, setup.train_set
-    _check_scoring(config, setup.model_config, setup.mesh)
+    _check_rows("score", config.score.sequence_length, setup.model_config)
     length = config.score.sequence_length
     if length != dataset.sequence_length:
         dataset = _packed(config, config.data.train, setup.tokenizer, length)
     batches = eval_batches(
         dataset,
-        config.score.batch_size,
+        device_multiple(config.score.batch_size, setup.mesh),
         jax.process_index(),
         jax.process_count(),
         rows=sample_rows(dataset, config.score.samples, config.seed),
