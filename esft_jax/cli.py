@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from esft_jax.config import RunConfig, load_config
 from esft_jax.errors import InputError
 
 VERBS = {
@@ -48,7 +49,7 @@ def command(
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--config FILE` and the `key=value` overrides that follow it: `config`, `overrides`."""
+    """Add what `open_config` reads: `--config FILE`, `key=value` overrides, `--distributed`."""
     parser.add_argument("--config", metavar="FILE", required=True, help="run configuration (YAML)")
     parser.add_argument(
         "overrides",
@@ -56,6 +57,24 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="replaces a value of the configuration, such as train.steps=100",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several hosts of the run: join the others first",
+    )
+
+
+def open_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration that the arguments name, with JAX's devices set up for it."""
+    import jax
+
+    from esft_jax.mesh import split_cpu
+
+    config = load_config(args.config, args.overrides)
+    split_cpu(config.mesh.cpu_devices)
+    if args.distributed:
+        jax.distributed.initialize()
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import add_config_arguments, command
-from esft_jax.config import load_config
+from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.evaluation.tasks import EvaluationReport, run_evaluation
-from esft_jax.mesh import split_cpu
 
 
 @command
@@ -21,8 +19,7 @@ def main(argv: Sequence[str] | None) -> None:
     add_config_arguments(parser)
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    split_cpu(config.mesh.cpu_devices)
+    config = open_config(args)
     report = run_evaluation(config, args.adapter)
     if jax.process_index() == 0:
         print_report(report, Console())

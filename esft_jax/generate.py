@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None) -> None:
     base = load_base(args.model, jnp.dtype(args.dtype))
     tokenizer.check_vocabulary(base.model.config.vocab_size)
     if adapter is not None:
-        apply_adapter(base.model, adapter, base.fingerprint)
+        apply_adapter(base.model, adapter, base.fingerprint if adapter.manifest else None)
     (answer,) = generate_text(
         base.model,
         tokenizer,

@@ -2,13 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esft_jax.errors import InputError
@@ -132,6 +133,20 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
     return jax.tree.map(
         lambda p: p.replace(sharding(p)), params, is_leaf=lambda p: isinstance(p, nnx.Variable)
     )
+
+
+def on_first_process(action: Callable[[], object], name: str) -> None:
+    """Run an action on process 0 while all others wait for it."""
+    if jax.process_index() == 0:
+        action()
+    sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process. All must ask together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(process_allgather(np.array(flag))))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from esft_jax.cli import add_config_arguments, command
-from esft_jax.config import load_config
+from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.experts.select import select_experts
-from esft_jax.mesh import split_cpu
 from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import load_pretrained, measure_scores, open_setup
@@ -25,8 +23,7 @@ def main(argv: Sequence[str] | None) -> None:
         "--output", metavar="FOLDER", help="where to write (default: scores/ in the run's folder)"
     )
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    split_cpu(config.mesh.cpu_devices)
+    config = open_config(args)
     setup = open_setup(config)
     scores = measure_scores(setup, load_pretrained(setup))
     folder = args.output or RunFolder(config.output).scores

@@ -9,10 +9,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import add_config_arguments, command
-from esft_jax.config import RunConfig, load_config
+from esft_jax.cli import add_config_arguments, command, open_config
+from esft_jax.config import RunConfig
 from esft_jax.evaluation.tasks import EvaluationReport, check_evaluation, run_evaluation
-from esft_jax.mesh import split_cpu
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.setup import open_setup
 
@@ -22,16 +21,8 @@ def main(argv: Sequence[str] | None) -> None:
     """Run `python -m esft_jax.train`; None stands for the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this is one of several hosts of the run: join the others first",
-    )
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    split_cpu(config.mesh.cpu_devices)
-    if args.distributed:
-        jax.distributed.initialize()
+    config = open_config(args)
     console = Console(quiet=jax.process_index() != 0)
     setup = open_setup(config)
     before = after = None
@@ -72,7 +63,7 @@ def _print_summary(
         table.add_row("experts trained", str(result.experts.num_experts_selected))
     share = result.trained / result.total
     table.add_row("parameters trained", f"{result.trained:,} of {result.total:,} ({share:.2%})")
-    table.add_row("parameters of step", str(result.step))
+    table.add_row("step kept", str(result.step))
     table.add_row("training, seconds", f"{result.seconds:.0f}")
     console.print(table)
     console.print(f"{'adapter' if result.experts else 'model'}: {result.result}", soft_wrap=True)

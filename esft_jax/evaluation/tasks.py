@@ -332,7 +332,7 @@ def _load(config: RunConfig, adapter: str | Path | None, mesh: Mesh) -> Transfor
     opened = None if adapter is None else load_adapter(adapter)
     base = load_base(config.model, jnp.dtype(config.dtype), mesh)
     if opened is not None:
-        apply_adapter(base.model, opened, base.fingerprint)
+        apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
     return base.model
 
 

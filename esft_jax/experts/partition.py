@@ -31,7 +31,9 @@ def attach_tuned_experts(model: Transformer, experts: ExpertConfig) -> None:
         experts.experts, config.moe_layers, config.router.num_experts, shards
     )
     base = model.moe_blocks.moe.experts
-    model.tuned_experts = TunedExperts.from_base(base.gate_up[...], base.down[...], layout)
+    model.tuned_experts = TunedExperts.from_base(
+        base.gate_up[...], base.down[...], layout, model.mesh
+    )
 
 
 def label(path: Path, experts: ExpertConfig | None) -> str:

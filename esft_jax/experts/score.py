@@ -60,6 +60,8 @@ def score_experts(
         token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
         filled = (batch["segment_ids"] > 0).any(axis=1).sum()
         tokens = (batch["segment_ids"] > 0).sum()
+        # The paper's gates are the router's probabilities, before any scaling factor.
+        gate = gate / model.config.router.scale
         return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens))
 
     zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)

@@ -224,13 +224,14 @@ def load_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, AdapterTensors(TensorFiles(folder)), expert_cfg, manifest)
 
 
-def apply_adapter(model: Transformer, adapter: Adapter, base_fingerprint: str) -> None:
+def apply_adapter(model: Transformer, adapter: Adapter, base_fingerprint: str | None) -> None:
     """Merge an adapter into a base model, in place; sharding and types stay.
 
     The model's former arrays are used up.
 
     Args:
-        base_fingerprint: of the model (`LoadedBase.fingerprint`).
+        base_fingerprint: of the model (`LoadedBase.fingerprint`); None skips the comparison, for
+            adapters without a manifest.
 
     Raises:
         InputError: see `Adapter.check`; the model is unchanged then.

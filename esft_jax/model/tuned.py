@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from esft_jax.mesh import RULES
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,33 @@ class TunedExperts(nnx.Module):
         gate_up: Float[Array, "L E D F2"],
         down: Float[Array, "L E F D"],
         layout: TunedLayout,
-        dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
     ) -> "TunedExperts":
-        """Copies of the selected base experts; padding rows are zero."""
-        layers, experts, rows = np.array(layout.rows(), np.int32).T
+        """Float32 copies of the selected base experts, each made on the device that owns it.
 
-        def copy(bank: Array) -> Array:
-            size = (layout.shards * layout.rows_per_shard, *bank.shape[2:])
-            return jnp.zeros(size, dtype).at[rows].set(bank[layers, experts].astype(dtype))
+        Padding rows are zero.
+        """
+        local = layout.num_experts // layout.shards
+        # Source of each row: layer, expert on its device, and whether there is one.
+        source = np.zeros((layout.shards * layout.rows_per_shard, 3), np.int32)
+        for layer, expert, row in layout.rows():
+            source[row] = layer, expert % local, 1
 
-        return cls(copy(gate_up), copy(down), layout)
+        def copy(bank: Array, source: Array) -> Array:
+            layers, experts, filled = source.T
+            rows = bank[layers, experts].astype(jnp.float32)
+            return jnp.where(filled[:, None, None] > 0, rows, 0)
+
+        if mesh is not None:
+            experts = PartitionSpec(RULES.experts)
+            copy = jax.shard_map(
+                copy,
+                mesh=mesh,
+                in_specs=(PartitionSpec(None, RULES.experts), experts),
+                out_specs=experts,
+            )
+        copy = jax.jit(copy)
+        return cls(copy(gate_up, source), copy(down, source), layout)
 
 
 def layer_window(

@@ -1,7 +1,9 @@
 """A whole training run, from a configuration to an adapter."""
 
 import hashlib
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -14,13 +16,15 @@ import numpy as np
 from flax import nnx
 
 from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
+from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
 from esft_jax.experts.select import select_experts
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
-from esft_jax.mesh import place_batch
+from esft_jax.hf.source import Source
+from esft_jax.mesh import any_process, on_first_process, place_batch
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.checkpoint import Checkpoints, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
@@ -69,12 +73,15 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     if setup.valid_set is not None:
         say(_describe("valid", setup.valid_set))
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
-    model = random_model(setup) if base is None else base.model
-    setup.run.create(setup.config)
+    on_first_process(lambda: setup.run.create(setup.config), "run folder")
     experts = None
     if base is not None and setup.config.method == "esft":
         experts = _choose_experts(setup, base, say)
-    run = _Run(setup, model, base, experts)
+    if base is None:
+        run = _Run(setup, random_model(setup), None, experts)
+    else:
+        run = _Run(setup, base.model, base.source, experts)
+    del base  # the run takes over its arrays
     say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
     if run.step_bytes is not None:
         mebibytes = run.step_bytes / 2**20
@@ -111,7 +118,7 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
         say(f"experts: {experts.num_experts_selected} given")
     else:
         scores = measure_scores(setup, base)
-        scores.save(setup.run.scores)
+        on_first_process(lambda: scores.save(setup.run.scores), "scores")
         experts = select_experts(
             scores,
             select.method,
@@ -123,7 +130,7 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
             f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
             f"{select.method} score, p = {select.threshold:g}"
         )
-    experts.save(setup.run.expert_cfg)
+    on_first_process(lambda: experts.save(setup.run.expert_cfg), "experts")
     return experts
 
 
@@ -143,10 +150,10 @@ class _Run:
         self,
         setup: Setup,
         model: Transformer,
-        base: LoadedBase | None,
+        source: Source | None,
         experts: ExpertConfig | None,
     ):
-        self.setup, self.base, self.experts = setup, base, experts
+        self.setup, self.source, self.experts = setup, source, experts
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_set = setup.train_set, setup.valid_set
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -169,7 +176,7 @@ class _Run:
             return init_state(optimizer, tuned, self.frozen)
 
         self.shardings = state_shardings(jax.eval_shape(start, tuned), self.mesh)
-        self.state = jax.jit(start, out_shardings=self.shardings)(tuned)
+        self.state = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)(tuned)
         step = jax.jit(
             make_train_step(
                 self.graph,
@@ -197,14 +204,14 @@ class _Run:
         """What must not change between a checkpoint and its resumption."""
         experts = self.experts and {str(k): list(v) for k, v in self.experts.experts.items()}
         return {
-            "base_fingerprint": self.base.fingerprint if self.base else None,
+            "base_fingerprint": self.source.fingerprint if self.source else None,
             "experts": experts,
             "data_sha256": self.train_set.stats.sha256,
             "expert_shards": self.setup.mesh.shape["expert"],
         }
 
     def train(self) -> _Outcome:
-        """Run to the last step, or to the first one after SIGTERM."""
+        """Run to the last step, or until a signal asks to stop."""
         config = self.config.train
         iterator = train_iterator(
             self.train_set,
@@ -227,17 +234,21 @@ class _Run:
                     elapsed = time.perf_counter() - since
                     scalars["tokens_per_second"] = (step - logged) * self._step_tokens / elapsed
                     log.write(step, scalars)
+                    _finite("loss", step, scalars["loss"])
                     logged, since = step, time.perf_counter()
                 if self.valid_set is not None and (last or step % config.eval_every == 0):
-                    loss = self.evaluate()
+                    loss = _finite("validation loss", step, self.evaluate())
                     log.write(step, {"valid_loss": loss})
                     if self.best_loss is None or loss < self.best_loss:
                         self.best_loss = loss
                         self.checkpoints.save_best(step, self.state)
                     logged, since = step, time.perf_counter()
-                if last or step % config.save_every == 0 or stopped():
+                # Several processes agree where they would wait for each other anyway.
+                ask = jax.process_count() == 1 or step % config.log_every == 0
+                stop = ask and any_process(stopped())
+                if last or stop or step % config.save_every == 0:
                     self.checkpoints.save(step, self.state, iterator.get_state(), self.best_loss)
-                    if stopped() and not last:
+                    if stop and not last:
                         return _Outcome(step, None, loss)
         if self.checkpoints.best_step is not None:
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
@@ -286,15 +297,16 @@ class _Run:
         if self.experts is None:
             save_model(model, self.folder.model, self.setup.folder)
             return self.folder.model
-        assert self.base is not None
+        assert self.source is not None
         config = self.config
+        given = config.expert_cfg is not None  # then nothing is known of how they were chosen
         manifest = {
             "base_model": config.model,
-            "base_fingerprint": self.base.fingerprint,
-            "scores_sha256": _file_hash(self.folder.scores / "scores.json"),
+            "base_fingerprint": self.source.fingerprint,
+            "scores_sha256": None if given else _file_hash(self.folder.scores / "scores.json"),
             "data_sha256": self.train_set.stats.sha256,
-            "method": config.select.method if config.expert_cfg is None else None,
-            "top_p": config.select.threshold if config.expert_cfg is None else None,
+            "method": None if given else config.select.method,
+            "top_p": None if given else config.select.threshold,
             "step": outcome.step,
             "valid_loss": outcome.valid_loss,
         }
@@ -326,17 +338,36 @@ def _file_hash(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
+def _finite(name: str, step: int, value: float) -> float:
+    """The value; a diverged run ends here, with its last good checkpoint."""
+    if not math.isfinite(value):
+        raise InputError(
+            f"step {step}: {name} is {value}; expected a finite number "
+            "(a lower optimizer.learning_rate, or other data)"
+        )
+    return value
+
+
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM, which schedulers and preemption send, into a flag read between steps."""
-    received = False
+    """Turn SIGTERM (schedulers, preemption) and SIGINT into a flag that is read between steps.
+
+    A second SIGINT interrupts at once. Signals reach the main thread only; elsewhere the flag
+    stays unset.
+    """
+    received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
-        nonlocal received
-        received = True
+        if signum == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(signum)
 
-    before = signal.signal(signal.SIGTERM, note)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: received
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from esft_jax.files import write_text_atomic
 from esft_jax.training.run_folder import RunFolder
 
 # What the progress bar has room for.
@@ -30,7 +31,9 @@ class MetricsLog:
         _drop_after(folder.metrics, start)
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
-        self._bar = tqdm(initial=start, total=steps, desc="train", unit="step")
+        # disable=None: a bar on terminals only; elsewhere every logged step is a line.
+        self._bar = tqdm(initial=start, total=steps, desc="train", unit="step", disable=None)
+        self._steps = steps
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -43,6 +46,9 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         self._shown |= {name: f"{scalars[name]:.4g}" for name in _SHOWN if name in scalars}
         self._bar.set_postfix(self._shown)
+        if self._bar.disable:
+            values = ", ".join(f"{name} {scalars[name]:.4g}" for name in _SHOWN if name in scalars)
+            print(f"step {step} of {self._steps}: {values}", flush=True)
 
     def advance(self) -> None:
         """One more step done."""
@@ -75,6 +81,7 @@ def peak_memory() -> int:
 
 def _drop_after(path: Path, step: int) -> None:
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # What follows the last line break is a line that a crash cut off.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text_atomic(path, "".join(line + "\n" for line in kept))

@@ -95,7 +95,7 @@ def make_train_step(
             state.opt_state,
             {TUNED: state.tuned, FROZEN: frozen},
         )
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": total_weight}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": total_weight}
         if balance_weight:
             metrics["balance_loss"] = balance
         tuned = optax.apply_updates(state.tuned, updates[TUNED])

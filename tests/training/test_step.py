@@ -92,7 +92,7 @@ def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(batch, esft_s
     graph, frozen, optimizer, before, after, metrics = esft_step
     step = jax.jit(make_train_step(graph, optimizer, micro_batches=2, remat="full"))
     parts, split_metrics = step(before, frozen, batch)
-    for name in ("loss", "grad_norm", "tokens"):
+    for name in ("loss", "grad_norm", "target_tokens"):
         np.testing.assert_allclose(split_metrics[name], metrics[name], rtol=1e-5)
     moments = zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(after.opt_state), strict=True)
     for one, other in moments:
