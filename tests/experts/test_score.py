@@ -102,6 +102,15 @@ def test_scores_on_a_mesh_equal_those_of_one_device(model) -> None:
     np.testing.assert_allclose(one.gate, other.gate, rtol=1e-4)
 
 
+def test_gate_scores_leave_out_the_routers_scaling_factor(model) -> None:
+    config = ModelConfig.from_hugging_face(RAW | {"routed_scaling_factor": 16.0})
+    # One MoE layer's routing does not depend on the factor: it sees no scaled output yet.
+    scaled = Transformer(config, rngs=nnx.Rngs(0))
+    rows = make_rows(2)
+    one, other = score_experts(model, [rows]), score_experts(scaled, [rows])
+    np.testing.assert_allclose(other.gate[0], one.gate[0], rtol=1e-5)
+
+
 def test_without_tokens_there_is_no_score(model) -> None:
     rows = make_rows(2)
     with pytest.raises(ValueError, match="no sample to score"):

@@ -157,6 +157,18 @@ def test_a_checkpoint_of_another_expert_layout_is_refused(finished) -> None:
         checkpoint.restore(None)
 
 
+def test_a_diverged_run_ends_without_a_result(finished, tmp_path) -> None:
+    config, _ = finished
+    config = dataclasses.replace(
+        config,
+        output=str(tmp_path / "diverged"),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38),
+    )
+    with pytest.raises(InputError, match=r"step \d: .*loss is (nan|inf)"):
+        run(config)
+    assert not (tmp_path / "diverged" / "adapter").exists()
+
+
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     config = make_config(
         method="full",
