@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arithmetic import worksheets
+from chats import chats
 from packages import (
     KING_JAMES,
     OLD_TESTAMENT,
@@ -31,6 +32,7 @@ from packages import (
 SEED = 0
 MIN_DOCUMENT, MAX_DOCUMENT = 300, 6000  # bytes aimed at; a paragraph is never cut
 VALID_BYTES = 80_000
+CHAT_BYTES = 10_000_000
 VALID_LONGEST_UNIT = 40_000  # bytes; so that one large file cannot be all of the held-out text
 
 # A document together with the unit that must not be divided between training and held-out text.
@@ -206,34 +208,55 @@ def split(documents: Iterable[Document], limit: int) -> tuple[list[str], list[st
     return valid, train
 
 
-def write_texts(path: Path, texts: list[str]) -> dict[str, int | str]:
-    """Write the texts as JSONL and return the file's line of the manifest."""
-    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    path.write_text(content, encoding="utf-8")
-    return {
-        "documents": len(texts),
-        "text_bytes": sum(len(text.encode()) for text in texts),
-        "sha256": hashlib.sha256(content.encode()).hexdigest(),
-    }
+def until(size: int, texts: Iterable[str]) -> list[str]:
+    """Take texts until they make `size` bytes."""
+    taken: list[str] = []
+    for text in texts:
+        if size <= 0:
+            break
+        taken.append(text)
+        size -= len(text.encode())
+    return taken
+
+
+def write_domain(output: Path, name: str, valid: list[str], train: list[str]) -> dict[str, object]:
+    """Write a domain's texts as JSONL and return its files' lines of the manifest."""
+    files: dict[str, object] = {}
+    for file, texts in {f"{name}.jsonl": train, f"{name}.valid.jsonl": valid}.items():
+        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        (output / file).write_text(content, encoding="utf-8")
+        files[file] = {
+            "documents": len(texts),
+            "text_bytes": sum(len(text.encode()) for text in texts),
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        }
+    print(f"{name}: {files}")
+    return files
 
 
 def build(output: Path, cache: Path) -> None:
     """Write every domain's two files and the manifest into `output`."""
     output.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, object] = {}
+    valid: dict[str, list[str]] = {}
+    train: dict[str, list[str]] = {}
     for name, domain in DOMAINS.items():
         packages = [fetch(package, cache) for package in domain.packages]
-        valid, train = split(domain.documents(*packages), domain.limit)
-        files = {
-            f"{name}.jsonl": write_texts(output / f"{name}.jsonl", train),
-            f"{name}.valid.jsonl": write_texts(output / f"{name}.valid.jsonl", valid),
-        }
+        valid[name], train[name] = split(domain.documents(*packages), domain.limit)
         sources = [
             {"package": p.package.name, "version": p.version, "licence": p.package.licence}
             for p in packages
         ]
+        files = write_domain(output, name, valid[name], train[name])
         manifest[name] = {"sources": sources, "files": files}
-        print(f"{name}: {files}")
+    # Chats quote the other domains: held-out chats quote held-out text, and only that.
+    files = write_domain(
+        output,
+        "chats",
+        until(VALID_BYTES, chats(SEED, valid)),
+        until(CHAT_BYTES, chats(SEED, train)),
+    )
+    manifest["chats"] = {"sources": ["dictionary", "scripture", "python"], "files": files}
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

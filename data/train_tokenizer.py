@@ -39,9 +39,12 @@ PIECES = (
 
 
 def balanced_texts(corpus: Path) -> Iterator[str]:
-    """Yield documents of every training file in turn, DOMAIN_BYTES of each."""
+    """Yield documents of every training file in turn, DOMAIN_BYTES of each.
+
+    Chats are left out: they are quotations of the others.
+    """
     for path in sorted(corpus.glob("*.jsonl")):
-        if path.name.endswith(".valid.jsonl"):
+        if path.name.endswith(".valid.jsonl") or path.name == "chats.jsonl":
             continue
         size = 0
         with path.open(encoding="utf-8") as lines:
