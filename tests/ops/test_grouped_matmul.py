@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from esft_jax.ops.grouped_matmul import BLOCK, grouped_matmul
+from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.ops.grouped_matmul.xla import BLOCK
 
 D, F = 16, 24
 CASES = {
