@@ -32,25 +32,42 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class Metric:
-    """A named metric; `compute` may assume at least one example and one reference for each."""
+    """A named metric.
+
+    Attributes:
+        name: of the metric.
+        compute: scores; may assume at least one example, and answers without a fault.
+        fault: what makes an answer useless to this metric, or None.
+    """
 
     name: str
     compute: Callable[[Predictions, References], MetricResult]
+    fault: Callable[[str], str | None] = lambda answer: None
+
+    def check(self, answers: Sequence[str], where: str) -> None:
+        """Check the accepted answers of the example at `where`.
+
+        Raises:
+            InputError: There is none, or one that this metric cannot use.
+        """
+        if not answers:
+            raise InputError(f"{where}: no answers for {self.name}; expected at least one")
+        for answer in answers:
+            if fault := self.fault(answer):
+                raise InputError(f"{where}: an answer {fault}, which {self.name} needs")
 
     def score(self, predictions: Predictions, references: References) -> MetricResult:
         """Score predictions against one or more accepted answers each.
 
         Raises:
-            InputError: There is nothing to score, or an example has no answer or one that this
-                metric cannot use.
+            InputError: There is nothing to score; see also `check`.
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} examples")
         if not predictions:
             raise InputError(f"{self.name}: no examples; expected at least one")
         for index, answers in enumerate(references):
-            if not answers:
-                raise InputError(f"{self.name}: example {index}: no answers; expected at least one")
+            self.check(answers, f"example {index}")
         return self.compute(predictions, references)
 
 
@@ -60,13 +77,20 @@ def _intent(predictions: Predictions, references: References) -> MetricResult:
     These are the rules behind the reference's stored scores: the completion is the JSON object,
     perhaps followed by a full stop, and nothing else; anything that does not parse scores 0.
     """
-    scores = []
-    for index, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-        accepted = [_canonical_json(answer) for answer in answers]
-        if None in accepted:
-            raise InputError(f"intent: example {index}: an answer is not JSON")
-        scores.append(float(_canonical_json(prediction) in accepted))
-    return _mean_result(scores)
+    return _mean_result(
+        [
+            float(_canonical_json(prediction) in map(_canonical_json, answers))
+            for prediction, answers in zip(predictions, references, strict=True)
+        ]
+    )
+
+
+def _not_json(answer: str) -> str | None:
+    return "is not JSON" if _canonical_json(answer) is None else None
+
+
+def _no_text(answer: str) -> str | None:
+    return None if answer.strip() else "has no text"
 
 
 def _canonical_json(text: str) -> str | None:
@@ -96,24 +120,20 @@ def _exact_match(predictions: Predictions, references: References) -> MetricResu
 
 def _chrf(predictions: Predictions, references: References) -> MetricResult:
     """chrF2 of sacrebleu: character n-grams up to 6, recall weighted twice."""
-    return _sacrebleu("chrf", CHRF(), CHRF(), predictions, references)
+    return _sacrebleu(CHRF(), CHRF(), predictions, references)
 
 
 def _bleu(predictions: Predictions, references: References) -> MetricResult:
     """BLEU of sacrebleu (13a tokens); single sentences with the orders they are long enough for."""
-    return _sacrebleu("bleu", BLEU(), BLEU(effective_order=True), predictions, references)
+    return _sacrebleu(BLEU(), BLEU(effective_order=True), predictions, references)
 
 
 def _sacrebleu(
-    name: str,
     corpus: BLEU | CHRF,
     sentence: BLEU | CHRF,
     predictions: Predictions,
     references: References,
 ) -> MetricResult:
-    for index, answers in enumerate(references):
-        if not all(answer.strip() for answer in answers):
-            raise InputError(f"{name}: example {index}: an answer is empty; expected some text")
     # sacrebleu wants one list per reference number; None fills in where an example has fewer.
     streams: Any = [list(stream) for stream in itertools.zip_longest(*references)]
     return MetricResult(
@@ -159,10 +179,10 @@ def _mean_result(scores: list[float]) -> MetricResult:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("intent", _intent),
+        Metric("intent", _intent, _not_json),
         Metric("exact_match", _exact_match),
-        Metric("chrf", _chrf),
-        Metric("bleu", _bleu),
+        Metric("chrf", _chrf, _no_text),
+        Metric("bleu", _bleu, _no_text),
         Metric("rouge_l", _rouge_l),
     )
 }

@@ -179,8 +179,8 @@ def check_task(
     Raises:
         InputError: naming the row.
     """
-    answers = [row.answers for row in rows]
-    METRICS[metric].score([accepted[0] for accepted in answers], answers)
+    for row in rows:
+        METRICS[metric].check(row.answers, row.where)
     prompts = [row.encode(tokenizer) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
         check_length(f"{row.where}: prompt", len(prompt), max_new_tokens, max_positions)

@@ -19,7 +19,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("hassil", reason="needs the `data` extra")
+    pytest.importorskip("hassil", reason="needs the `test` or `data` extra")
     monkeypatch.syspath_prepend(DATA)
     return importlib.import_module("build_tasks")
 

@@ -51,7 +51,7 @@ def test_an_intent_list_is_not_its_only_element():
 
 
 def test_an_intent_answer_must_be_json():
-    with pytest.raises(InputError, match="intent: example 1: an answer is not JSON"):
+    with pytest.raises(InputError, match="example 1: an answer is not JSON, which intent needs"):
         METRICS["intent"].score(["{}", "{}"], [["{}"], ["{"]])
 
 
@@ -121,7 +121,7 @@ def test_rouge_l_counts_other_scripts():
 def test_nothing_to_score(name):
     with pytest.raises(InputError, match=f"{name}: no examples"):
         METRICS[name].score([], [])
-    with pytest.raises(InputError, match=f"{name}: example 0: no answers"):
+    with pytest.raises(InputError, match=f"example 0: no answers for {name}"):
         METRICS[name].score(["a"], [[]])
     with pytest.raises(ValueError, match="1 predictions for 2 examples"):
         METRICS[name].score(["a"], [["a"], ["b"]])
@@ -129,7 +129,7 @@ def test_nothing_to_score(name):
 
 @pytest.mark.parametrize("name", ["chrf", "bleu"])
 def test_an_empty_answer_is_named(name):
-    with pytest.raises(InputError, match=f"{name}: example 1: an answer is empty"):
+    with pytest.raises(InputError, match=f"example 1: an answer has no text, which {name} needs"):
         METRICS[name].score(["a", "b"], [["a"], ["b", " "]])
 
 

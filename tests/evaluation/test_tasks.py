@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_fail_before_any_compute(write, tokenizer, monkeypa
     path = write(PLAIN, {"prompt": "word " * 80, "raw_answers": ["a"]})
     with pytest.raises(InputError, match=r"task.jsonl:2: prompt: \d+ tokens and 9 new ones"):
         evaluate_task(constant_model(), tokenizer, read_task(path), "exact_match", max_new_tokens=9)
-    with pytest.raises(InputError, match="intent: example 0: an answer is not JSON"):
+    with pytest.raises(InputError, match=r"task.jsonl:1: an answer is not JSON"):
         evaluate_task(constant_model(), tokenizer, read_task(write(PLAIN)), "intent")
 
 
