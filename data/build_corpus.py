@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arithmetic import worksheets
-from chats import chats
+from chats import chats, repetitions
 from packages import (
     KING_JAMES,
     OLD_TESTAMENT,
@@ -32,7 +32,6 @@ from packages import (
 SEED = 0
 MIN_DOCUMENT, MAX_DOCUMENT = 300, 6000  # bytes aimed at; a paragraph is never cut
 VALID_BYTES = 80_000
-CHAT_BYTES = 10_000_000
 VALID_LONGEST_UNIT = 40_000  # bytes; so that one large file cannot be all of the held-out text
 
 # A document together with the unit that must not be divided between training and held-out text.
@@ -184,6 +183,11 @@ DOMAINS = {
 }
 
 
+# Domains made of the text of others, and their bytes. They are for the second stage of
+# pre-training, of which they are to be a good half.
+QUOTING = {"chats": (chats, 24_000_000), "repetition": (repetitions, 12_000_000)}
+
+
 def split(documents: Iterable[Document], limit: int) -> tuple[list[str], list[str]]:
     """Shuffle the units with a fixed seed; return (held-out texts, training texts).
 
@@ -249,14 +253,15 @@ def build(output: Path, cache: Path) -> None:
         ]
         files = write_domain(output, name, valid[name], train[name])
         manifest[name] = {"sources": sources, "files": files}
-    # Chats quote the other domains: held-out chats quote held-out text, and only that.
-    files = write_domain(
-        output,
-        "chats",
-        until(VALID_BYTES, chats(SEED, valid)),
-        until(CHAT_BYTES, chats(SEED, train)),
-    )
-    manifest["chats"] = {"sources": ["dictionary", "scripture", "python"], "files": files}
+    # These quote the other domains: held-out text quotes held-out text, and only that.
+    for name, (quote, limit) in QUOTING.items():
+        files = write_domain(
+            output,
+            name,
+            until(VALID_BYTES, quote(SEED, valid)),
+            until(limit, quote(SEED, train)),
+        )
+        manifest[name] = {"sources": ["dictionary", "scripture", "python"], "files": files}
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ and code are the corpus's own, in unforeseeable combinations; nothing is taken f
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from arithmetic import EXERCISES
 Chat = tuple[str, str]
 Value = str | int
 
+# The most frequent nouns, verbs and adjectives of the text that chats are made with, and how
+# unevenly: the word of rank r is drawn in proportion to 1 / (r + offset).
+COMMON = {"noun": 2000, "verb": 600, "adjective": 600}
+ZIPF_OFFSET = 20
 PREPOSITIONS = ("at", "behind", "by", "for", "from", "in", "near", "on", "over", "to", "under")
 
 
@@ -26,7 +31,7 @@ class Material:
 
     definitions: Sequence[Chat]  # word with class, meaning
     usages: Sequence[tuple[str, str, str]]  # word, meaning, sentence that contains the word
-    nouns: Sequence[str]
+    nouns: Sequence[str]  # these three: single words, the most frequent first
     verbs: Sequence[str]
     adjectives: Sequence[str]
     sentences: Sequence[str]
@@ -45,22 +50,37 @@ class Material:
             names, word_class, meaning, examples = entry.groups()
             word = names.split(", ")[0]
             definitions.append((f"{word} ({word_class})", meaning))
-            if re.fullmatch(r"[a-z ]{2,14}", word):
-                words[word_class].append(word)
+            words[word_class].append(word)
             for sentence in re.findall(r'"([^"]+)"', examples or ""):
                 if re.search(rf"\b{re.escape(word)}\b", sentence):
                     usages.append((word, meaning, sentence))
         sentences = "\n".join(texts["scripture"]).split("\n")
+        uses = Counter(re.findall(r"[a-z]+", " ".join([*texts["dictionary"], *sentences])))
+
+        nouns, verbs, adjectives = (
+            sorted(set(words[name]) & set(uses), key=lambda word: (-uses[word], word))[:count]
+            for name, count in COMMON.items()
+        )
         functions = re.findall(r"^ *def (\w+)\(([\w, =.]*)\):", "\n".join(texts["python"]), re.M)
         return cls(
             definitions,
             usages,
-            words["noun"],
-            words["verb"],
-            words["adjective"],
+            nouns,
+            verbs,
+            adjectives,
             [sentence for sentence in sentences if 20 <= len(sentence) <= 160],
             functions,
         )
+
+
+def _choose(rng: random.Random, words: Sequence[str]) -> str:
+    """Draw a word by Zipf's law: a few are met all the time, most of them rarely.
+
+    Models learn to look into their context from such skewed frequencies (arXiv 2205.05055).
+    """
+    # The inverse of the cumulative distribution of density 1 / (rank + offset).
+    ratio = (len(words) + ZIPF_OFFSET) / ZIPF_OFFSET
+    return words[min(int(ZIPF_OFFSET * (ratio ** rng.random() - 1)), len(words) - 1)]
 
 
 def _json(content: object) -> str:
@@ -68,8 +88,8 @@ def _json(content: object) -> str:
 
 
 def _thing(rng: random.Random, material: Material) -> str:
-    noun = rng.choice(material.nouns)
-    return f"{rng.choice(material.adjectives)} {noun}" if rng.random() < 0.3 else noun
+    noun = _choose(rng, material.nouns)
+    return f"{_choose(rng, material.adjectives)} {noun}" if rng.random() < 0.3 else noun
 
 
 def _value(rng: random.Random, material: Material) -> Value:
@@ -81,7 +101,7 @@ def _value(rng: random.Random, material: Material) -> Value:
 def _record(rng: random.Random, material: Material) -> tuple[dict[str, Value], str]:
     """Return a record of two to four fields, and one of several ways to write it."""
     count = rng.randint(2, 4)
-    record = {rng.choice(material.nouns): _value(rng, material) for _ in range(count)}
+    record = {_choose(rng, material.nouns): _value(rng, material) for _ in range(count)}
     field, separator = rng.choice(
         [
             ("{}: {}", "\n"),
@@ -107,7 +127,7 @@ def _field_of_record(rng: random.Random, material: Material) -> Chat:
 
 def _order_as_json(rng: random.Random, material: Material) -> Chat:
     """Ask for an action with its object and places or times, in any sequence."""
-    verb, thing = rng.choice(material.verbs), _thing(rng, material)
+    verb, thing = _choose(rng, material.verbs), _thing(rng, material)
     slots: dict[str, Value] = {
         preposition: _value(rng, material)
         for preposition in rng.sample(PREPOSITIONS, rng.randint(0, 3))
@@ -122,7 +142,12 @@ def _order_as_json(rng: random.Random, material: Material) -> Chat:
     )
 
 
-def _repeat(rng: random.Random, material: Material) -> Chat:
+def _repeat_words(rng: random.Random, material: Material) -> Chat:
+    words = " ".join(str(_value(rng, material)) for _ in range(rng.randint(1, 8)))
+    return f"Repeat: {words}", words
+
+
+def _repeat_sentence(rng: random.Random, material: Material) -> Chat:
     sentence = rng.choice(material.sentences)
     return f"Repeat: {sentence}", sentence
 
@@ -166,7 +191,8 @@ KINDS: dict[Callable[[random.Random, Material], Chat], int] = {
     _record_as_json: 5,
     _field_of_record: 3,
     _next_words: 2,
-    _repeat: 1,
+    _repeat_words: 4,
+    _repeat_sentence: 1,
     _word_that_means: 2,
     _definition: 1,
     _signature_as_json: 1,
@@ -182,3 +208,17 @@ def chats(seed: int, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
         (kind,) = rng.choices(kinds, weights)
         question, answer = kind(rng, material)
         yield f"User: {question}\n\nAssistant: {answer}"
+
+
+def repetitions(seed: int, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield lists of words without end, each list three times over.
+
+    What comes next can be known from the second time on, and only by looking back: heads that do
+    so (arXiv 2209.11895) form within minutes here, where chats alone take far longer.
+    """
+    rng, material = random.Random(seed), Material.of(texts)
+    words = [*material.nouns, *material.verbs, *material.adjectives]
+    rng.shuffle(words)
+    while True:
+        line = " ".join(_choose(rng, words) for _ in range(rng.randint(5, 25)))
+        yield "\n".join([line] * 3)
