@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arithmetic import worksheets
-from chats import chats, repetitions
+from chats import Words, chats, repetitions
 from packages import (
     KING_JAMES,
     OLD_TESTAMENT,
@@ -32,6 +32,7 @@ from packages import (
 SEED = 0
 MIN_DOCUMENT, MAX_DOCUMENT = 300, 6000  # bytes aimed at; a paragraph is never cut
 VALID_BYTES = 80_000
+CHAT_BYTES, REPETITION_BYTES = 24_000_000, 12_000_000
 VALID_LONGEST_UNIT = 40_000  # bytes; so that one large file cannot be all of the held-out text
 
 # A document together with the unit that must not be divided between training and held-out text.
@@ -183,11 +184,6 @@ DOMAINS = {
 }
 
 
-# Domains made of the text of others, and their bytes. They are for the second stage of
-# pre-training, of which they are to be a good half.
-QUOTING = {"chats": (chats, 24_000_000), "repetition": (repetitions, 12_000_000)}
-
-
 def split(documents: Iterable[Document], limit: int) -> tuple[list[str], list[str]]:
     """Shuffle the units with a fixed seed; return (held-out texts, training texts).
 
@@ -253,14 +249,14 @@ def build(output: Path, cache: Path) -> None:
         ]
         files = write_domain(output, name, valid[name], train[name])
         manifest[name] = {"sources": sources, "files": files}
-    # These quote the other domains: held-out text quotes held-out text, and only that.
-    for name, (quote, limit) in QUOTING.items():
-        files = write_domain(
-            output,
-            name,
-            until(VALID_BYTES, quote(SEED, valid)),
-            until(limit, quote(SEED, train)),
-        )
+    # Held-out chats quote held-out text, and only that; words are the same in both.
+    words = Words.of(train)
+    quoting = {
+        "chats": (chats(SEED + 1, words, valid), chats(SEED, words, train), CHAT_BYTES),
+        "repetition": (repetitions(SEED + 1, words), repetitions(SEED, words), REPETITION_BYTES),
+    }
+    for name, (held_out, other, limit) in quoting.items():
+        files = write_domain(output, name, until(VALID_BYTES, held_out), until(limit, other))
         manifest[name] = {"sources": ["dictionary", "scripture", "python"], "files": files}
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

@@ -22,55 +22,65 @@ Value = str | int
 # unevenly: the word of rank r is drawn in proportion to 1 / (r + offset).
 COMMON = {"noun": 2000, "verb": 600, "adjective": 600}
 ZIPF_OFFSET = 20
+ENTRY = re.compile(
+    r'(?P<names>[^(]+) \((?P<word_class>\w+)\): (?P<meaning>[^"]+?)(?:; (?P<examples>".*"))?'
+)
 PREPOSITIONS = ("at", "behind", "by", "for", "from", "in", "near", "on", "over", "to", "under")
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the chats are about: pieces of the other domains' text."""
+class Words:
+    """Single words that chats are made with, the most frequent of the text first."""
 
-    definitions: Sequence[Chat]  # word with class, meaning
-    usages: Sequence[tuple[str, str, str]]  # word, meaning, sentence that contains the word
-    nouns: Sequence[str]  # these three: single words, the most frequent first
+    nouns: Sequence[str]
     verbs: Sequence[str]
     adjectives: Sequence[str]
+
+    @classmethod
+    def of(cls, texts: Mapping[str, Sequence[str]]) -> "Words":
+        """Collect them from the `dictionary` and `scripture` documents."""
+        words: dict[str, set[str]] = {word_class: set() for word_class in COMMON}
+        for line in _lines(texts["dictionary"]):
+            if (entry := ENTRY.fullmatch(line)) and entry["word_class"] in words:
+                words[entry["word_class"]].add(entry["names"].split(", ")[0])
+        uses = Counter(re.findall(r"[a-z]+", " ".join([*texts["dictionary"], *texts["scripture"]])))
+        nouns, verbs, adjectives = (
+            sorted(words[name] & set(uses), key=lambda word: (-uses[word], word))[:count]
+            for name, count in COMMON.items()
+        )
+        return cls(nouns, verbs, adjectives)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What chats are about: words, and pieces of other domains' text."""
+
+    words: Words
+    definitions: Sequence[Chat]  # word with class, meaning
+    usages: Sequence[tuple[str, str, str]]  # word, meaning, sentence that contains the word
     sentences: Sequence[str]
     functions: Sequence[tuple[str, str]]  # name, arguments as written
 
     @classmethod
-    def of(cls, texts: Mapping[str, Sequence[str]]) -> "Material":
+    def of(cls, words: Words, texts: Mapping[str, Sequence[str]]) -> "Material":
         """Collect the pieces from the `dictionary`, `scripture` and `python` documents."""
         definitions: list[Chat] = []
         usages: list[tuple[str, str, str]] = []
-        words: dict[str, list[str]] = {"noun": [], "verb": [], "adjective": [], "adverb": []}
-        for line in "\n".join(texts["dictionary"]).split("\n"):
-            entry = re.fullmatch(r"([^(]+) \((\w+)\): ([^\"]+?)(?:; (\".*\"))?", line)
-            if entry is None:
+        for line in _lines(texts["dictionary"]):
+            if (entry := ENTRY.fullmatch(line)) is None:
                 continue
-            names, word_class, meaning, examples = entry.groups()
-            word = names.split(", ")[0]
-            definitions.append((f"{word} ({word_class})", meaning))
-            words[word_class].append(word)
-            for sentence in re.findall(r'"([^"]+)"', examples or ""):
+            word = entry["names"].split(", ")[0]
+            definitions.append((f"{word} ({entry['word_class']})", entry["meaning"]))
+            for sentence in re.findall(r'"([^"]+)"', entry["examples"] or ""):
                 if re.search(rf"\b{re.escape(word)}\b", sentence):
-                    usages.append((word, meaning, sentence))
-        sentences = "\n".join(texts["scripture"]).split("\n")
-        uses = Counter(re.findall(r"[a-z]+", " ".join([*texts["dictionary"], *sentences])))
-
-        nouns, verbs, adjectives = (
-            sorted(set(words[name]) & set(uses), key=lambda word: (-uses[word], word))[:count]
-            for name, count in COMMON.items()
-        )
+                    usages.append((word, entry["meaning"], sentence))
         functions = re.findall(r"^ *def (\w+)\(([\w, =.]*)\):", "\n".join(texts["python"]), re.M)
-        return cls(
-            definitions,
-            usages,
-            nouns,
-            verbs,
-            adjectives,
-            [sentence for sentence in sentences if 20 <= len(sentence) <= 160],
-            functions,
-        )
+        sentences = [line for line in _lines(texts["scripture"]) if 20 <= len(line) <= 160]
+        return cls(words, definitions, usages, sentences, functions)
+
+
+def _lines(documents: Sequence[str]) -> list[str]:
+    return "\n".join(documents).split("\n")
 
 
 def _choose(rng: random.Random, words: Sequence[str]) -> str:
@@ -88,8 +98,8 @@ def _json(content: object) -> str:
 
 
 def _thing(rng: random.Random, material: Material) -> str:
-    noun = _choose(rng, material.nouns)
-    return f"{_choose(rng, material.adjectives)} {noun}" if rng.random() < 0.3 else noun
+    noun = _choose(rng, material.words.nouns)
+    return f"{_choose(rng, material.words.adjectives)} {noun}" if rng.random() < 0.3 else noun
 
 
 def _value(rng: random.Random, material: Material) -> Value:
@@ -101,7 +111,7 @@ def _value(rng: random.Random, material: Material) -> Value:
 def _record(rng: random.Random, material: Material) -> tuple[dict[str, Value], str]:
     """Return a record of two to four fields, and one of several ways to write it."""
     count = rng.randint(2, 4)
-    record = {_choose(rng, material.nouns): _value(rng, material) for _ in range(count)}
+    record = {_choose(rng, material.words.nouns): _value(rng, material) for _ in range(count)}
     field, separator = rng.choice(
         [
             ("{}: {}", "\n"),
@@ -127,7 +137,7 @@ def _field_of_record(rng: random.Random, material: Material) -> Chat:
 
 def _order_as_json(rng: random.Random, material: Material) -> Chat:
     """Ask for an action with its object and places or times, in any sequence."""
-    verb, thing = _choose(rng, material.verbs), _thing(rng, material)
+    verb, thing = _choose(rng, material.words.verbs), _thing(rng, material)
     slots: dict[str, Value] = {
         preposition: _value(rng, material)
         for preposition in rng.sample(PREPOSITIONS, rng.randint(0, 3))
@@ -200,9 +210,9 @@ KINDS: dict[Callable[[random.Random, Material], Chat], int] = {
 }
 
 
-def chats(seed: int, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def chats(seed: int, words: Words, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield chats about `texts` (documents by domain) without end, mixed by KINDS' weights."""
-    rng, material = random.Random(seed), Material.of(texts)
+    rng, material = random.Random(seed), Material.of(words, texts)
     kinds, weights = list(KINDS), list(KINDS.values())
     while True:
         (kind,) = rng.choices(kinds, weights)
@@ -210,15 +220,14 @@ def chats(seed: int, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
         yield f"User: {question}\n\nAssistant: {answer}"
 
 
-def repetitions(seed: int, texts: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def repetitions(seed: int, words: Words) -> Iterator[str]:
     """Yield lists of words without end, each list three times over.
 
     What comes next can be known from the second time on, and only by looking back: heads that do
     so (arXiv 2209.11895) form within minutes here, where chats alone take far longer.
     """
-    rng, material = random.Random(seed), Material.of(texts)
-    words = [*material.nouns, *material.verbs, *material.adjectives]
-    rng.shuffle(words)
+    rng, vocabulary = random.Random(seed), [*words.nouns, *words.verbs, *words.adjectives]
+    rng.shuffle(vocabulary)
     while True:
-        line = " ".join(_choose(rng, words) for _ in range(rng.randint(5, 25)))
+        line = " ".join(_choose(rng, vocabulary) for _ in range(rng.randint(5, 25)))
         yield "\n".join([line] * 3)

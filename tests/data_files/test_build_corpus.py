@@ -82,10 +82,11 @@ def test_answers_of_chats_stand_in_their_questions(builder: ModuleType) -> None:
         "scripture": ["In the beginning God created the heavens and the earth.\nShort."],
         "python": ["class A:\n    def move(self, step=1, *rest):\n        def turn(angle=0): ..."],
     }
-    material = chats.Material.of(texts)
+    words = chats.Words.of(texts)
+    material = chats.Material.of(words, texts)
     assert material.functions == [("turn", "angle=0")]
     assert material.usages[0] == ("abbey", "a church with monks", "the abbey stood alone")
-    assert (material.nouns, material.verbs) == (["abbey"], ["run"])
+    assert (words.nouns, words.verbs) == (["abbey"], ["run"])
     rng = random.Random(0)
     for kind in chats.KINDS:
         for _ in range(50):
@@ -95,10 +96,10 @@ def test_answers_of_chats_stand_in_their_questions(builder: ModuleType) -> None:
             values = json.loads(answer) if answer.startswith("{") else {"": answer}
             for value in chats_values(values):
                 assert str(value) in question, (kind, question, answer)
-    generated = [next(chats.chats(0, texts)) for _ in range(2)]
+    generated = [next(chats.chats(0, words, texts)) for _ in range(2)]
     assert generated[0] == generated[1]
     assert re.match(r"(?s)User: .+\n\nAssistant: .+", generated[0])
-    line, *others = next(chats.repetitions(0, texts)).split("\n")
+    line, *others = next(chats.repetitions(0, words)).split("\n")
     assert others == [line, line]
 
 
