@@ -125,18 +125,20 @@ def _multiply_kernel(
     is_last = part == pl.num_programs(2) - 1
     group, begin = visits.group[visit], pl.multiple_of(visits.begin[visit], piece)
 
-    def store(window: pl.Slice, values: Array | float) -> None:
+    def store(begin: Array | int, rows: int, values: Array | float) -> None:
         # Other rows of the window are stored by the visits before and after this one. Selecting
         # is done in float32: older chips have no 16-bit vector arithmetic.
+        window = pl.ds(begin, rows)
         before = out[window, :].astype(jnp.float32)
-        own = _own_rows(visits, visit, window.start, before.shape)
+        own = _own_rows(visits, visit, begin, before.shape)
         out[window, :] = jnp.where(own, values, before).astype(out.dtype)
 
     @pl.when((group == nobody) & is_last)
     def _zeros() -> None:
-        store(pl.ds(0, out.shape[0]), 0.0)
+        store(0, out.shape[0], 0.0)
 
-    def multiply(window: pl.Slice, bank: jax.Ref) -> None:
+    def multiply(rows: int, bank: jax.Ref) -> None:
+        window = pl.ds(begin, rows)
         product = jax.lax.dot_general(
             x[window, :],
             bank[...].astype(x.dtype),
@@ -144,7 +146,7 @@ def _multiply_kernel(
             preferred_element_type=jnp.float32,
         )
         if not sums:
-            store(window, product)
+            store(begin, rows, product)
             return
         (total,) = sums
 
@@ -158,13 +160,13 @@ def _multiply_kernel(
 
         @pl.when(is_last)
         def _end() -> None:
-            store(window, total[window, :])
+            store(begin, rows, total[window, :])
 
     for bank, (first, count) in zip(banks, ranges, strict=True):
         here = (group >= first) & (group < first + count)
         for pieces in range(1, PIECES + 1):
             pl.when(here & (visits.pieces[visit] == pieces))(
-                partial(multiply, pl.ds(begin, pieces * piece), bank)
+                partial(multiply, pieces * piece, bank)
             )
 
 
@@ -219,24 +221,24 @@ def _gradient_kernel(
     def _zeros() -> None:
         out[...] = jnp.zeros_like(out)
 
-    def add(window: pl.Slice) -> None:
+    def add(rows: int) -> None:
         def own(ref: jax.Ref) -> Array:
             # Both sides are masked: a foreign row's infinity times 0 would be NaN.
-            values = ref[window, :].astype(jnp.float32)
-            rows = _own_rows(visits, visit, window.start, values.shape)
-            return jnp.where(rows, values, 0).astype(ref.dtype)
+            values = ref[pl.ds(begin, rows), :].astype(jnp.float32)
+            mask = _own_rows(visits, visit, begin, values.shape)
+            return jnp.where(mask, values, 0).astype(ref.dtype)
 
         out[...] += jax.lax.dot_general(
             own(x), own(grad), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
 
     for pieces in range(1, PIECES + 1):
-        pl.when(visits.pieces[visit] == pieces)(partial(add, pl.ds(begin, pieces * piece)))
+        pl.when(visits.pieces[visit] == pieces)(partial(add, pieces * piece))
 
 
-def _own_rows(visits: Visits, visit: Array, start: Array, shape: tuple[int, ...]) -> Array:
-    """Which rows of a window that begins at `start` are the visited group's."""
-    row = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+def _own_rows(visits: Visits, visit: Array, begin: Array | int, shape: tuple[int, ...]) -> Array:
+    """Which rows of a window that begins at `begin` are the visited group's."""
+    row = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= visits.low[visit]) & (row < visits.high[visit])
 
 

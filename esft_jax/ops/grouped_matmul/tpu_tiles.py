@@ -5,6 +5,7 @@ is charged for the pieces that it touches. Widths are chosen for the chip that t
 compiled for, by the time that arithmetic and memory traffic would take one after the other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 PIECES = 4
-# A group wastes one piece on average, half of it at either end. Pieces of an eighth of the mean
-# group thus cost an eighth of the work. Below 16 rows a bfloat16 register is not filled; above 64
-# nothing is gained, since tiles of 256 rows keep the matrix unit busy.
+# A group wastes one piece on average, half of it at either end: about an eighth of the work, if a
+# piece is an eighth of the mean group. Smaller pieces would waste less arithmetic, but load a
+# matrix into the matrix unit for fewer rows. Below 16 rows a bfloat16 register is not filled;
+# above 64 nothing is gained, since tiles of 256 rows keep the unit busy.
 PIECES_PER_GROUP, SMALLEST_PIECE, LARGEST_PIECE = 8, 16, 64
 LANES = 128  # columns of a vector register
 STEP_SECONDS = 0.35e-6  # what a step of a kernel's grid costs beside its work
@@ -26,8 +28,8 @@ MIB = 2**20
 
 def piece_rows(rows: int, groups: int) -> int:
     """Rows multiplied at once, given the mean size of a group."""
-    wanted = max(rows // groups // PIECES_PER_GROUP, 1)
-    return min(LARGEST_PIECE, max(SMALLEST_PIECE, 1 << (wanted.bit_length() - 1)))
+    wanted = rows / groups / PIECES_PER_GROUP
+    return 2 ** round(math.log2(min(LARGEST_PIECE, max(SMALLEST_PIECE, wanted))))
 
 
 class Visits(NamedTuple):
