@@ -1,13 +1,34 @@
-"""Grouped products against a dense float64 reference."""
+"""Grouped products, however they are computed, against a dense float64 reference."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from esft_jax.ops.grouped_matmul import grouped_matmul
 from esft_jax.ops.grouped_matmul.xla import BLOCK
+
+
+@contextmanager
+def emulated_tpu():
+    """Run TPU kernels on CPU, with the tiles of a v5e."""
+    chip = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with ExitStack() as stack:
+        stack.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)))
+        # Any true value but `InterpretParams` chooses the interpreter that is fast to compile.
+        stack.enter_context(force_tpu_interpret_mode(True))
+        yield
+
+
+# How to run each implementation here.
+IMPLEMENTATIONS = {"xla": nullcontext, "tpu": emulated_tpu}
+
 
 D, F = 16, 24
 CASES = {
@@ -36,63 +57,76 @@ def reference(x, matrices, sizes, cotangent):
     return out, dx, dw
 
 
-@jax.jit
-def run(x, banks, sizes, cotangent):
-    out, pull = jax.vjp(lambda x, banks: grouped_matmul(x, banks, sizes), x, banks)
+@partial(jax.jit, static_argnums=0)
+def run(implementation, x, banks, sizes, cotangent):
+    def multiply(x, banks):
+        return grouped_matmul(x, banks, sizes, implementation=implementation)
+
+    out, pull = jax.vjp(multiply, x, banks)
     return out, *pull(cotangent)
 
 
-def check(x, banks, sizes, cotangent, tolerance):
-    out, dx, dbanks = run(x, banks, np.array(sizes, np.int32), cotangent)
-    found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
-    matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
-    for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
-        scale = np.abs(expected).max() or 1.0
-        np.testing.assert_allclose(
-            np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
+class TestEveryImplementation:
+    @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+    def environment(self, request):
+        self.run = partial(run, request.param)
+        with IMPLEMENTATIONS[request.param]():
+            yield
+
+    def check(self, x, banks, sizes, cotangent, tolerance):
+        out, dx, dbanks = self.run(x, banks, np.array(sizes, np.int32), cotangent)
+        found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
+        matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
+        for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
+            scale = np.abs(expected).max() or 1.0
+            np.testing.assert_allclose(
+                np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
+            )
+        past = sum(sizes)
+        assert not np.any(out[past:]) and not np.any(dx[past:])
+
+    @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
+    def test_two_banks(self, sizes):
+        banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+        self.check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
+
+    def test_one_bank_of_fewer_rows_than_a_block(self):
+        assert BLOCK > 10
+        banks = (draw(3, D, F, seed=1), draw(0, D, F, seed=2))
+        self.check(draw(10, D, seed=0), banks, [4, 0, 5], draw(10, F, seed=3), 1e-6)
+
+    def test_no_rows(self):
+        banks = (draw(2, D, F, seed=1),)
+        out, dx, (dw,) = self.run(
+            draw(0, D, seed=0), banks, np.zeros(2, np.int32), draw(0, F, seed=3)
         )
-    past = sum(sizes)
-    assert not np.any(out[past:]) and not np.any(dx[past:])
+        assert out.shape == (0, F) and dx.shape == (0, D) and not np.any(dw)
 
+    def test_bfloat16_rows_and_float32_masters(self):
+        x, cotangent = (draw(N, w, seed=w).astype(jnp.bfloat16) for w in (D, F))
+        banks = (draw(2, D, F, seed=1).astype(jnp.bfloat16).astype(np.float32),)
+        banks += (draw(3, D, F, seed=2).astype(jnp.bfloat16),)
+        out, dx, dbanks = jax.eval_shape(self.run, x, banks, np.zeros(5, np.int32), cotangent)
+        assert (out.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+        assert [d.dtype for d in dbanks] == [jnp.float32, jnp.bfloat16]
+        self.check(x, banks, CASES["uneven"], cotangent, 2**-8)
 
-@pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
-def test_two_banks(sizes):
-    banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
-    check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
+    def test_weight_gradient_of_bfloat16_rows_is_summed_in_float32(self):
+        rows = 10 * BLOCK  # each block adds 1/8 to a total that reaches the step size of bfloat16
+        x = np.full((rows, D), 1, jnp.bfloat16)
+        cotangent = np.full((rows, F), 2**-9, jnp.bfloat16)
+        cotangent[0] = 64
+        banks = (np.zeros((1, D, F), np.float32),)
+        _, _, (found,) = self.run(x, banks, np.array([rows], np.int32), cotangent)
+        np.testing.assert_allclose(found, 64 + (rows - 1) / 512, rtol=1e-6)
 
-
-def test_one_bank_of_fewer_rows_than_a_block():
-    assert BLOCK > 10
-    check(draw(10, D, seed=0), (draw(3, D, F, seed=1),), [4, 0, 5], draw(10, F, seed=3), 1e-6)
-
-
-def test_bfloat16_rows_and_float32_masters():
-    x, cotangent = (draw(N, w, seed=w).astype(jnp.bfloat16) for w in (D, F))
-    banks = (draw(2, D, F, seed=1).astype(jnp.bfloat16).astype(np.float32),)
-    banks += (draw(3, D, F, seed=2).astype(jnp.bfloat16),)
-    out, dx, dbanks = jax.eval_shape(run, x, banks, np.zeros(5, np.int32), cotangent)
-    assert (out.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
-    assert [d.dtype for d in dbanks] == [jnp.float32, jnp.bfloat16]
-    check(x, banks, CASES["uneven"], cotangent, 2**-8)
-
-
-def test_weight_gradient_of_bfloat16_rows_is_summed_in_float32():
-    rows = 10 * BLOCK  # each block adds 1/8 to a total that reaches the step size of bfloat16
-    x = np.full((rows, D), 1, jnp.bfloat16)
-    cotangent = np.full((rows, F), 2**-9, jnp.bfloat16)
-    cotangent[0] = 64
-    banks = (np.zeros((1, D, F), np.float32),)
-    _, _, (found,) = run(x, banks, np.array([rows], np.int32), cotangent)
-    np.testing.assert_allclose(found, 64 + (rows - 1) / 512, rtol=1e-6)
-
-
-def test_rows_of_nobody_poison_nothing():
-    banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
-    sizes = np.array([30, 0, 20, 0, 7], np.int32)
-    x, cotangent = draw(N, D, seed=0), draw(N, F, seed=3)
-    clean = run(x, banks, sizes, cotangent)
-    x[57:100], x[100:] = np.nan, np.inf
-    jax.tree.map(np.testing.assert_array_equal, run(x, banks, sizes, cotangent), clean)
+    def test_rows_of_nobody_poison_nothing(self):
+        banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+        sizes = np.array([30, 0, 20, 0, 7], np.int32)
+        x, cotangent = draw(N, D, seed=0), draw(N, F, seed=3)
+        clean = self.run(x, banks, sizes, cotangent)
+        x[57:100], x[100:] = np.nan, np.inf
+        jax.tree.map(np.testing.assert_array_equal, self.run(x, banks, sizes, cotangent), clean)
 
 
 def results(jaxpr):

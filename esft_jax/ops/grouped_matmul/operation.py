@@ -6,20 +6,20 @@ functions, which `xla.py` documents: `multiply` and `weight_gradient`.
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
-from esft_jax.ops.grouped_matmul import xla
-
-Implementation = Literal["xla"]
-_MODULES: dict[Implementation, ModuleType] = {"xla": xla}
+# Modules of this package, imported when used: kernel languages are slow to import.
+Implementation = Literal["tpu", "xla"]
 # What `None` chooses on each platform; "xla" on any other.
-_FASTEST: dict[str, Implementation] = {}
+_FASTEST: dict[str, Implementation] = {"tpu": "tpu"}
 
 
 def grouped_matmul(
@@ -50,9 +50,11 @@ def grouped_matmul(
     """
     if implementation is None:
         implementation = _FASTEST.get(_platform(), "xla")
-    if implementation not in _MODULES:
+    if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
+    if len(x) == 0:
+        return jnp.zeros((0, banks[0].shape[2]), x.dtype)
     return _grouped_matmul(implementation, x, tuple(banks), group_sizes)
 
 
@@ -64,11 +66,15 @@ def _platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def _module(implementation: Implementation) -> ModuleType:
+    return import_module(f"esft_jax.ops.grouped_matmul.{implementation}")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(
     implementation: Implementation, x: Array, banks: tuple[Array, ...], group_sizes: Array
 ) -> Array:
-    return _MODULES[implementation].multiply(x, banks, group_sizes, transposed=False)
+    return _module(implementation).multiply(x, banks, group_sizes, transposed=False)
 
 
 @dataclass
@@ -96,7 +102,7 @@ def _forward(
 
 def _backward(implementation: Implementation, residuals: tuple, grad: Array) -> tuple:
     x, banks, group_sizes, needed = residuals
-    module = _MODULES[implementation]
+    module = _module(implementation)
     dx = module.multiply(grad, banks, group_sizes, transposed=True) if needed.x else None
     dbanks, first = [], 0
     for bank, learned in zip(banks, needed.banks, strict=True):

@@ -1,0 +1,89 @@
+"""TPU programs, compiled for chips that are not at hand by the compiler that `libtpu` brings.
+
+A process of its own compiles them: the library takes over signals, and ends the process at once
+when something is wrong inside it.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SLICES["tpu7x"] = "tpu7x:2x2x1"
+# Rows, width of the model, output width, experts, tuned experts.
+SMALL = (512, 512, 256, 64, 4)
+LAYERS = {
+    "deepseek-v2-lite up": (24_576, 2048, 2816, 64, 9),
+    "deepseek-v2-lite down": (24_576, 1408, 2048, 64, 9),
+    "128 experts": (32_768, 2048, 1536, 128, 12),
+    "mixtral up": (8192, 4096, 28_672, 8, 1),
+    "mixtral down": (8192, 14_336, 4096, 8, 1),
+}
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.topology import tpu_devices
+
+name, rows, d, f, experts, tuned = sys.argv[1], *map(int, sys.argv[2:])
+mesh = Mesh(np.array(tpu_devices(name)[:1]), ("x",))
+spec = PartitionSpec()
+
+def abstract(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+def gradients(x, tuned, frozen, sizes):
+    def loss(x, tuned):
+        return (grouped_matmul(x, (tuned, frozen), sizes).astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1))(x, tuned)
+
+on_chip = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+arguments = (
+    abstract((rows, d), jnp.bfloat16),
+    abstract((tuned, d, f), jnp.float32),
+    abstract((experts, d, f), jnp.bfloat16),
+    abstract((experts + tuned,), jnp.int32),
+)
+compiled = jax.jit(on_chip).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+memory = compiled.memory_analysis()
+print(json.dumps({
+    "arguments": memory.argument_size_in_bytes,
+    "temporary": memory.temp_size_in_bytes,
+    "kernels": compiled.as_text().count("tpu_custom_call"),
+}))
+"""
+
+
+def compile_for(chip, layer):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed: pip install libtpu")
+    command = [sys.executable, "-c", PROGRAM, SLICES[chip], *map(str, layer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(chip, layer):
+    """Kernels were chosen, they fit, and memory holds rows and a tuned bank but no frozen one."""
+    found = compile_for(chip, layer)
+    rows, d, f, experts, tuned = layer
+    assert found["kernels"] == 3  # products, gradient of the rows, gradient of the tuned bank
+    assert found["arguments"] > 2 * experts * d * f
+    # The product and its cotangent, and the tuned bank in bfloat16; a margin for indices.
+    assert found["temporary"] < 1.1 * (2 * 2 * rows * f + 2 * tuned * d * f) + 2**20
+
+
+def test_a_small_layer_on_v5e():
+    check("v5e", SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("chip", SLICES)
+def test_real_layers(chip, layer):
+    check(chip, layer)
