@@ -27,7 +27,7 @@ def emulated_tpu():
 
 
 # How to run each implementation here.
-IMPLEMENTATIONS = {"xla": nullcontext, "tpu": emulated_tpu}
+IMPLEMENTATIONS = {"xla": nullcontext, "tpu": emulated_tpu, "gpu": nullcontext}
 
 
 D, F = 16, 24

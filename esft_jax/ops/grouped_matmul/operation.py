@@ -17,9 +17,9 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 # Modules of this package, imported when used: kernel languages are slow to import.
-Implementation = Literal["tpu", "xla"]
+Implementation = Literal["gpu", "tpu", "xla"]
 # What `None` chooses on each platform; "xla" on any other.
-_FASTEST: dict[str, Implementation] = {"tpu": "tpu"}
+_FASTEST: dict[str, Implementation] = {"gpu": "gpu", "tpu": "tpu"}
 
 
 def grouped_matmul(
