@@ -101,6 +101,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
             "qk_nope_head_dim": 16,
             "qk_rope_head_dim": 8,
             "v_head_dim": 16,
+            "n_routed_experts": 20,
+            "num_experts_per_tok": 3,
             "initializer_range": 0.1,
         },
         (2, 32),

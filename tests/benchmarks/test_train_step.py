@@ -1,5 +1,6 @@
 """The benchmark of the training step: its contenders must be doing the same work."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,36 +11,48 @@ from pathlib import Path
 import pytest
 import torch
 
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
 
 @pytest.fixture
 def benchmark(script):
     return script("train_step")
 
 
-@pytest.fixture
-def in_this_process(benchmark, script, monkeypatch):
-    """Measurements without processes of their own; `threads` as the session has them."""
-
-    def call(module, function, **arguments):
-        if "threads" in arguments:
-            arguments["threads"] = torch.get_num_threads()
-        return getattr(script(module), function)(**arguments)
-
-    monkeypatch.setattr(benchmark, "in_new_process", call)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all contenders read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        train_step, step_jax = map(importlib.import_module, ("train_step", "step_jax"))
+        config, batch = train_step.CONFIGS["tiny"]
+        load = step_jax.prepare(folder, config, batch, count=3, shares=[10])
+    assert 0.1 < load["10"] < 1  # those with the most tokens
+    return folder
 
 
 @pytest.mark.parametrize("method", ["forward", "esft-10", "full"])
-def test_contenders_compute_the_same(benchmark, in_this_process, tmp_path, capsys, method):
-    output = tmp_path / "report.json"
-    options = ["--config", "tiny", "--rounds", "1", "--steps", "2", "--methods", method]
-    benchmark.main([*options, "--output", str(output)])  # exits with an error if they do not
-    report = json.loads(output.read_text())
-    assert report["figures"][method].keys() == set(benchmark.CONTENDERS)
-    for (run,) in report["runs"][method].values():
-        assert len(run["seconds"]) == 2 and len(run["losses"]) == 3
-        assert len(run["grad_norms"]) == (0 if method == "forward" else 3)
-        assert 0 < run["peak_bytes"] <= run["process_peak_bytes"]
-    assert ("tokens/s over the best torch" in capsys.readouterr().out) == (method != "forward")
+def test_contenders_compute_the_same(benchmark, script, monkeypatch, folder, method):
+    def call(module, function, **arguments):
+        return getattr(script(module), function)(**arguments)
+
+    monkeypatch.setattr(benchmark, "in_new_process", call)
+    found = {}
+    for name in benchmark.CONTENDERS:
+        found[name] = benchmark.measure(
+            folder,
+            name,
+            method,
+            remat="none",
+            warmup=1,
+            steps=2,
+            threads=torch.get_num_threads(),
+        )
+        assert len(found[name].seconds) == 2 and len(found[name].losses) == 3
+        assert len(found[name].grad_norms) == (0 if method == "forward" else 3)
+        assert 0 < found[name].peak_bytes <= found[name].process_peak_bytes
+    assert benchmark.differences({method: {name: [run] for name, run in found.items()}}) == []
 
 
 @pytest.fixture
@@ -79,6 +92,28 @@ def test_another_result_is_reported(benchmark, results, what):
     assert len(benchmark.differences(results)) == 4
 
 
+def test_a_report_is_written_and_differences_end_in_an_error(
+    benchmark, results, monkeypatch, tmp_path, capsys
+):
+    run = results["full"]["torch modules"][0]
+    losses = {"step_jax": [3.0, 2.0], "step_torch": [3.0, 2.0]}
+
+    def call(module, function, **arguments):
+        return {} if function == "prepare" else replace(run, losses=losses[module])
+
+    monkeypatch.setattr(benchmark, "in_new_process", call)
+    output = tmp_path / "folder" / "report.json"
+    benchmark.main(["--methods", "full", "esft-10", "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["figures"]["full"].keys() == set(benchmark.CONTENDERS)
+    assert all(len(runs) == 3 for runs in report["runs"]["esft-10"].values())
+    assert len(report["bars"]) == 4 and report["before"]["processor"]
+    assert "| esft-10 | esft_jax | 1024 | 2.000 |" in capsys.readouterr().out
+    losses["step_jax"] = [3.0, 2.1]
+    with pytest.raises(SystemExit, match="step 1, losses: esft_jax 2.1"):
+        benchmark.main(["--methods", "full", "--output", str(output)])
+
+
 def test_a_measurement_has_a_process_of_its_own(benchmark):
     assert benchmark.in_new_process("os", "getpid") != os.getpid()
 
@@ -87,11 +122,10 @@ def test_a_measurement_has_a_process_of_its_own(benchmark):
 def test_the_whole_script(tmp_path):
     output = tmp_path / "report.json"
     options = ["--config", "tiny", "--rounds", "1", "--steps", "1", "--methods", "esft-10"]
-    script = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
     # The session's flags for JAX are not for what is to be measured.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     subprocess.run(
-        [sys.executable, str(script), *options, "--output", str(output)],
+        [sys.executable, str(SCRIPT), *options, "--output", str(output)],
         check=True,
         env=environment | {"JAX_PLATFORMS": "cpu"},
     )
