@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import torch
 import transformers
 from flax import nnx
@@ -11,13 +12,17 @@ from flax import nnx
 import esft_jax
 
 FOLDER = Path(__file__).parents[1] / "models" / "tiny-moe"
-TEXT = "And God said, Let there be light: and there was light. def add(a, b):\n    return a + b\n"
+TEXTS = [
+    "And God said, Let there be light: and there was light.",
+    "def add(a, b):\n    return a + b\n",
+]
 
 
-def test_transformers_loads_it_unchanged_with_the_same_logits() -> None:
+@pytest.mark.parametrize("text", TEXTS)
+def test_transformers_loads_it_unchanged_with_the_same_logits(text: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    tokens = tokenizer(TEXT, return_tensors="np").input_ids
-    assert tokens[0].tolist() == esft_jax.Tokenizer.load(FOLDER).encode(TEXT)
+    tokens = tokenizer(text, return_tensors="np").input_ids
+    assert tokens[0].tolist() == esft_jax.Tokenizer.load(FOLDER).encode(text)
     theirs = transformers.DeepseekV2ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
