@@ -93,6 +93,8 @@ class Pod:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A test run in the background ignores SIGINT, and bash cannot trap what it inherits so.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def launch(self, *arguments: str) -> tuple[int, str, str]:
