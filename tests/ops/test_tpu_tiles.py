@@ -29,7 +29,7 @@ def on(chip):
 
 def visited(begins, sizes, rows, piece, **options):
     visits, count = plan_visits(jnp.array(begins), jnp.array(sizes), rows, piece, **options)
-    return [tuple(int(a[i]) for a in visits) for i in range(count)]
+    return [tuple(row) for row in np.stack(visits, axis=1)[: int(count)].tolist()]
 
 
 def test_visits_of_uneven_groups():
