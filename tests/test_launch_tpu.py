@@ -85,6 +85,8 @@ class Pod:
         (self.home(worker) / "behaviour").write_text(script)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        # A test run in the background ignores SIGINT, and bash cannot trap what it inherits so.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         command = ["./launch_tpu.sh", "--name", "pod", "--zone", "z-1", "--config", "run.yaml"]
         return subprocess.Popen(
             [*command, *arguments],
@@ -93,8 +95,6 @@ class Pod:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A test run in the background ignores SIGINT, and bash cannot trap what it inherits so.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def launch(self, *arguments: str) -> tuple[int, str, str]:
