@@ -21,8 +21,8 @@ from esft_jax.hf.export import save_model
 from esft_jax.mesh import make_mesh, place_batch
 from esft_jax.model import ModelConfig, Transformer
 from esft_jax.training.optimizer import make_optimizer
-from esft_jax.training.state import init_state, state_shardings
-from esft_jax.training.step import make_eval_step, make_train_step
+from esft_jax.training.state import place_state
+from esft_jax.training.step import jit_train_step, make_eval_step, make_train_step
 
 
 def prepare(
@@ -110,20 +110,10 @@ def measure(
         return run_steps(evaluate, warmup, steps, _bytes(forward))
 
     optimizer = make_optimizer(OptimizerConfig(**optimizer_config), warmup + steps)
-    abstract = jax.eval_shape(lambda: init_state(optimizer, tuned, frozen))
-    shardings = state_shardings(abstract, mesh)
-    start = jax.jit(
-        lambda tuned: init_state(optimizer, tuned, frozen),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
-    states = [start(tuned)]
-    del tuned  # it lives on in the state
-    train = jax.jit(
-        make_train_step(graph, optimizer, remat=remat),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    state, shardings = place_state(optimizer, tuned, frozen, mesh)
+    states = [state]
+    del tuned, state  # what must live on does so in the list
+    train = jit_train_step(make_train_step(graph, optimizer, remat=remat), shardings)
     compiled = train.lower(states[0], frozen, batches[0]).compile()
 
     def update(index: int) -> tuple[float, float]:

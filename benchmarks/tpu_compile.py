@@ -46,7 +46,7 @@ from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
 from esft_jax.topology import tpu_devices
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import TrainState, init_state, state_shardings
-from esft_jax.training.step import make_train_step
+from esft_jax.training.step import jit_train_step, make_train_step
 
 METHODS = ("esft", "full-bf16", "full-fp32", "masked")
 SLICES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2")
@@ -97,13 +97,8 @@ def abstract_program(
     int32, sharding = jnp.dtype(jnp.int32), batch_sharding(mesh)
     types = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), int32)
     types["loss_weights"] = jnp.dtype(jnp.float32)
-    step = jax.jit(
-        make_train_step(graph, optimizer, remat="full"),
-        donate_argnums=0,
-        out_shardings=(places, None),
-    )
     return Program(
-        step,
+        jit_train_step(make_train_step(graph, optimizer, remat="full"), places),
         place(state, places),
         place(frozen, param_shardings(frozen, mesh)),
         {

@@ -30,8 +30,8 @@ from esft_jax.training.checkpoint import Checkpoints, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
-from esft_jax.training.state import TrainState, init_state, state_shardings
-from esft_jax.training.step import make_eval_step, make_train_step
+from esft_jax.training.state import place_state
+from esft_jax.training.step import jit_train_step, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -167,29 +167,19 @@ class _Run:
         self.best_loss: float | None = None
 
     def _compile(self, tuned: nnx.State) -> None:
-        train, optimizer = (
-            self.config.train,
-            make_optimizer(self.config.optimizer, self.config.train.steps),
-        )
-
-        def start(tuned: nnx.State) -> TrainState:
-            return init_state(optimizer, tuned, self.frozen)
-
-        self.shardings = state_shardings(jax.eval_shape(start, tuned), self.mesh)
-        self.state = jax.jit(start, out_shardings=self.shardings, donate_argnums=0)(tuned)
-        step = jax.jit(
-            make_train_step(
-                self.graph,
-                optimizer,
-                micro_batches=train.micro_batches,
-                remat=train.remat,
-                balance_weight=train.balance_loss,
-            ),
-            donate_argnums=0,
-            out_shardings=(self.shardings, None),
+        train = self.config.train
+        optimizer = make_optimizer(self.config.optimizer, train.steps)
+        self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
+        step = make_train_step(
+            self.graph,
+            optimizer,
+            micro_batches=train.micro_batches,
+            remat=train.remat,
+            balance_weight=train.balance_loss,
         )
         example = place_batch(self._empty_batch(train.batch_size), self.mesh)
-        self.train_step = step.lower(self.state, self.frozen, example).compile()
+        jitted = jit_train_step(step, self.shardings)
+        self.train_step = jitted.lower(self.state, self.frozen, example).compile()
         # Not every backend reports it.
         memory = self.train_step.memory_analysis()
         self.step_bytes = (

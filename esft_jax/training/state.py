@@ -37,6 +37,21 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), tuned, opt_state)
 
 
+def place_state(
+    optimizer: optax.GradientTransformation, tuned: nnx.State, frozen: nnx.State, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """The state before the first update on its devices, and its shardings.
+
+    `tuned` is donated: its buffers live on in the state.
+    """
+
+    def start(tuned: nnx.State) -> TrainState:
+        return init_state(optimizer, tuned, frozen)
+
+    shardings = state_shardings(jax.eval_shape(start, tuned), mesh)
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)(tuned), shardings
+
+
 def state_shardings(state: TrainState, mesh: Mesh) -> Any:
     """Shardings of a (possibly abstract) state: moments lie with their parameters."""
     tuned = param_shardings(state.tuned, mesh)

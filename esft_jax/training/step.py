@@ -1,6 +1,7 @@
 """One optimizer update, and one evaluation, as compiled functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from esft_jax.ops.cross_entropy import cross_entropy_sum
 from esft_jax.training.state import TrainState
 
 Batch = dict[str, Array]
+TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def loss_sum(
@@ -52,8 +54,8 @@ def make_train_step(
     micro_batches: int = 1,
     remat: Remat = "none",
     balance_weight: float = 0.0,
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]:
-    """A pure function `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
+) -> TrainStep:
+    """A pure function `(state, frozen, batch) -> (state, metrics)`; see `jit_train_step`.
 
     The loss is the mean over the tokens of the whole batch, however they fall on micro-batches.
     Gradients are taken with respect to the tuned partition alone.
@@ -102,6 +104,11 @@ def make_train_step(
         return TrainState(state.step + 1, tuned, opt_state), metrics
 
     return step
+
+
+def jit_train_step(step: TrainStep, shardings: Any) -> jax.stages.Wrapped:
+    """Jit a train step: the state is updated in place, and stays where `shardings` say."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(

@@ -1,9 +1,7 @@
 """The corpus builder's own parts, without any download."""
 
 import importlib
-import json
 import random
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -68,45 +66,3 @@ def test_arithmetic_is_correct(builder: ModuleType) -> None:
         factor, product = factor_x.split("x = ")
         assert int(factor) * int(x.removeprefix("x = ")) == int(product)
     assert list(arithmetic.worksheets(0, 5)) == list(arithmetic.worksheets(0, 5))
-
-
-def test_answers_of_chats_stand_in_their_questions(builder: ModuleType) -> None:
-    chats = importlib.import_module("chats")
-    texts = {
-        "dictionary": [
-            'abbey (noun): a church with monks; "the abbey stood alone"\n'
-            "cold, icy (adjective): of low temperature\n"
-            'run, go (verb): move fast; "he had to run"',
-            "dew point (noun): where dew forms",
-        ],
-        "scripture": ["In the beginning God created the heavens and the earth.\nShort."],
-        "python": ["class A:\n    def move(self, step=1, *rest):\n        def turn(angle=0): ..."],
-    }
-    words = chats.Words.of(texts)
-    material = chats.Material.of(words, texts)
-    assert material.functions == [("turn", "angle=0")]
-    assert material.usages[0] == ("abbey", "a church with monks", "the abbey stood alone")
-    assert (words.nouns, words.verbs) == (["abbey"], ["run"])
-    rng = random.Random(0)
-    for kind in chats.KINDS:
-        for _ in range(50):
-            question, answer = kind(rng, material)
-            if kind in (chats._definition, chats._arithmetic):
-                continue
-            values = json.loads(answer) if answer.startswith("{") else {"": answer}
-            for value in chats_values(values):
-                assert str(value) in question, (kind, question, answer)
-    generated = [next(chats.chats(0, words, texts)) for _ in range(2)]
-    assert generated[0] == generated[1]
-    assert re.match(r"(?s)User: .+\n\nAssistant: .+", generated[0])
-    line, *others = next(chats.repetitions(0, words)).split("\n")
-    assert others == [line, line]
-
-
-def chats_values(content: object) -> list[object]:
-    """All leaves of nested JSON content."""
-    if isinstance(content, dict):
-        return [leaf for value in content.values() for leaf in chats_values(value)]
-    if isinstance(content, list):
-        return [leaf for value in content for leaf in chats_values(value)]
-    return [content]

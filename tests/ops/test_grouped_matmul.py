@@ -129,6 +129,22 @@ class TestEveryImplementation:
         jax.tree.map(np.testing.assert_array_equal, self.run(x, banks, sizes, cotangent), clean)
 
 
+@pytest.mark.parametrize("environment, kernels", [(emulated_tpu, 3), (nullcontext, 0)])
+def test_the_platform_compiled_for_chooses(environment, kernels):
+    x, bank, sizes = draw(N, D, seed=0), draw(2, D, F, seed=1), np.array([50, 60], np.int32)
+
+    def gradients(x, bank):
+        return jax.grad(lambda *a: (grouped_matmul(a[0], a[1:], sizes) ** 2).sum(), (0, 1))(x, bank)
+
+    with environment():
+        assert str(jax.make_jaxpr(gradients)(x, bank)).count("pallas_call") == kernels
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="'cuda' is not one of gpu, tpu, xla"):
+        grouped_matmul(draw(2, D, seed=0), (draw(1, D, F, seed=1),), [2], implementation="cuda")
+
+
 def results(jaxpr):
     """Shapes of everything that a program computes, loops and calls included."""
     for equation in jaxpr.eqns:

@@ -11,18 +11,10 @@ import sys
 
 import pytest
 
+from tests.ops.layers import LAYERS, SMALL
+
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SLICES["tpu7x"] = "tpu7x:2x2x1"
-# Rows, width of the model, output width, experts, tuned experts.
-SMALL = (512, 512, 256, 64, 4)
-LAYERS = {
-    "deepseek-v2-lite up": (24_576, 2048, 2816, 64, 9),
-    "deepseek-v2-lite down": (24_576, 1408, 2048, 64, 9),
-    "128 experts": (32_768, 2048, 1536, 128, 12),
-    "mixtral up": (8192, 4096, 28_672, 8, 1),
-    "mixtral down": (8192, 14_336, 4096, 8, 1),
-}
-
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np

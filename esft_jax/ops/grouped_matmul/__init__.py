@@ -1,5 +1,5 @@
 """Matrix products of row groups, each with its own matrix: the work of routed experts."""
 
-from esft_jax.ops.grouped_matmul.operation import Implementation, grouped_matmul
+from esft_jax.ops.grouped_matmul.operation import grouped_matmul
 
-__all__ = ["Implementation", "grouped_matmul"]
+__all__ = ["grouped_matmul"]

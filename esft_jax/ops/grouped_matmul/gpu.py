@@ -64,11 +64,7 @@ def multiply(
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
-    """As `xla.multiply`.
-
-    A bank of a wider type than `x` (float32 masters) is converted before the kernel, where XLA can
-    do so while it cuts the bank out of its stack; a narrower one tile by tile within.
-    """
+    """As `xla.multiply`."""
 
     def run(
         x: Array, group_sizes: Array, *banks: Array, tile: Tiles, interpret: bool = False
@@ -87,8 +83,6 @@ def multiply(
             name="grouped_matmul",
         )(schedule, x, *banks)
 
-    wide = x.dtype.itemsize
-    banks = tuple(b.astype(x.dtype) if b.dtype.itemsize > wide else b for b in banks if len(b))
     return _on_platform(run, x, group_sizes, *banks)
 
 

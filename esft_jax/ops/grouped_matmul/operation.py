@@ -34,7 +34,8 @@ def grouped_matmul(
     Args:
         x: rows sorted by group. Rows past `sum(group_sizes)` belong to nobody: their result is 0.
         banks: matrices of the groups in order, split over one or more arrays that are neither
-            concatenated nor copied. They are converted to the type of `x` as they are read.
+            concatenated nor copied. Matrices of a narrower type than `x` are widened as they are
+            read; those of a wider one (float32 masters) are converted before.
         group_sizes: rows per group, int32; G is the total number of matrices.
         implementation: how it is computed; None takes the fastest of the platform that the
             surrounding mesh, or else JAX's default device, belongs to.
@@ -53,9 +54,10 @@ def grouped_matmul(
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
-    if len(x) == 0:
-        return jnp.zeros((0, banks[0].shape[2]), x.dtype)
-    return _grouped_matmul(implementation, x, tuple(banks), group_sizes)
+    filled = tuple(bank for bank in banks if len(bank) > 0)
+    if len(x) == 0 or not filled:
+        return jnp.zeros((len(x), banks[0].shape[2]), x.dtype)
+    return _grouped_matmul(implementation, x, filled, group_sizes)
 
 
 def _platform() -> str:
@@ -74,7 +76,21 @@ def _module(implementation: Implementation) -> ModuleType:
 def _grouped_matmul(
     implementation: Implementation, x: Array, banks: tuple[Array, ...], group_sizes: Array
 ) -> Array:
-    return _module(implementation).multiply(x, banks, group_sizes, transposed=False)
+    return _multiply(implementation, x, banks, group_sizes, transposed=False)
+
+
+def _multiply(
+    implementation: Implementation,
+    x: Array,
+    banks: tuple[Array, ...],
+    group_sizes: Array,
+    transposed: bool,
+) -> Array:
+    # Here XLA can convert a bank while it cuts it out of its stack; a block is read many times.
+    banks = tuple(
+        bank.astype(x.dtype) if bank.dtype.itemsize > x.dtype.itemsize else bank for bank in banks
+    )
+    return _module(implementation).multiply(x, banks, group_sizes, transposed=transposed)
 
 
 @dataclass
@@ -95,7 +111,7 @@ def _forward(
     out = _grouped_matmul(implementation, x.value, values, group_sizes.value)
     # Whether an operand is differentiated is known while tracing, so what nobody asked for is
     # neither computed nor, for `x`, kept.
-    learned = tuple(bank.perturbed and len(bank.value) > 0 for bank in banks)
+    learned = tuple(bank.perturbed for bank in banks)
     kept = x.value if any(learned) else None
     return out, (kept, values, group_sizes.value, _Needed(x.perturbed, learned))
 
@@ -103,7 +119,7 @@ def _forward(
 def _backward(implementation: Implementation, residuals: tuple, grad: Array) -> tuple:
     x, banks, group_sizes, needed = residuals
     module = _module(implementation)
-    dx = module.multiply(grad, banks, group_sizes, transposed=True) if needed.x else None
+    dx = _multiply(implementation, grad, banks, group_sizes, transposed=True) if needed.x else None
     dbanks, first = [], 0
     for bank, learned in zip(banks, needed.banks, strict=True):
         with jax.named_scope("expert_weight_gradient"):

@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
@@ -37,38 +38,19 @@ def multiply(
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
-    """As `xla.multiply`.
-
-    A bank of a wider type than `x` (float32 masters) is converted before the kernel, where XLA can
-    do so while it cuts the bank out of its stack; a narrower one block by block within.
-    """
-    out_width = banks[0].shape[1 if transposed else 2]
-    first, used = 0, []
-    for bank in banks:
-        if len(bank) > 0:
-            wider = bank.dtype.itemsize > x.dtype.itemsize
-            used.append((first, bank.astype(x.dtype) if wider else bank))
-        first += len(bank)
-    piece = piece_rows(len(x), len(group_sizes))
-    out = _multiply(_pad_to_tile(x, piece), used, group_sizes, piece, out_width, transposed)
-    return out[: len(x)]
-
-
-def _multiply(
-    x: Array,
-    banks: list[tuple[int, Array]],
-    group_sizes: Array,
-    piece: int,
-    out_width: int,
-    transposed: bool,
-) -> Array:
+    """As `xla.multiply`."""
+    own_rows, piece = len(x), piece_rows(len(x), len(group_sizes))
+    x = _pad_to_tile(x, piece)
     (rows, in_width), tile, nobody = x.shape, PIECES * piece, len(group_sizes)
+    out_width = banks[0].shape[1 if transposed else 2]
+    firsts = np.cumsum([0, *map(len, banks)])[:-1].tolist()
+    ranges = [(first, len(bank)) for first, bank in zip(firsts, banks, strict=True)]
     total = group_sizes.sum()
     sizes = jnp.append(group_sizes, rows - total)
     visits, num_visits = plan_visits(jnp.cumsum(sizes) - sizes, sizes, rows, piece)
     last_tile = jnp.maximum(total - 1, 0)[None] // tile
     inner, outer = multiply_widths(
-        len(visits.tile), nobody, tile, in_width, out_width, x.dtype, [b.dtype for _, b in banks]
+        len(visits.tile), nobody, tile, in_width, out_width, x.dtype, [b.dtype for b in banks]
     )
     parts = in_width // inner
 
@@ -86,28 +68,23 @@ def _multiply(
         return jnp.clip(row, 0, count - 1), *((o, c) if transposed else (c, o))
 
     matrix = (None, outer, inner) if transposed else (None, inner, outer)
-    return pl.pallas_call(
-        partial(
-            _multiply_kernel,
-            ranges=[(first, len(bank)) for first, bank in banks],
-            nobody=nobody,
-            piece=piece,
-            transposed=transposed,
-        ),
+    out = pl.pallas_call(
+        partial(_multiply_kernel, ranges=ranges, nobody=nobody, piece=piece, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((rows, out_width), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(out_width, outer), num_visits, parts),
             in_specs=[
                 pl.BlockSpec((tile, inner), rows_block),
-                *(pl.BlockSpec(matrix, partial(bank_block, f, len(b))) for f, b in banks),
+                *(pl.BlockSpec(matrix, partial(bank_block, *groups)) for groups in ranges),
             ],
             out_specs=pl.BlockSpec((tile, outer), lambda o, v, c, visits, _: (visits.tile[v], o)),
             scratch_shapes=[pltpu.VMEM((tile, outer), jnp.float32)] * (parts > 1),
         ),
         compiler_params=_compiler_params(),
         name="grouped_matmul",
-    )(visits, last_tile, x, *(bank for _, bank in banks))
+    )(visits, last_tile, x, *banks)
+    return out[:own_rows]
 
 
 def _multiply_kernel(

@@ -31,8 +31,6 @@ def multiply(
     out = jnp.zeros((rows, banks[0].shape[1 if transposed else 2]), x.dtype)
     first_group = 0
     for bank in banks:
-        if len(bank) == 0:
-            continue
 
         def step(i: Array, out: Array, bank: Array = bank, first: int = first_group) -> Array:
             start, valid = _block_rows(schedule, i, rows, block)
