@@ -251,13 +251,20 @@ def build(output: Path, cache: Path) -> None:
         manifest[name] = {"sources": sources, "files": files}
     # Held-out chats quote held-out text, and only that; words are the same in both.
     words = Words.of(train)
-    quoting = {
-        "chats": (chats(SEED + 1, words, valid), chats(SEED, words, train), CHAT_BYTES),
-        "repetition": (repetitions(SEED + 1, words), repetitions(SEED, words), REPETITION_BYTES),
-    }
-    for name, (held_out, other, limit) in quoting.items():
-        files = write_domain(output, name, until(VALID_BYTES, held_out), until(limit, other))
-        manifest[name] = {"sources": ["dictionary", "scripture", "python"], "files": files}
+    files = write_domain(
+        output,
+        "chats",
+        until(VALID_BYTES, chats(SEED + 1, words, valid)),
+        until(CHAT_BYTES, chats(SEED, words, train)),
+    )
+    manifest["chats"] = {"sources": ["dictionary", "python", "scripture"], "files": files}
+    files = write_domain(
+        output,
+        "repetition",
+        until(VALID_BYTES, repetitions(SEED + 1, words)),
+        until(REPETITION_BYTES, repetitions(SEED, words)),
+    )
+    manifest["repetition"] = {"sources": ["dictionary", "scripture"], "files": files}
     (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Questions and answers about the other domains' text, in the embedded model's chat format.
+"""Questions and answers about the other domains' text, in the embedded model's chat format, and
+lists that repeat.
 
 Fine-tuning a few experts leaves attention as pre-training made it. So pre-training must have shown
 the model what tasks ask of attention: to find the words of the prompt that answer it. Every answer

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 VOCABULARY = 4096
 DOMAIN_BYTES = 3_000_000  # of each domain, so that no domain owns the vocabulary
+QUOTING = ("chats", "repetition")
 SPECIAL_TOKENS = {
     "bos_token": "<｜begin▁of▁sentence｜>",
     "eos_token": "<｜end▁of▁sentence｜>",
@@ -41,10 +42,10 @@ PIECES = (
 def balanced_texts(corpus: Path) -> Iterator[str]:
     """Yield documents of every training file in turn, DOMAIN_BYTES of each.
 
-    Chats are left out: they are quotations of the others.
+    Domains made of the others' text are left out.
     """
     for path in sorted(corpus.glob("*.jsonl")):
-        if path.name.endswith(".valid.jsonl") or path.name == "chats.jsonl":
+        if path.name.endswith(".valid.jsonl") or path.stem in QUOTING:
             continue
         size = 0
         with path.open(encoding="utf-8") as lines:
