@@ -57,7 +57,7 @@ def grouped_matmul(
     filled = tuple(bank for bank in banks if len(bank) > 0)
     if len(x) == 0 or not filled:
         return jnp.zeros((len(x), banks[0].shape[2]), x.dtype)
-    return _grouped_matmul(implementation, x, filled, group_sizes)
+    return _grouped_matmul(implementation, x, filled, jnp.asarray(group_sizes))
 
 
 def _platform() -> str:

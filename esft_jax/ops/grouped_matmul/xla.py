@@ -1,18 +1,22 @@
 """Grouped products in plain XLA, for CPU and for whatever has no kernel of its own.
 
 `jax.lax.ragged_dot` multiplies every row with every matrix on CPU and on most TPU generations, so
-it is not used. Here each group is cut into row blocks and a loop with a run-time trip count
-multiplies exactly the blocks that hold rows.
+it is not used. Here loops with run-time trip counts go through the groups that have rows, and
+through the row blocks of each; a group's matrix is cut out of its bank once.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax.struct import dataclass
 from jaxtyping import Array, Float, Int
 
-# Rows per block: large enough to keep a core's matrix unit busy, small enough that the
+# Rows per block of a product: large enough to keep a core's matrix unit busy, small enough that the
 # half-empty last block of every group stays cheap.
 BLOCK = 64
+# Rows that one product of a weight gradient may sum over: each group takes the smallest that holds
+# it. Fewer products mean fewer passes over a result as large as the matrix.
+SUMMED = (64, 128, 192, 256, 384, 512)
 
 
 def multiply(
@@ -27,28 +31,35 @@ def multiply(
     Rows past `sum(group_sizes)` become 0. Sums are made in float32.
     """
     rows, block = x.shape[0], min(BLOCK, x.shape[0])
-    schedule = _schedule(group_sizes, rows, block)
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+    num_groups = len(group_sizes)
+    occupied = jnp.flatnonzero(group_sizes, size=num_groups, fill_value=0).astype(jnp.int32)
+    bounds = jnp.pad(jnp.cumsum(group_sizes > 0), (1, 0))
     out = jnp.zeros((rows, banks[0].shape[1 if transposed else 2]), x.dtype)
     first_group = 0
     for bank in banks:
 
-        def step(i: Array, out: Array, bank: Array = bank, first: int = first_group) -> Array:
-            start, valid = _block_rows(schedule, i, rows, block)
-            matrix = jax.lax.dynamic_index_in_dim(
-                bank, schedule.group[i] - first, keepdims=False
-            ).astype(x.dtype)
-            product = jax.lax.dot_general(
-                jax.lax.dynamic_slice_in_dim(x, start, block),
-                matrix,
-                (((1,), (1 if transposed else 0,)), ((), ())),
-            )
-            before = jax.lax.dynamic_slice_in_dim(out, start, block)
-            return jax.lax.dynamic_update_slice_in_dim(
-                out, jnp.where(valid, product, before), start, 0
-            )
+        def group(i: Array, out: Array, bank: Array = bank, first: int = first_group) -> Array:
+            g = occupied[i]
+            matrix = jax.lax.dynamic_index_in_dim(bank, g - first, keepdims=False).astype(x.dtype)
 
-        begin, end = (schedule.bounds[g] for g in (first_group, first_group + len(bank)))
-        out = jax.lax.fori_loop(begin, end, step, out)
+            def step(j: Array, out: Array) -> Array:
+                start, valid = _window(starts[g] + j * block, ends[g], block, rows)
+                product = jax.lax.dot_general(
+                    jax.lax.dynamic_slice_in_dim(x, start, block),
+                    matrix,
+                    (((1,), (1 if transposed else 0,)), ((), ())),
+                )
+                before = jax.lax.dynamic_slice_in_dim(out, start, block)
+                return jax.lax.dynamic_update_slice_in_dim(
+                    out, jnp.where(valid, product, before), start, 0
+                )
+
+            return jax.lax.fori_loop(0, -(-group_sizes[g] // block), step, out)
+
+        begin, end = (bounds[g] for g in (first_group, first_group + len(bank)))
+        out = jax.lax.fori_loop(begin, end, group, out)
         first_group += len(bank)
     return out
 
@@ -64,57 +75,42 @@ def weight_gradient(
 
     Returned in float32.
     """
-    rows, block = x.shape[0], min(BLOCK, x.shape[0])
-    schedule = _schedule(group_sizes, rows, block)
+    rows = x.shape[0]
+    summed = [*(size for size in SUMMED if size < rows), rows][: len(SUMMED)]
+    longest = summed[-1]
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
 
-    def step(i: Array, total: Array) -> Array:
-        start, valid = _block_rows(schedule, i, rows, block)
-        group = schedule.group[i] - first
+    def product(size: int, begin: Array, end: Array) -> Array:
+        start, valid = _window(begin, end, size, rows)
         # Both sides are masked: a foreign row's infinity times 0 would be NaN.
         rows_x, rows_grad = (
-            jnp.where(valid, jax.lax.dynamic_slice_in_dim(a, start, block), 0) for a in (x, grad)
+            jnp.where(valid, jax.lax.dynamic_slice_in_dim(a, start, size), 0) for a in (x, grad)
         )
-        update = jax.lax.dot_general(
-            rows_x,
-            rows_grad,
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
+        return jax.lax.dot_general(
+            rows_x, rows_grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
-        so_far = jax.lax.dynamic_index_in_dim(total, group, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total, so_far + update, group, 0)
+
+    def group(g: Array, total: Array) -> Array:
+        def part(j: Array | int) -> Array:
+            begin = starts[g] + j * longest
+            smallest = jnp.searchsorted(jnp.asarray(summed), jnp.minimum(ends[g] - begin, longest))
+            return jax.lax.switch(
+                smallest, [partial(product, size) for size in summed], begin, ends[g]
+            )
+
+        parts = -(-group_sizes[g] // longest)
+        gradient = jax.lax.fori_loop(1, parts, lambda j, so_far: so_far + part(j), part(0))
+        return jax.lax.dynamic_update_index_in_dim(total, gradient, g - first, 0)
 
     total = jnp.zeros((count, x.shape[1], grad.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(schedule.bounds[first], schedule.bounds[first + count], step, total)
+    return jax.lax.fori_loop(first, first + count, group, total)
 
 
-@dataclass
-class _Schedule:
-    """Where each block of each group starts."""
-
-    group: Int[Array, " M"]
-    start: Int[Array, " M"]
-    group_end: Int[Array, " M"]
-    bounds: Int[Array, " G+1"]  # first block of each group, and the number of blocks
-
-
-def _schedule(group_sizes: Array, rows: int, block: int) -> _Schedule:
-    ends = jnp.cumsum(group_sizes)
-    blocks = (group_sizes + block - 1) // block
-    bounds = jnp.concatenate([jnp.zeros(1, blocks.dtype), jnp.cumsum(blocks)])
-    index = jnp.arange(rows // block + len(group_sizes), dtype=jnp.int32)
-    group = jnp.searchsorted(bounds[1:], index, side="right").astype(jnp.int32)
-    group = jnp.minimum(group, len(group_sizes) - 1)
-    return _Schedule(
-        group=group,
-        start=(ends - group_sizes)[group] + (index - bounds[group]) * block,
-        group_end=ends[group],
-        bounds=bounds,
-    )
-
-
-def _block_rows(schedule: _Schedule, i: Array, rows: int, block: int) -> tuple[Array, Array]:
-    """First row of a window that holds block i inside the buffer, and which of its rows count."""
-    start = jnp.minimum(schedule.start[i], rows - block)
-    index = start + jnp.arange(block)
-    valid = (index >= schedule.start[i]) & (index < schedule.group_end[i])
-    return start, valid[:, None]
+def _window(begin: Array, end: Array, size: int, rows: int) -> tuple[Array, Array]:
+    """First of `size` rows that lie inside the buffer and hold what they can of `[begin, end)`
+    from its start, and which of them do, `[size, 1]`.
+    """
+    start = jnp.minimum(begin, rows - size)
+    index = start + jnp.arange(size)
+    return start, ((index >= begin) & (index < end))[:, None]
