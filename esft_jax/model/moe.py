@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,7 +20,7 @@ from esft_jax.model.mlp import MLP, gated_silu
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.model.tuned import TunedExperts, TunedLayout, TunedWindow, layer_window
-from esft_jax.ops.dispatch import restore_order, sort_by_group, take_rows
+from esft_jax.ops.dispatch import Dispatch, restore_order, sort_by_group, take_rows
 from esft_jax.ops.grouped_matmul import grouped_matmul
 
 
@@ -58,13 +59,32 @@ def apply_experts(
         gate_up_banks = (tuned.gate_up, *gate_up_banks)
         down_banks = (tuned.down, *down_banks)
     dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
+    out = _experts_of_rows(
+        x, gates.reshape(-1).astype(x.dtype), gate_up_banks, down_banks, dispatch
+    )
+    return out.reshape(*gates.shape, x.shape[-1]).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+# Of all that is as long as the assignments, only the first product outlives the forward pass;
+# gathers and element-wise work are cheaper to repeat than to keep.
+@partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names("gate_up"),
+    prevent_cse=False,
+)
+def _experts_of_rows(
+    x: Float[Array, "T D"],
+    gates: Float[Array, " N"],
+    gate_up_banks: tuple[Float[Array, "_ D F2"], ...],
+    down_banks: tuple[Float[Array, "_ F D"], ...],
+    dispatch: Dispatch,
+) -> Float[Array, "N D"]:
+    """For each assignment, its expert's output times its gate."""
     rows = take_rows(x, dispatch)
-    hidden = gated_silu(grouped_matmul(rows, gate_up_banks, dispatch.group_sizes))
-    out = grouped_matmul(hidden, down_banks, dispatch.group_sizes)
-    out = restore_order(out, dispatch).reshape(*gates.shape, x.shape[-1])
-    return jnp.einsum(
-        "tkd,tk->td", out, gates.astype(x.dtype), preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+    both = checkpoint_name(grouped_matmul(rows, gate_up_banks, dispatch.group_sizes), "gate_up")
+    # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
+    hidden = gated_silu(both) * take_rows(gates, dispatch)[:, None]
+    return restore_order(grouped_matmul(hidden, down_banks, dispatch.group_sizes), dispatch)
 
 
 class MoE(nnx.Module):

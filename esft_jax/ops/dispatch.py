@@ -36,9 +36,9 @@ def sort_by_group(groups: Int[Array, "T K"], num_groups: int) -> Dispatch:
 
 
 @jax.custom_vjp
-def take_rows(x: Float[Array, "T D"], dispatch: Dispatch) -> Float[Array, "N D"]:
-    """Each assignment's token row, in sorted order. Its gradient is a gather too, where JAX's own
-    would be a scatter-add of wide rows.
+def take_rows(x: Float[Array, "T *D"], dispatch: Dispatch) -> Float[Array, "N *D"]:
+    """Each assignment's token row, or its own entry of `N`, in sorted order. Its gradient is a
+    gather too, where JAX's own would be a scatter-add of wide rows.
     """
     return x[dispatch.order // (dispatch.order.size // x.shape[0])]
 
@@ -49,7 +49,7 @@ def _take_forward(x: Array, dispatch: Dispatch) -> tuple[Array, tuple[Dispatch, 
 
 def _take_backward(residuals: tuple[Dispatch, int], grad: Array) -> tuple[Array, None]:
     dispatch, tokens = residuals
-    per_token = grad[dispatch.place].reshape(tokens, -1, grad.shape[-1])
+    per_token = grad[dispatch.place].reshape(tokens, -1, *grad.shape[1:])
     return per_token.sum(axis=1), None
 
 

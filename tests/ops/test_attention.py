@@ -41,11 +41,18 @@ def test_attention_sees_earlier_tokens_of_its_document(inputs):
 
 def test_blocks_of_queries_change_nothing(inputs, monkeypatch):
     whole = run(inputs)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 8)
     blocks = run(inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), blocks, whole)
-    attend = jax.make_jaxpr(attention.causal_attention, static_argnums=4)
-    assert "f32[2,2,8,24]" in str(attend(*inputs, SCALE))  # scores of one block
+
+
+def test_the_gradient_holds_scores_of_one_block_at_a_time(inputs, monkeypatch):
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 8)
+    monkeypatch.setattr(attention, "BLOCKS", 3)
+    program = str(jax.make_jaxpr(run)(inputs))
+    for keys in (8, 16, 24):  # no block meets keys after its last query
+        assert f"f32[2,2,8,{keys}]" in program
+    assert "[2,2,24,24]" not in program
 
 
 def test_a_query_that_sees_nothing_is_finite(inputs):
