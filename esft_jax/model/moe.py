@@ -25,7 +25,10 @@ from esft_jax.ops.grouped_matmul import grouped_matmul
 
 
 class RoutedExperts(nnx.Module):
-    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`."""
+    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
+
+    In a scan over layers that does not train them they are those of all layers, `[L, E, ...]`.
+    """
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
         experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
@@ -37,16 +40,17 @@ def apply_experts(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
-    gate_up: Float[Array, "E D F2"],
-    down: Float[Array, "E F D"],
+    gate_up: Float[Array, "*L E D F2"],
+    down: Float[Array, "*L E F D"],
+    layer: Int[Array, ""],
     tuned: TunedWindow | None,
 ) -> Float[Array, "T D"]:
     """Gate-weighted sum of the experts of each token.
 
     Ids outside `[0, E)` are nobody here: neither computed nor added. Tuned experts are taken from
-    the window, all others from the base bank.
+    the window, all others from the base bank, or from its entry `layer`.
     """
-    num_experts = gate_up.shape[0]
+    num_experts = gate_up.shape[-3]
     here = (expert_ids >= 0) & (expert_ids < num_experts)
     gate_up_banks: tuple[Array, ...] = (gate_up,)
     down_banks: tuple[Array, ...] = (down,)
@@ -60,7 +64,7 @@ def apply_experts(
         down_banks = (tuned.down, *down_banks)
     dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
     out = _experts_of_rows(
-        x, gates.reshape(-1).astype(x.dtype), gate_up_banks, down_banks, dispatch
+        x, gates.reshape(-1).astype(x.dtype), gate_up_banks, down_banks, dispatch, layer
     )
     return out.reshape(*gates.shape, x.shape[-1]).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
 
@@ -75,16 +79,17 @@ def apply_experts(
 def _experts_of_rows(
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
-    gate_up_banks: tuple[Float[Array, "_ D F2"], ...],
-    down_banks: tuple[Float[Array, "_ F D"], ...],
+    gate_up_banks: tuple[Float[Array, "*L _ D F2"], ...],
+    down_banks: tuple[Float[Array, "*L _ F D"], ...],
     dispatch: Dispatch,
+    layer: Int[Array, ""],
 ) -> Float[Array, "N D"]:
     """For each assignment, its expert's output times its gate."""
-    rows = take_rows(x, dispatch)
-    both = checkpoint_name(grouped_matmul(rows, gate_up_banks, dispatch.group_sizes), "gate_up")
+    rows, sizes = take_rows(x, dispatch), dispatch.group_sizes
+    both = checkpoint_name(grouped_matmul(rows, gate_up_banks, sizes, layer), "gate_up")
     # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
     hidden = gated_silu(both) * take_rows(gates, dispatch)[:, None]
-    return restore_order(grouped_matmul(hidden, down_banks, dispatch.group_sizes), dispatch)
+    return restore_order(grouped_matmul(hidden, down_banks, sizes, layer), dispatch)
 
 
 class MoE(nnx.Module):
@@ -107,7 +112,7 @@ class MoE(nnx.Module):
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
         Args:
-            layer: this layer's index among the MoE layers, to find its rows of the tuned bank.
+            layer: this layer's index among the MoE layers, to find its experts.
         """
         shape = x.shape
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
@@ -119,10 +124,11 @@ class MoE(nnx.Module):
             out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
+            stacked = PartitionSpec(*[None] * (banks[0].ndim - 3), RULES.experts)
             out = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), experts, experts),
+                in_specs=(batch, batch, batch, PartitionSpec(), stacked, experts),
                 out_specs=batch,
                 check_vma=False,
             )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
@@ -151,11 +157,11 @@ def _apply_on_shard(
         x, expert_ids, gates = (
             jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
         )
-        expert_ids = expert_ids - shard * banks[0].shape[0]
+        expert_ids = expert_ids - shard * banks[0].shape[-3]
     tuned = None
     if tuned_banks is not None and layout is not None:
         tuned = layer_window(*tuned_banks, layout, layer, shard)
-    out = apply_experts(x, expert_ids, gates, *banks, tuned)
+    out = apply_experts(x, expert_ids, gates, *banks, layer, tuned)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
     return out.reshape(shape)

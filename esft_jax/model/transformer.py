@@ -126,8 +126,16 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         *,
         remat: Remat = "none",
+        experts_learn: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
-        """What the head reads, and the router outputs; no logits."""
+        """What the head reads, and the router outputs; no logits.
+
+        Args:
+            remat: what the backward pass computes again.
+            experts_learn: base experts are differentiated. Each layer's are then cut out of their
+                stack, so that their gradients exist for one layer at a time; otherwise they are
+                read where they lie.
+        """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -155,10 +163,16 @@ class Transformer(nnx.Module):
 
         # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
         # enters, so that the backward pass never reaches them.
+        read_whole = None if experts_learn else _is_base_expert
         total = len(self.config.moe_layers)
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
         x, below = _scan_blocks(
-            partial(moe_layer, tuned=None), self.moe_blocks, x, stop=first, remat=remat
+            partial(moe_layer, tuned=None),
+            self.moe_blocks,
+            x,
+            stop=first,
+            remat=remat,
+            read_whole=read_whole,
         )
         x, above = _scan_blocks(
             partial(moe_layer, tuned=self.tuned_experts),
@@ -167,6 +181,7 @@ class Transformer(nnx.Module):
             start=first,
             stop=total,
             remat=remat,
+            read_whole=read_whole,
         )
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *filter(None, (below, above)))
         return self.norm(constrain_batch(x, self.mesh)), router
@@ -227,9 +242,8 @@ class Transformer(nnx.Module):
             below = jax.tree.map(lambda c: c[:first], cache)
             x, new = _scan_blocks(dense_layer, self.dense_blocks, x, below)
             caches.append(new)
-        x, new = _scan_blocks(
-            moe_layer, self.moe_blocks, x, jax.tree.map(lambda c: c[first:], cache)
-        )
+        above = jax.tree.map(lambda c: c[first:], cache)
+        x, new = _scan_blocks(moe_layer, self.moe_blocks, x, above, read_whole=_is_base_expert)
         cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches, new)
         return self.logits(self.norm(x)), cache
 
@@ -239,6 +253,10 @@ class Transformer(nnx.Module):
 
 def _feed_forward(block: Block, x: Array) -> Array:
     return x + block.mlp(block.ffn_norm(x))
+
+
+def _is_base_expert(path: tuple, _: nnx.Variable) -> bool:
+    return "experts" in path
 
 
 def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -256,19 +274,24 @@ def _scan_blocks(
     start: int = 0,
     stop: int | None = None,
     remat: Remat = "none",
+    read_whole: Callable[[tuple, nnx.Variable], bool] | None = None,
 ) -> tuple:
     """Run layers `start` to `stop` of a stack: `layer(block, x, index, *inputs) -> (x, output)`.
 
     A part of the stack is read by index instead of being sliced, which would copy its weights.
+
+    Args:
+        read_whole: parameters that every layer sees as the stack they are.
     """
-    graph, params = nnx.split(stack)
+    graph, *states = nnx.split(stack, read_whole or nnx.Nothing(), ...)
+    whole, params = states
     total = jax.tree.leaves(params)[0].shape[0]
     stop = total if stop is None else stop
     if start == stop:
         return x, None
     indices = jnp.arange(start, stop, dtype=jnp.int32)
     run = _REMAT[remat](
-        lambda x, params, index, *inputs: layer(nnx.merge(graph, params), x, index, *inputs)
+        lambda x, params, index, *inputs: layer(nnx.merge(graph, whole, params), x, index, *inputs)
     )
     if (start, stop) == (0, total):
         return jax.lax.scan(lambda x, xs: run(x, *xs), x, (params, indices, *inputs))

@@ -20,11 +20,18 @@ TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str,
 
 
 def loss_sum(
-    model: Transformer, batch: Batch, remat: Remat = "none"
+    model: Transformer, batch: Batch, remat: Remat = "none", *, experts_learn: bool = False
 ) -> tuple[Float[Array, ""], RouterOutput]:
-    """Sum over tokens of weight times loss in nats, and the router outputs."""
+    """Sum over tokens of weight times loss in nats, and the router outputs.
+
+    The last two arguments are those of `Transformer.hidden_states`.
+    """
     hidden, router = model.hidden_states(
-        batch["tokens"], batch["segment_ids"], batch["positions"], remat=remat
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        remat=remat,
+        experts_learn=experts_learn,
     )
     total = cross_entropy_sum(hidden, model.head_weight(), batch["targets"], batch["loss_weights"])
     return total, router
@@ -65,7 +72,8 @@ def make_train_step(
         tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
     ) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graph, tuned, frozen)
-        nll, router = loss_sum(model, batch, remat)
+        experts_learn = any("experts" in path for path, _ in nnx.to_flat_state(tuned))
+        nll, router = loss_sum(model, batch, remat, experts_learn=experts_learn)
         loss = nll / total_weight
         if not balance_weight:
             return loss, (loss, jnp.zeros(()))

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from esft_jax.ops.grouped_matmul import grouped_matmul
-from esft_jax.ops.grouped_matmul.xla import BLOCK, SUMMED
+from esft_jax.ops.grouped_matmul.xla import COVERED
 
 
 @contextmanager
@@ -58,9 +58,9 @@ def reference(x, matrices, sizes, cotangent):
 
 
 @partial(jax.jit, static_argnums=0)
-def run(implementation, x, banks, sizes, cotangent):
+def run(implementation, x, banks, sizes, cotangent, layer=0):
     def multiply(x, banks):
-        return grouped_matmul(x, banks, sizes, implementation=implementation)
+        return grouped_matmul(x, banks, sizes, layer, implementation=implementation)
 
     out, pull = jax.vjp(multiply, x, banks)
     return out, *pull(cotangent)
@@ -90,8 +90,20 @@ class TestEveryImplementation:
         banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
         self.check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
 
+    def test_a_layer_of_a_stack(self):
+        tuned, stack = draw(2, D, F, seed=1), draw(4, 3, D, F, seed=2)
+        sizes, x, cotangent = (
+            np.array(CASES["uneven"], np.int32),
+            draw(N, D, seed=0),
+            draw(N, F, seed=3),
+        )
+        expected = self.run(x, (tuned, stack[2]), sizes, cotangent)
+        out, dx, (dtuned, dstack) = self.run(x, (tuned, stack), sizes, cotangent, 2)
+        jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dstack[2])), expected)
+        assert not np.any(np.delete(dstack, 2, axis=0))
+
     def test_one_bank_of_fewer_rows_than_a_block(self):
-        assert BLOCK > 10
+        assert COVERED[0] > 10
         banks = (draw(3, D, F, seed=1), draw(0, D, F, seed=2))
         self.check(draw(10, D, seed=0), banks, [4, 0, 5], draw(10, F, seed=3), 1e-6)
 
@@ -112,7 +124,9 @@ class TestEveryImplementation:
         self.check(x, banks, CASES["uneven"], cotangent, 2**-8)
 
     def test_weight_gradient_of_bfloat16_rows_is_summed_in_float32(self):
-        rows = 10 * BLOCK  # each block adds 1/8 to a total that reaches the step size of bfloat16
+        rows = (
+            10 * COVERED[-1]
+        )  # each piece adds 1/8 to a total that reaches the step size of bfloat16
         x = np.full((rows, D), 1, jnp.bfloat16)
         cotangent = np.full((rows, F), 2**-9, jnp.bfloat16)
         cotangent[0] = 64
@@ -170,7 +184,7 @@ def arguments(rows):
 
 
 def test_no_gradient_of_a_frozen_bank_is_computed():
-    rows = 2 * max(SUMMED)  # more than any product of a part of the rows has
+    rows = 2 * max(COVERED)  # more than any product of a part of the rows has
 
     def shapes(argnums):
         return set(results(jax.make_jaxpr(gradient(argnums))(*arguments(rows)).jaxpr))

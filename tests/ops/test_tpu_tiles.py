@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from esft_jax.ops.grouped_matmul import tpu_tiles
+from esft_jax.ops.grouped_matmul.bank import Bank
 from esft_jax.ops.grouped_matmul.tpu import multiply, weight_gradient
 from esft_jax.ops.grouped_matmul.tpu_tiles import (
     PIECES,
@@ -122,7 +123,8 @@ def test_matrices_cut_in_both_directions(monkeypatch):
         plan = (7, 4, 64, d, f, jnp.float32, (jnp.float32, jnp.float32))
         blocks = multiply_widths(*plan)
         assert blocks.inner < d and blocks.outer < f
-        forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, banks, sizes)
+        layers = tuple(Bank(bank[None], jnp.int32(0)) for bank in banks)
+        forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, sizes)
         gradient = jax.jit(lambda *a: weight_gradient(*a, 2, 2))(x, grad, sizes)
     group = np.repeat(np.arange(4), sizes)
     matrices = np.concatenate(banks)

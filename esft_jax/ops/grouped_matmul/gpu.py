@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from esft_jax.ops.grouped_matmul.bank import Bank
+
 
 class Tiles(NamedTuple):
     """How a result is cut into tiles, one for each program.
@@ -59,7 +61,7 @@ def _compiled(dtype: jnp.dtype) -> Tiles:
 
 def multiply(
     x: Float[Array, "N C"],
-    banks: tuple[Float[Array, "_ D F"], ...],
+    banks: tuple[Bank, ...],
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
@@ -67,9 +69,9 @@ def multiply(
     """As `xla.multiply`."""
 
     def run(
-        x: Array, group_sizes: Array, *banks: Array, tile: Tiles, interpret: bool = False
+        x: Array, group_sizes: Array, *banks: Bank, tile: Tiles, interpret: bool = False
     ) -> Array:
-        rows, width = x.shape[0], banks[0].shape[1 if transposed else 2]
+        rows, width = x.shape[0], banks[0].width(transposed=transposed)
         schedule = _schedule(group_sizes, rows, tile.rows)
         columns = pl.cdiv(width, tile.columns)
         panels = pl.cdiv(columns, tile.panel)
@@ -81,7 +83,7 @@ def multiply(
             compiler_params=tile.compiler_params,
             interpret=interpret,
             name="grouped_matmul",
-        )(schedule, x, *banks)
+        )(schedule, jnp.stack([bank.layer for bank in banks]), x, *(bank.stack for bank in banks))
 
     return _on_platform(run, x, group_sizes, *banks)
 
@@ -113,7 +115,7 @@ def weight_gradient(
     return _on_platform(run, x, grad, group_sizes)
 
 
-def _on_platform(run: Callable[..., Array], x: Array, *args: Array) -> Array:
+def _on_platform(run: Callable[..., Array], x: Array, *args: Array | Bank) -> Array:
     """Decided while the program is lowered: it may be compiled for a device that is not here."""
     return jax.lax.platform_dependent(
         x,
@@ -172,7 +174,12 @@ def _store(ref: jax.Ref, tile: Array, rows: _Part, columns: _Part, *index: Array
 
 
 def _multiply_kernel(
-    schedule: jax.Ref, x: jax.Ref, *banks_and_out: jax.Ref, tile: Tiles, transposed: bool
+    schedule: jax.Ref,
+    layers: jax.Ref,
+    x: jax.Ref,
+    *banks_and_out: jax.Ref,
+    tile: Tiles,
+    transposed: bool,
 ) -> None:
     *banks, out = banks_and_out
     group, start, end = (schedule[i, pl.program_id(1)] for i in range(3))
@@ -182,11 +189,11 @@ def _multiply_kernel(
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     exists = columns.start < out.shape[1]
 
-    def product(bank: jax.Ref, matrix: Array) -> Array:
+    def product(bank: jax.Ref, *matrix: Array) -> Array:
         def step(i: Array, total: Array) -> Array:
             inner = _Part(i * tile.step, tile.step, x.shape[1])
             left = _load(x, rows, inner)
-            right = _load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
+            right = _load(bank, *((columns, inner) if transposed else (inner, columns)), *matrix)
             return total + jax.lax.dot_general(
                 left,
                 right.astype(left.dtype),
@@ -197,13 +204,13 @@ def _multiply_kernel(
         return jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, total)
 
     first = 0
-    for bank in banks:
+    for i, bank in enumerate(banks):
 
-        @pl.when(exists & (group >= first) & (group < first + bank.shape[0]))
-        def _(bank: jax.Ref = bank, first: int = first) -> None:
-            _store(out, product(bank, group - first), rows, columns)
+        @pl.when(exists & (group >= first) & (group < first + bank.shape[1]))
+        def _(i: int = i, bank: jax.Ref = bank, first: int = first) -> None:
+            _store(out, product(bank, layers[i], group - first), rows, columns)
 
-        first += bank.shape[0]
+        first += bank.shape[1]
 
     @pl.when(exists & (group == first))
     def _() -> None:

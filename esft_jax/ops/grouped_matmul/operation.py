@@ -16,6 +16,8 @@ from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
+from esft_jax.ops.grouped_matmul.bank import Bank
+
 # Modules of this package, imported when used: kernel languages are slow to import.
 Implementation = Literal["gpu", "tpu", "xla"]
 # What `None` chooses on each platform; "xla" on any other.
@@ -24,8 +26,9 @@ _FASTEST: dict[str, Implementation] = {"gpu": "gpu", "tpu": "tpu"}
 
 def grouped_matmul(
     x: Float[Array, "N D"],
-    banks: Sequence[Float[Array, "_ D F"]],
+    banks: Sequence[Float[Array, "*L _ D F"]],
     group_sizes: Int[Array, " G"],
+    layer: Int[Array, ""] | int = 0,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N F"]:
@@ -37,6 +40,8 @@ def grouped_matmul(
             concatenated nor copied. Matrices of a narrower type than `x` are widened as they are
             read; those of a wider one (float32 masters) are converted before.
         group_sizes: rows per group, int32; G is the total number of matrices.
+        layer: which entry of the banks that are stacks of layers `[L, _, D, F]`. It is read where
+            it lies; cutting it out before would copy it.
         implementation: how it is computed; None takes the fastest of the platform that the
             surrounding mesh, or else JAX's default device, belongs to.
 
@@ -54,10 +59,11 @@ def grouped_matmul(
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
-    filled = tuple(bank for bank in banks if len(bank) > 0)
+    filled = tuple(bank for bank in banks if bank.size > 0)
     if len(x) == 0 or not filled:
-        return jnp.zeros((len(x), banks[0].shape[2]), x.dtype)
-    return _grouped_matmul(implementation, x, filled, jnp.asarray(group_sizes))
+        return jnp.zeros((len(x), banks[0].shape[-1]), x.dtype)
+    sizes, layer = (jnp.asarray(a, jnp.int32) for a in (group_sizes, layer))
+    return _grouped_matmul(implementation, x, filled, sizes, layer)
 
 
 def _platform() -> str:
@@ -74,9 +80,13 @@ def _module(implementation: Implementation) -> ModuleType:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(
-    implementation: Implementation, x: Array, banks: tuple[Array, ...], group_sizes: Array
+    implementation: Implementation,
+    x: Array,
+    banks: tuple[Array, ...],
+    group_sizes: Array,
+    layer: Array,
 ) -> Array:
-    return _multiply(implementation, x, banks, group_sizes, transposed=False)
+    return _multiply(implementation, x, banks, group_sizes, layer, transposed=False)
 
 
 def _multiply(
@@ -84,13 +94,17 @@ def _multiply(
     x: Array,
     banks: tuple[Array, ...],
     group_sizes: Array,
+    layer: Array,
     transposed: bool,
 ) -> Array:
-    # Here XLA can convert a bank while it cuts it out of its stack; a block is read many times.
-    banks = tuple(
-        bank.astype(x.dtype) if bank.dtype.itemsize > x.dtype.itemsize else bank for bank in banks
-    )
-    return _module(implementation).multiply(x, banks, group_sizes, transposed=transposed)
+    def read(bank: Array) -> Bank:
+        if bank.dtype.itemsize > x.dtype.itemsize:
+            # XLA converts while it cuts out; a kernel would read, and convert, a block many times.
+            bank = (bank[layer] if bank.ndim == 4 else bank).astype(x.dtype)
+        return Bank(bank, layer) if bank.ndim == 4 else Bank(bank[None], jnp.zeros_like(layer))
+
+    banks_read = tuple(map(read, banks))
+    return _module(implementation).multiply(x, banks_read, group_sizes, transposed=transposed)
 
 
 @dataclass
@@ -106,30 +120,35 @@ def _forward(
     x: CustomVJPPrimal,
     banks: tuple[CustomVJPPrimal, ...],
     group_sizes: CustomVJPPrimal,
+    layer: CustomVJPPrimal,
 ) -> tuple[Array, tuple]:
     values = tuple(bank.value for bank in banks)
-    out = _grouped_matmul(implementation, x.value, values, group_sizes.value)
+    out = _grouped_matmul(implementation, x.value, values, group_sizes.value, layer.value)
     # Whether an operand is differentiated is known while tracing, so what nobody asked for is
     # neither computed nor, for `x`, kept.
     learned = tuple(bank.perturbed for bank in banks)
     kept = x.value if any(learned) else None
-    return out, (kept, values, group_sizes.value, _Needed(x.perturbed, learned))
+    needed = _Needed(x.perturbed, learned)
+    return out, (kept, values, group_sizes.value, layer.value, needed)
 
 
 def _backward(implementation: Implementation, residuals: tuple, grad: Array) -> tuple:
-    x, banks, group_sizes, needed = residuals
+    x, banks, group_sizes, layer, needed = residuals
     module = _module(implementation)
-    dx = _multiply(implementation, grad, banks, group_sizes, transposed=True) if needed.x else None
-    dbanks, first = [], 0
+    dx, dbanks, first = None, [], 0
+    if needed.x:
+        dx = _multiply(implementation, grad, banks, group_sizes, layer, transposed=True)
     for bank, learned in zip(banks, needed.banks, strict=True):
-        with jax.named_scope("expert_weight_gradient"):
-            dbanks.append(
-                module.weight_gradient(x, grad, group_sizes, first, len(bank)).astype(bank.dtype)
-                if learned
-                else None
-            )
-        first += len(bank)
-    return dx, tuple(dbanks), None
+        count, dbank = bank.shape[-3], None
+        if learned:
+            with jax.named_scope("expert_weight_gradient"):
+                dbank = module.weight_gradient(x, grad, group_sizes, first, count)
+                dbank = dbank.astype(bank.dtype)
+            if bank.ndim == 4:
+                dbank = jnp.zeros_like(bank).at[layer].set(dbank)
+        dbanks.append(dbank)
+        first += count
+    return dx, tuple(dbanks), None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from esft_jax.ops.grouped_matmul.bank import Bank
 from esft_jax.ops.grouped_matmul.tpu_tiles import (
     PIECES,
     Visits,
@@ -33,7 +34,7 @@ from esft_jax.ops.grouped_matmul.tpu_tiles import (
 
 def multiply(
     x: Float[Array, "N C"],
-    banks: tuple[Float[Array, "_ D F"], ...],
+    banks: tuple[Bank, ...],
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
@@ -42,54 +43,65 @@ def multiply(
     own_rows, piece = len(x), piece_rows(len(x), len(group_sizes))
     x = _pad_to_tile(x, piece)
     (rows, in_width), tile, nobody = x.shape, PIECES * piece, len(group_sizes)
-    out_width = banks[0].shape[1 if transposed else 2]
+    out_width = banks[0].width(transposed=transposed)
     firsts = np.cumsum([0, *map(len, banks)])[:-1].tolist()
     ranges = [(first, len(bank)) for first, bank in zip(firsts, banks, strict=True)]
     total = group_sizes.sum()
     sizes = jnp.append(group_sizes, rows - total)
     visits, num_visits = plan_visits(jnp.cumsum(sizes) - sizes, sizes, rows, piece)
     last_tile = jnp.maximum(total - 1, 0)[None] // tile
+    layers = jnp.stack([bank.layer for bank in banks])
     inner, outer = multiply_widths(
-        len(visits.tile), nobody, tile, in_width, out_width, x.dtype, [b.dtype for b in banks]
+        len(visits.tile),
+        nobody,
+        tile,
+        in_width,
+        out_width,
+        x.dtype,
+        [bank.stack.dtype for bank in banks],
     )
     parts = in_width // inner
 
     # A visit that has no use for an operand asks for the block that is there already or is needed
     # next, which costs no transfer.
-    def rows_block(o: Array, v: Array, c: Array, visits: Visits, last_tile: jax.Ref) -> tuple:
+    def rows_block(
+        o: Array, v: Array, c: Array, visits: Visits, last_tile: jax.Ref, _: jax.Ref
+    ) -> tuple:
         idle = visits.group[v] == nobody
         return jnp.minimum(visits.tile[v], last_tile[0]), jnp.where(idle, parts - 1, c)
 
     def bank_block(
-        first: int, count: int, o: Array, v: Array, c: Array, visits: Visits, _: jax.Ref
+        bank: int, o: Array, v: Array, c: Array, visits: Visits, _: jax.Ref, layers: jax.Ref
     ) -> tuple:
+        first, count = ranges[bank]
         row = visits.group[v] - first
         c = jnp.where(row < 0, 0, jnp.where(row < count, c, parts - 1))
-        return jnp.clip(row, 0, count - 1), *((o, c) if transposed else (c, o))
+        return layers[bank], jnp.clip(row, 0, count - 1), *((o, c) if transposed else (c, o))
 
-    matrix = (None, outer, inner) if transposed else (None, inner, outer)
+    matrix = (None, None, *((outer, inner) if transposed else (inner, outer)))
     out = pl.pallas_call(
         partial(_multiply_kernel, ranges=ranges, nobody=nobody, piece=piece, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((rows, out_width), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(pl.cdiv(out_width, outer), num_visits, parts),
             in_specs=[
                 pl.BlockSpec((tile, inner), rows_block),
-                *(pl.BlockSpec(matrix, partial(bank_block, *groups)) for groups in ranges),
+                *(pl.BlockSpec(matrix, partial(bank_block, bank)) for bank in range(len(banks))),
             ],
-            out_specs=pl.BlockSpec((tile, outer), lambda o, v, c, visits, _: (visits.tile[v], o)),
+            out_specs=pl.BlockSpec((tile, outer), lambda o, v, c, visits, *_: (visits.tile[v], o)),
             scratch_shapes=[pltpu.VMEM((tile, outer), jnp.float32)] * (parts > 1),
         ),
         compiler_params=_compiler_params(),
         name="grouped_matmul",
-    )(visits, last_tile, x, *banks)
+    )(visits, last_tile, layers, x, *(bank.stack for bank in banks))
     return out[:own_rows]
 
 
 def _multiply_kernel(
     visits: Visits,
-    _: jax.Ref,
+    _last_tile: jax.Ref,
+    _layers: jax.Ref,
     x: jax.Ref,
     *refs: jax.Ref,
     ranges: list[tuple[int, int]],

@@ -11,56 +11,68 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows per block of a product: large enough to keep a core's matrix unit busy, small enough that the
-# half-empty last block of every group stays cheap.
-BLOCK = 64
-# Rows that one product of a weight gradient may sum over: each group takes the smallest that holds
-# it. Fewer products mean fewer passes over a result as large as the matrix.
-SUMMED = (64, 128, 192, 256, 384, 512)
+from esft_jax.ops.grouped_matmul.bank import Bank
+
+# Rows that one product may cover: each group takes the smallest that holds it. Fewer products mean
+# fewer passes over a matrix, or over a weight gradient as large as one.
+COVERED = (64, 128, 192, 256, 320, 384)
 
 
 def multiply(
     x: Float[Array, "N C"],
-    banks: tuple[Float[Array, "_ D F"], ...],
+    banks: tuple[Bank, ...],
     group_sizes: Int[Array, " G"],
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
-    """Rows times their matrices (C = D, O = F), or times the transposes (C = F, O = D).
+    """Rows times their matrices `[D, F]` (C = D, O = F), or times the transposes (C = F, O = D).
 
     Rows past `sum(group_sizes)` become 0. Sums are made in float32.
     """
-    rows, block = x.shape[0], min(BLOCK, x.shape[0])
+    rows = x.shape[0]
+    covered = _covered(rows)
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    num_groups = len(group_sizes)
-    occupied = jnp.flatnonzero(group_sizes, size=num_groups, fill_value=0).astype(jnp.int32)
-    bounds = jnp.pad(jnp.cumsum(group_sizes > 0), (1, 0))
-    out = jnp.zeros((rows, banks[0].shape[1 if transposed else 2]), x.dtype)
-    first_group = 0
-    for bank in banks:
+    # What no single product covers is cut into pieces of the shortest, to waste little of the last.
+    cover = jnp.asarray([*covered, covered[0]])[jnp.searchsorted(jnp.asarray(covered), group_sizes)]
+    out = jnp.zeros((rows, banks[0].width(transposed=transposed)), x.dtype)
+    # A loop for each size: a choice inside of one loop would copy `out` in every turn.
+    for size in covered:
+        chosen = (cover == size) & (group_sizes > 0)
+        groups = jnp.flatnonzero(chosen, size=len(chosen), fill_value=0).astype(jnp.int32)
+        bounds = jnp.pad(jnp.cumsum(chosen), (1, 0))
+        first = 0
+        for bank in banks:
 
-        def group(i: Array, out: Array, bank: Array = bank, first: int = first_group) -> Array:
-            g = occupied[i]
-            matrix = jax.lax.dynamic_index_in_dim(bank, g - first, keepdims=False).astype(x.dtype)
+            def group(
+                i: Array,
+                out: Array,
+                size: int = size,
+                groups: Array = groups,
+                bank: Bank = bank,
+                first: int = first,
+            ) -> Array:
+                g = groups[i]
+                matrix = bank.stack[bank.layer, g - first].astype(x.dtype)
 
-            def step(j: Array, out: Array) -> Array:
-                start, valid = _window(starts[g] + j * block, ends[g], block, rows)
-                product = jax.lax.dot_general(
-                    jax.lax.dynamic_slice_in_dim(x, start, block),
-                    matrix,
-                    (((1,), (1 if transposed else 0,)), ((), ())),
-                )
-                before = jax.lax.dynamic_slice_in_dim(out, start, block)
-                return jax.lax.dynamic_update_slice_in_dim(
-                    out, jnp.where(valid, product, before), start, 0
-                )
+                def piece(j: Array | int, out: Array) -> Array:
+                    start, valid = _window(starts[g] + j * size, ends[g], size, rows)
+                    product = jax.lax.dot_general(
+                        jax.lax.dynamic_slice_in_dim(x, start, size),
+                        matrix,
+                        (((1,), (1 if transposed else 0,)), ((), ())),
+                    )
+                    before = jax.lax.dynamic_slice_in_dim(out, start, size)
+                    return jax.lax.dynamic_update_slice_in_dim(
+                        out, jnp.where(valid, product, before), start, 0
+                    )
 
-            return jax.lax.fori_loop(0, -(-group_sizes[g] // block), step, out)
+                if size > covered[0]:
+                    return piece(0, out)
+                return jax.lax.fori_loop(0, -(-group_sizes[g] // size), piece, out)
 
-        begin, end = (bounds[g] for g in (first_group, first_group + len(bank)))
-        out = jax.lax.fori_loop(begin, end, group, out)
-        first_group += len(bank)
+            out = jax.lax.fori_loop(bounds[first], bounds[first + len(bank)], group, out)
+            first += len(bank)
     return out
 
 
@@ -76,7 +88,7 @@ def weight_gradient(
     Returned in float32.
     """
     rows = x.shape[0]
-    summed = [*(size for size in SUMMED if size < rows), rows][: len(SUMMED)]
+    summed = _covered(rows)
     longest = summed[-1]
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
@@ -105,6 +117,10 @@ def weight_gradient(
 
     total = jnp.zeros((count, x.shape[1], grad.shape[1]), jnp.float32)
     return jax.lax.fori_loop(first, first + count, group, total)
+
+
+def _covered(rows: int) -> tuple[int, ...]:
+    return (*(size for size in COVERED if size < rows), rows)[: len(COVERED)]
 
 
 def _window(begin: Array, end: Array, size: int, rows: int) -> tuple[Array, Array]:
