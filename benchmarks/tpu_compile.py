@@ -1,10 +1,12 @@
-"""A training step of DeepSeek-V2-Lite on TPU slices that are not at hand: does it fit, what of?
+"""A training step of DeepSeek-V2-Lite on chips that are not at hand: does it fit, what of?
 
     pip install libtpu
     python benchmarks/tpu_compile.py --experts expert_cfg.json
 
 The step that `esft_jax.train` runs is compiled ahead of time, from shapes alone, by the compiler
-that `libtpu` brings; it refuses what does not fit into a chip's memory. Methods:
+that `libtpu` brings; it refuses what does not fit into a chip's memory. `--slices h100:1` compiles
+for GPUs instead, with `pip install 'esft-jax[cuda]'`: bytes only, for the operations that kernels
+are charged with are counted for those of TPUs. Methods:
 
 - `esft`: the experts of `--experts`; float32 masters and moments, frozen weights in bfloat16.
 - `full-bf16`, `full-fp32`: everything, with weights and moments in either type.
@@ -43,7 +45,7 @@ from esft_jax.mesh import EXPERT, batch_sharding, make_mesh, param_shardings
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
-from esft_jax.topology import tpu_devices
+from esft_jax.topology import ahead_of_time_devices, lowering_platform
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import TrainState, init_state, state_shardings
 from esft_jax.training.step import jit_train_step, make_train_step
@@ -257,7 +259,7 @@ def model_work(
 def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> dict[str, Any]:
     """Compile one method for one slice: bytes per chip, operations per chip and step, seconds."""
     config = ModelConfig.load(options.model)
-    devices = tpu_devices(slice_name)
+    devices = ahead_of_time_devices(slice_name)
     mesh = make_mesh(expert=options.split or len(devices), devices=devices)
     experts = ExpertConfig.load(options.experts)
     program = abstract_program(
@@ -265,7 +267,7 @@ def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> d
     )
     begin = time.perf_counter()
     traced = program.step.trace(program.state, program.frozen, program.batch)
-    lowered = traced.lower(lowering_platforms=("tpu",))
+    lowered = traced.lower(lowering_platforms=(lowering_platform(devices),))
     tracing = time.perf_counter() - begin
     size = {
         "frozen": _local_bytes(program.frozen),
@@ -275,21 +277,8 @@ def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> d
     case: dict[str, Any] = {"slice": slice_name, "method": method, "chips": len(devices)}
     case |= {"bytes": size, "tracing_seconds": tracing}
 
-    shards, num_experts = mesh.shape[EXPERT], config.router.num_experts
-    assignments = shards * options.rows * options.length * config.router.top_k
-    drawn = np.random.default_rng(0).multinomial(assignments, np.full(num_experts, 1 / num_experts))
-    trained = (
-        num_experts if method != "esft" else experts.num_experts_selected / len(config.moe_layers)
-    )
-    routing = Routing(drawn[: num_experts // shards], trained / shards)
-    work = count_work(traced.jaxpr.jaxpr, routing, len(devices))
-    tokens = options.rows * options.length
-    case["operations"] = {
-        "total": work.total,
-        "model": model_work(config, method, experts, tokens, options.length),
-        "experts": work.experts,
-        "experts_exact": work.experts_exact,
-    }
+    if devices[0].platform == "tpu":
+        case["operations"] = count_operations(options, config, method, experts, traced, mesh)
     size["available"] = _memory(mesh)
     if sum(size[name] for name in ("frozen", "tuned", "moments")) > size["available"]:
         return case | {"fits": False}  # without asking the compiler
@@ -311,12 +300,41 @@ def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> d
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    case |= {"fits": True, "compile_seconds": time.perf_counter() - begin}
-    return case
+    # The compiler for GPUs refuses nothing.
+    fits = size["needed"] <= size["available"]
+    return case | {"fits": fits, "compile_seconds": time.perf_counter() - begin}
+
+
+def count_operations(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    method: str,
+    experts: ExpertConfig,
+    traced: Any,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Operations per chip and step: as traced, and by arithmetic."""
+    shards, num_experts = mesh.shape[EXPERT], config.router.num_experts
+    assignments = shards * options.rows * options.length * config.router.top_k
+    drawn = np.random.default_rng(0).multinomial(assignments, np.full(num_experts, 1 / num_experts))
+    trained = (
+        num_experts if method != "esft" else experts.num_experts_selected / len(config.moe_layers)
+    )
+    routing = Routing(drawn[: num_experts // shards], trained / shards)
+    work = count_work(traced.jaxpr.jaxpr, routing, mesh.size)
+    tokens = options.rows * options.length
+    return {
+        "total": work.total,
+        "model": model_work(config, method, experts, tokens, options.length),
+        "experts": work.experts,
+        "experts_exact": work.experts_exact,
+    }
 
 
 def _memory(mesh: Mesh) -> int:
     """Bytes of one device."""
+    if mesh.devices.flat[0].platform == "gpu":
+        return 80 * 2**30
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         chip = get_tpu_info()
     return chip.hbm_capacity_bytes * chip.num_cores
@@ -355,8 +373,13 @@ def report(cases: list[dict[str, Any]]) -> None:
         if "error" in case:
             rows.append([case["slice"], case["method"], "failed", *[""] * 8])
             continue
-        work = case["operations"]
-        fits = case["fits"]
+        fits, operations = case["fits"], [""] * 3
+        if work := case.get("operations"):
+            operations = [
+                f"{work['total'] / 1e12:.1f}",
+                f"{work['model'] / 1e12:.1f}",
+                f"{work['experts'] / work['experts_exact']:.3f}",
+            ]
         rows.append(
             [
                 case["slice"],
@@ -366,10 +389,8 @@ def report(cases: list[dict[str, Any]]) -> None:
                 gigabytes(case, "tuned", "moments"),
                 gigabytes(case, "temporary"),
                 gigabytes(case, "needed"),
-                f"{work['total'] / 1e12:.1f}",
-                f"{work['model'] / 1e12:.1f}",
-                f"{work['experts'] / work['experts_exact']:.3f}",
-                f"{case['compile_seconds']:.0f}" if fits else "",
+                *operations,
+                f"{case['compile_seconds']:.0f}" if "compile_seconds" in case else "",
             ]
         )
     print_table(

@@ -12,6 +12,62 @@ from esft_jax.errors import InputError
 _CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
 
+# What the compiler asks about a GPU.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 85899345920
+  memory_bandwidth: 3352000000000
+  l2_cache_size: 52428800
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def ahead_of_time_devices(name: str) -> list[jax.Device]:
+    """Devices of a TPU slice (`v5e:2x4`) or of a host with H100 GPUs (`h100:8`)."""
+    kind, _, count = name.partition(":")
+    return h100_devices(int(count)) if kind == "h100" else tpu_devices(name)
+
+
+def lowering_platform(devices: list[jax.Device]) -> str:
+    """The platform to lower for, `Traced.lower(lowering_platforms=...)`, as JAX names it there."""
+    platform = devices[0].platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def h100_devices(count: int) -> list[jax.Device]:
+    """H100 GPUs of one host, for meshes to compile for but not to run on.
+
+    Raises:
+        InputError: JAX's CUDA compiler is not installed.
+    """
+    if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
+        raise InputError("compiling for GPUs needs JAX's CUDA plugin: pip install 'esft-jax[cuda]'")
+    # Only the compiler is used: there may be no driver and no CUDA libraries.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=_H100, topology=f"1x1x{count}"
+    ).devices
+
+
 def tpu_devices(name: str) -> list[jax.Device]:
     """Devices of a TPU slice, such as `v5e:2x4`, for meshes to compile for but not to run on.
 
