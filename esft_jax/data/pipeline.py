@@ -7,9 +7,9 @@ B rows in a global batch, S positions in a row. A batch is a dict of arrays ``[B
 
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -23,6 +23,8 @@ from esft_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 # Examples encoded together: enough to keep the tokenizer's threads busy.
 _CHUNK = 1024
+# Training batches made ahead of the one in use. Making one takes far less than a step.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,19 @@ def train_iterator(
     *,
     batch_size: int,
     seed: int,
+    place: Callable[[Batch], Any] = lambda batch: batch,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Endless batches ``[B / process_count, S]``, reshuffled each epoch, read ahead by threads.
+) -> grain.DatasetIterator[Any]:
+    """Endless batches ``[B / process_count, S]``, reshuffled each epoch, made ahead by a thread.
 
     The global batches depend on neither the process count nor on where a run was resumed: this
-    process gets its contiguous share of each. ``get_state`` / ``set_state`` resume exactly.
+    process gets its contiguous share of each. ``get_state`` / ``set_state`` resume exactly: the
+    state is that of the batches handed out, whatever was made ahead. ``close`` ends the thread.
+
+    Args:
+        place: done to a batch in that thread, such as placing it on devices; its result is what
+            the iterator gives.
     """
     mine = _share(batch_size, process_index, process_count)
     batches = (
@@ -171,9 +179,15 @@ def train_iterator(
         # Batches of row numbers: other processes' rows are never made. An endless sequence has no
         # remainder, but without dropping it its length rounds up past what len() can return.
         .batch(batch_size, drop_remainder=True)
-        .map(lambda rows: dataset.gather(rows[mine]))
+        .map(lambda rows: place(dataset.gather(rows[mine])))
     )
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    # Rows lie packed in memory: one thread is enough, and more would contend for Python's lock.
+    one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(
+        grain.experimental.ThreadPrefetchIterDataset(
+            batches.to_iter_dataset(one_thread), prefetch_buffer_size=_AHEAD
+        )
+    )
 
 
 def eval_batches(

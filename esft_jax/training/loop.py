@@ -207,17 +207,21 @@ class _Run:
             self.train_set,
             batch_size=config.batch_size,
             seed=self.config.seed,
+            place=lambda batch: place_batch(batch, self.mesh),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         first = self._resume(iterator)
         loss = None
-        with MetricsLog(self.folder, first, config.steps) as log, _stop_signal() as stopped:
+        with (
+            closing(iterator),
+            MetricsLog(self.folder, first, config.steps) as log,
+            _stop_signal() as stopped,
+        ):
             logged, since = first, time.perf_counter()
             for step in range(first + 1, config.steps + 1):
                 last = step == config.steps
-                batch = place_batch(next(iterator), self.mesh)
-                self.state, metrics = self.train_step(self.state, self.frozen, batch)
+                self.state, metrics = self.train_step(self.state, self.frozen, next(iterator))
                 log.advance()
                 if last or step % config.log_every == 0:
                     scalars = self._scalars(step, metrics)  # waits for the step
@@ -261,7 +265,7 @@ class _Run:
     def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         schedule = make_schedule(self.config.optimizer, self.config.train.steps)
         return {
-            **{name: float(value) for name, value in metrics.items()},
+            **{name: float(value) for name, value in jax.device_get(metrics).items()},
             "learning_rate": float(schedule(step - 1)),
             "epoch": step * self.config.train.batch_size / len(self.train_set),
             "peak_memory_bytes": peak_memory(),
@@ -272,11 +276,15 @@ class _Run:
         """Mean loss over the validation set, nats per token."""
         assert self.valid_set is not None
         size = self.config.train.batch_size // self.config.train.micro_batches
-        total = weight = 0.0
-        for batch in eval_batches(self.valid_set, size, jax.process_index(), jax.process_count()):
-            sums = self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
-            total, weight = total + float(sums[0]), weight + float(sums[1])
-        return total / weight
+        # Read at the end, so that the next batch is made while one is computed.
+        sums = [
+            self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
+            for batch in eval_batches(
+                self.valid_set, size, jax.process_index(), jax.process_count()
+            )
+        ]
+        total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+        return float(total / weight)
 
     def write_result(self, outcome: _Outcome) -> Path:
         """Write `adapter/` (esft) or `model/` (full)."""

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,40 @@ def test_resume_continues_exactly(chats: PackedDataset) -> None:
     resumed.set_state(state)
     for batch in expected:
         assert_equal(next(resumed), batch)
+
+
+def test_batches_are_made_ahead_by_a_thread_and_not_lost(chats: PackedDataset) -> None:
+    made: list[threading.Thread] = []
+    ahead = threading.Semaphore(0)
+
+    def place(batch: Batch) -> tuple[Batch]:
+        made.append(threading.current_thread())
+        ahead.release()
+        return (batch,)
+
+    iterator = train_iterator(chats, batch_size=3, seed=0, place=place)
+    plain = train_iterator(chats, batch_size=3, seed=0)
+    assert_equal(next(iterator)[0], next(plain))
+    for _ in range(4):  # the batch in use, two ahead, and one that waits for room
+        assert ahead.acquire(timeout=60)
+    assert not ahead.acquire(timeout=0.1), "made without end"
+    assert threading.current_thread() not in made
+    resumed = train_iterator(chats, batch_size=3, seed=0)
+    resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+    for _ in range(5):
+        expected = next(plain)
+        assert_equal(next(iterator)[0], expected)
+        assert_equal(next(resumed), expected)
+    iterator.close()
+    assert not made[0].is_alive()
+
+
+def test_an_error_of_the_thread_is_raised(chats: PackedDataset) -> None:
+    def place(batch: Batch) -> None:
+        raise RuntimeError("no device")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        next(train_iterator(chats, batch_size=3, seed=0, place=place))
 
 
 def test_epochs_hold_every_row_once_in_new_orders(chats: PackedDataset) -> None:

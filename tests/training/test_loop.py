@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import jax
@@ -94,6 +95,32 @@ def test_adapter_changes_the_selected_experts_only(finished, base) -> None:
     np.testing.assert_array_equal(loaded.model.embedding[...], before.embedding[...])
 
 
+def test_a_checkpoint_is_at_the_batches_used_not_those_made_ahead(finished) -> None:
+    _, result = finished
+    (path,) = (result.folder / "checkpoints" / "last").glob("*/position/metadata")
+    assert json.loads(path.read_text())["data"] == {"next_index": 4}
+
+
+def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
+    to_host = re.compile(r"\b(infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback")
+
+    def calls_back(x: jax.Array) -> jax.Array:
+        jax.debug.print("{x}", x=x)
+        return x
+
+    assert to_host.search(jax.jit(calls_back).lower(1.0).compile().as_text())
+    compiled = []
+
+    def keep_step(run: loop._Run) -> loop._Outcome:
+        compiled.append(run.train_step)
+        return loop._Outcome(0, None, None)
+
+    monkeypatch.setattr(loop._Run, "train", keep_step)
+    run(dataclasses.replace(finished[0], output=str(tmp_path / "run")))
+    text = compiled[0].as_text()
+    assert "all-reduce" in text and not to_host.search(text)
+
+
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) -> None:
     config, _ = finished
     again = dataclasses.replace(config, output=str(tmp_path / "again"))
@@ -105,6 +132,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
         def __init__(self, *args, **kwargs):
             self.inner, self.count = make_iterator(*args, **kwargs), 0
             self.get_state, self.set_state = self.inner.get_state, self.inner.set_state
+            self.close = self.inner.close
 
         def __next__(self):
             self.count += 1
