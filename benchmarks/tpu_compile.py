@@ -17,6 +17,7 @@ Every case is a process of its own. Prints Markdown, writes JSON.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import FROZEN, TUNED, attach_tuned_experts, partition
 from esft_jax.mesh import EXPERT, batch_sharding, make_mesh, param_shardings
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.remat import Remat
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
 from esft_jax.topology import ahead_of_time_devices, lowering_platform
@@ -52,6 +54,7 @@ from esft_jax.training.step import jit_train_step, make_train_step
 
 METHODS = ("esft", "full-bf16", "full-fp32", "masked")
 SLICES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2")
+CASE = ("slice", "method", "remat")
 ROOT = Path(__file__).parents[1]
 
 
@@ -66,7 +69,13 @@ class Program:
 
 
 def abstract_program(
-    config: ModelConfig, mesh: Mesh, method: str, experts: ExpertConfig, rows: int, length: int
+    config: ModelConfig,
+    mesh: Mesh,
+    method: str,
+    experts: ExpertConfig,
+    rows: int,
+    length: int,
+    remat: Remat,
 ) -> Program:
     """The step of a method; nothing is allocated."""
     chosen = experts if method == "esft" else None
@@ -100,7 +109,7 @@ def abstract_program(
     types = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), int32)
     types["loss_weights"] = jnp.dtype(jnp.float32)
     return Program(
-        jit_train_step(make_train_step(graph, optimizer, remat="full"), places),
+        jit_train_step(make_train_step(graph, optimizer, remat=remat), places),
         place(state, places),
         place(frozen, param_shardings(frozen, mesh)),
         {
@@ -136,17 +145,17 @@ class Work:
         products: matrix products outside kernels, each as often as it runs.
         experts: the grouped kernels, by the rows and widths that their grids cover.
         experts_exact: the same without the padding of rows and widths to blocks.
-        kernels: other kernels, by their own estimates.
+        attention: the kernels of attention, by the blocks of scores that they compute.
     """
 
     products: float = 0.0
     experts: float = 0.0
     experts_exact: float = 0.0
-    kernels: float = 0.0
+    attention: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.products + self.experts + self.kernels
+        return self.products + self.experts + self.attention
 
 
 @dataclass(frozen=True)
@@ -198,9 +207,8 @@ def _product_flops(equation: Any) -> float:
 
 def _add_kernel(work: Work, equation: Any, routing: Routing, trips: int) -> None:
     name = equation.params["name"]
-    if not name.startswith("grouped"):
-        estimate = equation.params["cost_estimate"]
-        work.kernels += trips * (estimate.flops if estimate else 0)
+    if name.startswith("splash"):
+        work.attention += trips * _attention_flops(equation)
         return
     operands = equation.params["grid_mapping"].block_mappings
     arrays = [operand.array_aval.shape for operand in operands]
@@ -216,6 +224,18 @@ def _add_kernel(work: Work, equation: Any, routing: Routing, trips: int) -> None
         covered = _padded(arrays[0][1], blocks[0][1]) * _padded(arrays[1][1], blocks[1][1])
     work.experts += trips * 2.0 * charged * rows * covered
     work.experts_exact += trips * 2.0 * rows * exact
+
+
+def _attention_flops(equation: Any) -> float:
+    """Of a splash attention kernel, which computes the blocks on and below the diagonal."""
+    # Products in which a score, or its gradient, meets the width of queries and that of values.
+    by_kind = {"_fwd_": (1, 1), "_dq_": (2, 1), "_dkv_": (2, 2)}
+    of_query, of_value = next(n for kind, n in by_kind.items() if kind in equation.params["name"])
+    query, _, value = [v.aval.shape for v in equation.invars if v.aval.ndim == 4][:3]
+    block = equation.params["grid_mapping"].block_mappings[0].transformed_block_aval.shape[0]
+    blocks = query[2] // block
+    scores = np.prod(query[:2]) * block**2 * blocks * (blocks + 1) / 2
+    return 2.0 * scores * (of_query * query[3] + of_value * value[3])
 
 
 def _padded(width: int, block: int) -> int:
@@ -256,14 +276,16 @@ def model_work(
     return 2 * tokens * total
 
 
-def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> dict[str, Any]:
+def compile_case(
+    options: argparse.Namespace, slice_name: str, method: str, remat: Remat
+) -> dict[str, Any]:
     """Compile one method for one slice: bytes per chip, operations per chip and step, seconds."""
     config = ModelConfig.load(options.model)
     devices = ahead_of_time_devices(slice_name)
     mesh = make_mesh(expert=options.split or len(devices), devices=devices)
     experts = ExpertConfig.load(options.experts)
     program = abstract_program(
-        config, mesh, method, experts, len(devices) * options.rows, options.length
+        config, mesh, method, experts, len(devices) * options.rows, options.length, remat
     )
     begin = time.perf_counter()
     traced = program.step.trace(program.state, program.frozen, program.batch)
@@ -274,8 +296,8 @@ def compile_case(options: argparse.Namespace, slice_name: str, method: str) -> d
         "tuned": _local_bytes(program.state.tuned),
         "moments": _local_bytes(program.state.opt_state),
     }
-    case: dict[str, Any] = {"slice": slice_name, "method": method, "chips": len(devices)}
-    case |= {"bytes": size, "tracing_seconds": tracing}
+    case: dict[str, Any] = {"slice": slice_name, "method": method, "remat": remat}
+    case |= {"chips": len(devices), "bytes": size, "tracing_seconds": tracing}
 
     if devices[0].platform == "tpu":
         case["operations"] = count_operations(options, config, method, experts, traced, mesh)
@@ -349,18 +371,15 @@ def _local_bytes(tree: Any) -> int:
 
 def run_cases(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Each case in a process of its own: the compiler ends the process when it gives up."""
-    for slice_name in options.slices:
-        for method in options.methods:
-            command = [sys.executable, __file__, *arguments, "--case", slice_name, method]
-            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                print(done.stderr[-2000:], file=sys.stderr)
-                yield {"slice": slice_name, "method": method, "error": done.stderr[-2000:]}
-            else:
-                yield json.loads(done.stdout.splitlines()[-1])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for case in itertools.product(options.slices, options.methods, options.remat):
+        command = [sys.executable, __file__, *arguments, "--case", *case]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr)
+            yield {**dict(zip(CASE, case, strict=True)), "error": done.stderr[-2000:]}
+        else:
+            yield json.loads(done.stdout.splitlines()[-1])
 
 
 def report(cases: list[dict[str, Any]]) -> None:
@@ -371,7 +390,7 @@ def report(cases: list[dict[str, Any]]) -> None:
     rows = []
     for case in cases:
         if "error" in case:
-            rows.append([case["slice"], case["method"], "failed", *[""] * 8])
+            rows.append([*(case[name] for name in CASE), "failed", *[""] * 8])
             continue
         fits, operations = case["fits"], [""] * 3
         if work := case.get("operations"):
@@ -382,8 +401,7 @@ def report(cases: list[dict[str, Any]]) -> None:
             ]
         rows.append(
             [
-                case["slice"],
-                case["method"],
+                *(case[name] for name in CASE),
                 "yes" if fits else "no",
                 gigabytes(case, "frozen"),
                 gigabytes(case, "tuned", "moments"),
@@ -394,7 +412,7 @@ def report(cases: list[dict[str, Any]]) -> None:
             ]
         )
     print_table(
-        ("slice", "method", "fits"),
+        (*CASE, "fits"),
         (
             "frozen GB",
             "tuned and moments GB",
@@ -415,11 +433,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--experts", type=Path, required=True, help="an expert_cfg.json")
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--remat", nargs="+", choices=get_args(Remat), default=["full"])
     parser.add_argument("--length", type=int, default=4096, help="tokens per row")
     parser.add_argument("--split", type=int, help="chips that experts are split over; default all")
     parser.add_argument("--rows", type=int, default=1, help="rows per chip")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "tpu_compile.json")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:
         print(json.dumps(compile_case(options, *options.case)))

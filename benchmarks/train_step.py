@@ -24,9 +24,11 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from measuring import Measured, machine, pin, print_table, write_report
+
+from esft_jax.model.remat import Remat
 
 OURS = "esft_jax"
 TORCH = {"torch modules": "modules", "transformers grouped_mm": "grouped_mm"}
@@ -215,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
-    parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+    parser.add_argument("--remat", choices=get_args(Remat), default="none")
     parser.add_argument("--output", type=Path, default=Path("build/train_step.json"))
     args = parser.parse_args(arguments)
 

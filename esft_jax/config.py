@@ -17,6 +17,7 @@ from esft_jax import strict_yaml
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS
 from esft_jax.experts.select import DEFAULT_TOP_P
+from esft_jax.model.remat import Remat
 
 
 def _known_metric(name: str) -> str:
@@ -126,7 +127,8 @@ class TrainConfig:
         save_every: Updates between two checkpoints.
         log_every: Updates between two lines of metrics.
         balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
-        remat: What the backward pass recomputes: nothing, whole layers, or all but matmuls.
+        remat: What the backward pass computes again, from nothing (`none`) to whole layers
+            (`full`); between them, memory falls from `dots` over `experts` to `attention`.
         verify_frozen: Check after training that every frozen weight kept its bits.
     """
 
@@ -137,7 +139,7 @@ class TrainConfig:
     save_every: Count = 100
     log_every: Count = 10
     balance_loss: NonNegative = 0.0
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
     verify_frozen: Flag = False
 
 

@@ -68,18 +68,21 @@ class ShardingRules:
             exchange tokens.
         experts: routed experts, and rows of the tuned bank.
         embed: the model-width side of every other matrix (fully sharded, gathered when used).
+        vocab: the words of the head. An expert group shares them out, as it does experts; each
+            part is fully sharded over `data`, like `embed`.
         layers: the stacking axis; never split.
     """
 
     batch: tuple[str, ...] = (DATA, EXPERT)
     experts: tuple[str, ...] = (EXPERT,)
     embed: tuple[str, ...] = (DATA, EXPERT)
+    vocab: tuple[str, ...] = (EXPERT, DATA)
     layers: tuple[str, ...] = ()
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         """Partition of an array with these logical axes.
 
-        An `embed` axis that the mesh does not divide stays whole; that costs memory, not
+        An `embed` or `vocab` axis that the mesh does not divide stays whole; that costs memory, not
         correctness.
 
         Raises:
@@ -104,7 +107,7 @@ class ShardingRules:
                 used[mesh_axis] = name
             ways = int(np.prod([mesh.shape[axis] for axis in mesh_axes], dtype=int))
             if size % ways:
-                if name != "embed":
+                if name not in ("embed", "vocab"):
                     raise InputError(
                         f"{name}: {size} cannot be split over {ways} devices (mesh axes "
                         f"{', '.join(mesh_axes)})"

@@ -1,10 +1,15 @@
 """Multi-head latent attention (MLA) of DeepSeek-V2 (arXiv 2405.04434, section 2.1)."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.struct import dataclass
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from esft_jax.mesh import RULES
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
@@ -83,6 +88,7 @@ class LatentAttention(nnx.Module):
         cos: Float[Array, "B S P"],
         sin: Float[Array, "B S P"],
         segment_ids: Int[Array, "B S"],
+        mesh: Mesh | None = None,
     ) -> Float[Array, "B S D"]:
         """Causal attention within segments, over whole rows."""
         plain, turned = self._queries(x, cos, sin)
@@ -90,12 +96,17 @@ class LatentAttention(nnx.Module):
         key_up, value_up = self._up_projections(x.dtype)
         key = jnp.einsum("bsc,chn->bshn", kv.latent, key_up)
         shared = jnp.broadcast_to(kv.rotated_key[:, :, None], turned.shape)
-        mixed = causal_attention(
+        attend = partial(causal_attention, scale=self.config.attention_scale)
+        if mesh is not None:
+            batch = PartitionSpec(RULES.batch)
+            attend = jax.shard_map(
+                attend, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False
+            )
+        mixed = attend(
             jnp.concatenate([plain, turned], axis=-1),
             jnp.concatenate([key, shared], axis=-1),
             jnp.einsum("bsc,chw->bshw", kv.latent, value_up),
             segment_ids,
-            self.config.attention_scale,
         )
         return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
 

@@ -18,6 +18,7 @@ from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.mlp import MLP, gated_silu
 from esft_jax.model.params import ParamFactory
+from esft_jax.model.remat import GATE_UP
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.model.tuned import TunedExperts, TunedLayout, TunedWindow, layer_window
 from esft_jax.ops.dispatch import Dispatch, restore_order, sort_by_group, take_rows
@@ -73,7 +74,7 @@ def apply_experts(
 # gathers and element-wise work are cheaper to repeat than to keep.
 @partial(
     jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names("gate_up"),
+    policy=jax.checkpoint_policies.save_only_these_names(GATE_UP),
     prevent_cse=False,
 )
 def _experts_of_rows(
@@ -86,7 +87,7 @@ def _experts_of_rows(
 ) -> Float[Array, "N D"]:
     """For each assignment, its expert's output times its gate."""
     rows, sizes = take_rows(x, dispatch), dispatch.group_sizes
-    both = checkpoint_name(grouped_matmul(rows, gate_up_banks, sizes, layer), "gate_up")
+    both = checkpoint_name(grouped_matmul(rows, gate_up_banks, sizes, layer), GATE_UP)
     # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
     hidden = gated_silu(both) * take_rows(gates, dispatch)[:, None]
     return restore_order(grouped_matmul(hidden, down_banks, sizes, layer), dispatch)

@@ -5,7 +5,6 @@ Blocks of one kind are stacked on a leading `layers` axis and run under `jax.lax
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +21,10 @@ from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
+from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.tuned import TunedExperts
-
-Remat = Literal["none", "full", "dots"]
-
-_REMAT: dict[str, Callable[[Callable], Callable]] = {
-    # Keep every activation.
-    "none": lambda f: f,
-    # Keep only what enters a block; recompute the rest in the backward pass.
-    "full": jax.checkpoint,
-    # Keep matrix products with weights, recompute attention scores and element-wise work.
-    "dots": partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
 
 
 @dataclass
@@ -98,7 +85,7 @@ class Transformer(nnx.Module):
         self.moe_blocks = Block(config, params.stacked(moe_layers), moe=True)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
         if not config.tie_embeddings:
-            self.head = params.weight((config.hidden_size, config.vocab_size), ("embed", None))
+            self.head = params.weight((config.hidden_size, config.vocab_size), (None, "vocab"))
         self.tuned_experts: TunedExperts | None = nnx.data(None)
 
     def __call__(
@@ -145,7 +132,7 @@ class Transformer(nnx.Module):
 
         def attend(block: Block, x: Array) -> Array:
             x = constrain_batch(x, self.mesh)
-            return x + block.attention(block.attention_norm(x), cos, sin, segment_ids)
+            return x + block.attention(block.attention_norm(x), cos, sin, segment_ids, self.mesh)
 
         x = self._embed(tokens)
         if self.dense_blocks is not None:
@@ -188,12 +175,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """The head, float32 out."""
-        return jnp.einsum(
+        logits = jnp.einsum(
             "bsd,dv->bsv",
             hidden,
             self.head_weight().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        return constrain_batch(logits, self.mesh)
 
     def head_weight(self) -> Float[Array, "D V"]:
         """The head's matrix; the embedding's transpose when they are tied."""
@@ -290,7 +278,7 @@ def _scan_blocks(
     if start == stop:
         return x, None
     indices = jnp.arange(start, stop, dtype=jnp.int32)
-    run = _REMAT[remat](
+    run = REMAT[remat](
         lambda x, params, index, *inputs: layer(nnx.merge(graph, whole, params), x, index, *inputs)
     )
     if (start, stop) == (0, total):

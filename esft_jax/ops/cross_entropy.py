@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from esft_jax.mesh import DATA, EXPERT, RULES
 
 # Positions per chunk; logits exist for one chunk of every row at a time.
 CHUNK = 64
@@ -17,12 +20,17 @@ def cross_entropy_sum(
     head: Float[Array, "D V"],
     targets: Int[Array, "B S"],
     weights: Float[Array, "B S"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight times negative log-likelihood (nats), in float32.
 
     Chunks run along S, so that rows stay on their devices. When differentiated, the gradients
     are made in the same pass as the loss, since the loss is linear in its own cotangent: logits
     are computed once. `head` gets a gradient only where one is asked for.
+
+    On a mesh, the devices of an expert group share the vocabulary out: each meets its words with
+    the tokens of the whole group (Megatron-LM, arXiv 1909.08053, section 3), so that no device
+    ever holds the whole head. A vocabulary that the mesh does not divide is whole on all.
     """
     length = hidden.shape[1]
     missing = -length % CHUNK if length > CHUNK else 0
@@ -31,12 +39,16 @@ def cross_entropy_sum(
             jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
             for x in (hidden, targets, weights)
         )
-    return _cross_entropy_sum(hidden, head, targets, weights)
+    return _cross_entropy_sum(mesh, hidden, head, targets, weights)
 
 
-@jax.custom_vjp
-def _cross_entropy_sum(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    return _scan_chunks(hidden, head, targets, weights, hidden_grad=False, head_grad=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy_sum(
+    mesh: Mesh | None, hidden: Array, head: Array, targets: Array, weights: Array
+) -> Array:
+    return _with_gradients(
+        mesh, hidden, head, targets, weights, hidden_grad=False, head_grad=False
+    )[0]
 
 
 @dataclass
@@ -47,12 +59,14 @@ class _Needed:
 
 
 def _forward(
+    mesh: Mesh | None,
     hidden: CustomVJPPrimal,
     head: CustomVJPPrimal,
     targets: CustomVJPPrimal,
     weights: CustomVJPPrimal,
 ) -> tuple[Array, tuple]:
-    total, *grads = _scan_chunks(
+    total, *grads = _with_gradients(
+        mesh,
         hidden.value,
         head.value,
         targets.value,
@@ -63,7 +77,7 @@ def _forward(
     return total, (*grads, _Needed((hidden.value.dtype, head.value.dtype)))
 
 
-def _backward(residuals: tuple, cotangent: Array) -> tuple:
+def _backward(mesh: Mesh | None, residuals: tuple, cotangent: Array) -> tuple:
     *grads, needed = residuals
     scaled = (
         None if grad is None else (cotangent * grad).astype(dtype)
@@ -75,7 +89,8 @@ def _backward(residuals: tuple, cotangent: Array) -> tuple:
 _cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scan_chunks(
+def _with_gradients(
+    mesh: Mesh | None,
     hidden: Array,
     head: Array,
     targets: Array,
@@ -85,6 +100,49 @@ def _scan_chunks(
     head_grad: bool,
 ) -> tuple[Array, Array | None, Array | None]:
     """The loss sum, and its gradients by `hidden` and by `head` where wanted."""
+    scan = partial(_scan_chunks, hidden_grad=hidden_grad, head_grad=head_grad)
+    if mesh is None or mesh.size == 1:
+        return scan(hidden, head, targets, weights)
+    columns = RULES.spec((None, "vocab"), head.shape, mesh)
+    is_split = columns[1] is not None
+
+    def on_shard(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple:
+        if not is_split:
+            total, dhidden, dhead = scan(hidden, head, targets, weights)
+            return *jax.lax.psum((total, dhead), (DATA, EXPERT)), dhidden
+        head = jax.lax.all_gather(head, DATA, axis=1, tiled=True)
+        total, dhidden, dhead = scan(hidden, head, targets, weights, group=EXPERT)
+        if dhead is not None:
+            dhead = jax.lax.psum_scatter(dhead, DATA, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(total, DATA), dhead, dhidden
+
+    batch = PartitionSpec(RULES.batch)
+    total, dhead, dhidden = jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(batch, columns, batch, batch),
+        out_specs=(PartitionSpec(), columns, batch),
+        check_vma=False,
+    )(hidden, head, targets, weights)
+    return total, dhidden, dhead
+
+
+def _scan_chunks(
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    hidden_grad: bool,
+    head_grad: bool,
+    group: str | None = None,
+) -> tuple[Array, Array | None, Array | None]:
+    """As `_with_gradients`, on one device.
+
+    Args:
+        group: mesh axis whose devices hold consecutive parts of the vocabulary, and rows of their
+            own. Sum and head gradient are those of all rows of the group.
+    """
     batch, length, _ = hidden.shape
     chunk = min(CHUNK, length)
     matrix = head.astype(hidden.dtype)
@@ -96,21 +154,35 @@ def _scan_chunks(
     def step(carry: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
         total, dhead = carry
         hidden, targets, weights = chunk
+        words = targets[..., None]
+        if group is not None:
+            hidden, words, weights = (
+                jax.lax.all_gather(x, group, tiled=True) for x in (hidden, words, weights)
+            )
+            words = words - jax.lax.axis_index(group) * matrix.shape[1]
         logits = product("bsd,dv->bsv", hidden, matrix)
         top = logits.max(axis=-1, keepdims=True)
+        if group is not None:
+            top = jax.lax.pmax(top, group)
         exps = jnp.exp(logits - top)
         sums = exps.sum(axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+        here = (words >= 0) & (words < logits.shape[-1])
+        chosen = jnp.take_along_axis(logits, jnp.where(here, words, 0), axis=-1)
+        chosen = jnp.where(here, chosen, 0)
+        if group is not None:
+            sums, chosen = jax.lax.psum((sums, chosen), group)
         losses = (jnp.log(sums) + top - chosen)[..., 0]
         total = total + jnp.sum(losses * weights)
         if not (hidden_grad or head_grad):
             return (total, None), None
         weights = weights[..., None]
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        hit = jnp.arange(logits.shape[-1]) == words
         dlogits = (exps * (weights / sums) - jnp.where(hit, weights, 0)).astype(hidden.dtype)
         if head_grad:
             dhead = dhead + product("bsd,bsv->dv", hidden, dlogits)
         dhidden = product("bsv,dv->bsd", dlogits, matrix) if hidden_grad else None
+        if dhidden is not None and group is not None:
+            dhidden = jax.lax.psum_scatter(dhidden, group, tiled=True)
         return (total, dhead), dhidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape) if head_grad else None)

@@ -10,8 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
-from esft_jax.model.transformer import Remat, Transformer
+from esft_jax.model.transformer import Transformer
 from esft_jax.ops.cross_entropy import cross_entropy_sum
 from esft_jax.training.state import TrainState
 
@@ -33,7 +34,9 @@ def loss_sum(
         remat=remat,
         experts_learn=experts_learn,
     )
-    total = cross_entropy_sum(hidden, model.head_weight(), batch["targets"], batch["loss_weights"])
+    total = cross_entropy_sum(
+        hidden, model.head_weight(), batch["targets"], batch["loss_weights"], model.mesh
+    )
     return total, router
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.mesh import EXPERT, make_mesh
 from esft_jax.model.config import ModelConfig
+from esft_jax.ops.attention import causal_attention
 
 EXPERTS = {1: (0, 7), 3: (2,)}
 
@@ -38,6 +39,23 @@ def test_loops_and_shares_of_devices_are_counted(benchmark):
     assert work.products == work.total == 3 * one + local
 
 
+def test_attention_is_charged_the_blocks_it_computes(benchmark):
+    def gradients(query, key, value, segments):
+        def loss(*arrays):
+            return causal_attention(*arrays, segments, 1.0, implementation="tpu").sum()
+
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    length, heads, width, value_width = 1024, 3, 24, 16
+    arrays = [jnp.ones((2, length, heads, w)) for w in (width, width, value_width)]
+    traced = jax.jit(gradients).trace(*arrays, jnp.ones((2, length), jnp.int32))
+    work = benchmark.count_work(traced.jaxpr.jaxpr, benchmark.Routing(np.array([1]), 0), 1)
+    # Two blocks of queries: one meets one block of keys, one meets two. The first product comes
+    # again in both kernels of the backward pass, that of gradients and values in both, too.
+    scores = 2 * heads * 3 * 512**2
+    assert work.total == work.attention == 2 * scores * (5 * width + 4 * value_width)
+
+
 def test_a_group_is_charged_the_pieces_it_touches(benchmark):
     # Tiles of 64 rows in pieces of 16: rows 0 to 19 touch two, rows 20 to 63 three.
     assert benchmark.Routing(np.array([20, 44]), 0).charged(64) == (32 + 48) / 64
@@ -45,9 +63,9 @@ def test_a_group_is_charged_the_pieces_it_touches(benchmark):
 
 def test_bytes_per_chip_of_each_method(benchmark, base):
     config, mesh = ModelConfig.load(base), make_mesh(data=2, expert=4)
-    size = {}
+    size, chosen = {}, ExpertConfig(EXPERTS)
     for method in benchmark.METHODS:
-        program = benchmark.abstract_program(config, mesh, method, ExpertConfig(EXPERTS), 8, 16)
+        program = benchmark.abstract_program(config, mesh, method, chosen, 8, 16, "full")
         parts = (program.state.tuned, program.state.opt_state, program.frozen)
         size[method] = [benchmark._local_bytes(part) for part in parts]
     # A tuned expert has three matrices of the model's width. Four devices: the third one has none.
@@ -74,4 +92,4 @@ def test_a_case(benchmark, base, tmp_path, capsys):
     assert case["fits"] and case["chips"] == 4
     assert case["bytes"]["needed"] > case["bytes"]["temporary"] > 0
     assert case["operations"]["experts"] >= case["operations"]["experts_exact"] > 0
-    assert "| v5e:2x2 | esft | yes |" in capsys.readouterr().out
+    assert "| v5e:2x2 | esft | full | yes |" in capsys.readouterr().out

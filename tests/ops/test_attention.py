@@ -1,54 +1,95 @@
-"""Attention over packed documents, in one piece and in blocks of queries."""
+"""Attention over packed documents: every implementation against float64, and what XLA's holds."""
+
+import contextlib
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 
-from esft_jax.ops import attention
+from esft_jax.ops.attention import causal_attention, masked_attention, xla
 
 B, S, H, R, W = 2, 24, 2, 4, 3
 SCALE = 0.7
+IMPLEMENTATIONS = ("xla", "tpu", "gpu")
+
+
+def make_inputs(length, width, value_width):
+    rng = np.random.default_rng(0)
+    shapes = [(B, length, H, w) for w in (width, width, value_width)]
+    query, key, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    # Documents that straddle blocks, and padding that fills whole ones.
+    segments = np.zeros((B, length), np.int32)
+    segments[0], segments[0, : length // 2 - 1] = 2, 1
+    segments[1, : length // 5], segments[1, length // 5 : length // 3] = 1, 2
+    return query * (R / width) ** 0.5, key, value, segments
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(B, S, H, w)).astype(np.float32) for w in (R, R, W))
-    # Documents that straddle blocks, and padding that fills whole ones.
-    segments = np.array([[1] * 11 + [2] * 13, [1] * 5 + [2] * 2 + [0] * 17], np.int32)
-    return query, key, value, segments
+    return make_inputs(S, R, W)
 
 
-def run(inputs):
+def expected(query, key, value, segments):
+    """Result, and gradients of the sum of its squares, in float64."""
+    query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    length = query.shape[1]
+    seen = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
+    weights = np.exp(SCALE * np.einsum("bqhr,bshr->bhqs", query, key)) * seen[:, None]
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = np.einsum("bhqs,bshw->bqhw", weights, value)
+    dweights = np.einsum("bqhw,bshw->bhqs", 2 * out, value)
+    dscores = dweights - (dweights * weights).sum(axis=-1, keepdims=True)
+    dscores *= weights * SCALE
+    return out, (
+        np.einsum("bhqs,bshr->bqhr", dscores, key),
+        np.einsum("bhqs,bqhr->bshr", dscores, query),
+        np.einsum("bhqs,bqhw->bshw", weights, 2 * out),
+    )
+
+
+def run(inputs, implementation="xla"):
     *arrays, segments = inputs
 
     def loss(*arrays):
-        out = attention.causal_attention(*arrays, segments, SCALE)
+        out = causal_attention(*arrays, segments, SCALE, implementation=implementation)
         return (out**2).sum(), out
 
-    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    with contextlib.ExitStack() as stack:
+        if implementation == "tpu":
+            # Any true value but `InterpretParams` chooses the interpreter that is fast to compile.
+            stack.enter_context(force_tpu_interpret_mode(True))
+        gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    return out, gradients
 
 
-def test_attention_sees_earlier_tokens_of_its_document(inputs):
-    query, key, value, segments = inputs
-    expected = np.zeros((B, S, H, W))
-    for b, s, h in np.ndindex(B, S, H):
-        seen = [t for t in range(s + 1) if segments[b, t] == segments[b, s]]
-        weights = np.exp(SCALE * key[b, seen, h].astype(np.float64) @ query[b, s, h])
-        expected[b, s, h] = weights @ value[b, seen, h] / weights.sum()
-    np.testing.assert_allclose(run(inputs)[1], expected, atol=1e-5)
+def close(found, wanted, tolerance):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+# The second size has several blocks, a row that they do not divide, and heads like those of MLA.
+@pytest.mark.parametrize("size", [(S, R, W), (300, 24, 16)], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
+    inputs = make_inputs(*size)
+    close(run(inputs, implementation), expected(*inputs), 1e-5)
+
+
+def test_an_unknown_implementation_is_named(inputs):
+    with pytest.raises(ValueError, match="'cudnn' is not one of gpu, tpu, xla"):
+        causal_attention(*inputs, SCALE, implementation="cudnn")
 
 
 def test_blocks_of_queries_change_nothing(inputs, monkeypatch):
     whole = run(inputs)
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 8)
-    blocks = run(inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), blocks, whole)
+    monkeypatch.setattr(xla, "SMALLEST_BLOCK", 8)
+    close(run(inputs), whole, 2e-6)
 
 
 def test_the_gradient_holds_scores_of_one_block_at_a_time(inputs, monkeypatch):
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 8)
-    monkeypatch.setattr(attention, "BLOCKS", 3)
+    monkeypatch.setattr(xla, "SMALLEST_BLOCK", 8)
+    monkeypatch.setattr(xla, "BLOCKS", 3)
     program = str(jax.make_jaxpr(run)(inputs))
     for keys in (8, 16, 24):  # no block meets keys after its last query
         assert f"f32[2,2,8,{keys}]" in program
@@ -57,7 +98,7 @@ def test_the_gradient_holds_scores_of_one_block_at_a_time(inputs, monkeypatch):
 
 def test_a_query_that_sees_nothing_is_finite(inputs):
     query, key, value, _ = inputs
-    out = jax.jit(attention.masked_attention, static_argnums=4)(
+    out = jax.jit(masked_attention, static_argnums=4)(
         query, key, value, np.zeros((B, S, S), bool), SCALE
     )
     assert np.isfinite(out).all()

@@ -1,12 +1,15 @@
 """The chunked loss against a plain log-softmax."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from esft_jax.mesh import RULES, make_mesh
 from esft_jax.ops.cross_entropy import CHUNK, cross_entropy_sum
 
 B, S, D, V = 2, 2 * CHUNK, 8, 203
@@ -103,3 +106,31 @@ def test_logits_never_exist_for_all_tokens(inputs):
     }
     assert B * CHUNK * V in sizes  # the check sees logits
     assert max(sizes) == B * CHUNK * V
+
+
+@pytest.mark.parametrize(("data", "expert"), [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("words", [200, V])
+def test_a_mesh_shares_the_vocabulary_out(inputs, data, expert, words):
+    mesh = make_mesh(data, expert)
+    inputs = {key: np.tile(x, (4, *[1] * (x.ndim - 1))) for key, x in inputs.items()}
+    inputs["head"] = inputs["head"][:D, :words]
+    inputs["targets"] = inputs["targets"] % words
+    batch = NamedSharding(mesh, PartitionSpec(RULES.batch))
+    columns = NamedSharding(mesh, RULES.spec((None, "vocab"), (D, words), mesh))
+    places = {key: columns if key == "head" else batch for key in inputs}
+
+    @partial(jax.jit, out_shardings=(None, (batch, columns)))
+    def on_mesh(hidden, head, targets, weights):
+        return jax.value_and_grad(
+            lambda h, w: 3 * cross_entropy_sum(h, w, targets, weights, mesh), argnums=(0, 1)
+        )(hidden, head)
+
+    compiled = on_mesh.lower(**jax.tree.map(jax.device_put, inputs, places)).compile()
+    close(compiled(**jax.tree.map(jax.device_put, inputs, places)), plain(**inputs), 1e-5)
+    # Logits of a chunk: the group's rows by the device's own words.
+    rows = 8 // (data * expert)
+    own = f"f32[{rows * expert},{CHUNK},{words // expert}]" if words % 8 == 0 else None
+    program = compiled.as_text()
+    assert (own or f"f32[{rows},{CHUNK},{words}]") in program
+    if own and expert > 1:
+        assert f"[{D},{words}]" not in program  # nobody ever holds the whole head

@@ -13,55 +13,99 @@ import pytest
 
 from tests.ops.layers import LAYERS, SMALL
 
-PROGRAM = """
+COMPILE = """
 import json, sys
-import jax, jax.numpy as jnp
-from esft_jax.ops.grouped_matmul import grouped_matmul
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esft_jax.topology import h100_devices
+
+mesh, spec = Mesh(np.array(h100_devices(1)), ("x",)), PartitionSpec()
+
+def abstract(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+def report(gradients, *arguments):
+    on_chip = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    compiled = jax.jit(on_chip).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    memory = compiled.memory_analysis()
+    print(json.dumps({
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "kernels": compiled.as_text().count('"__gpu$xla.gpu.triton"'),
+    }))
+"""
+
+LAYER = """
+from esft_jax.ops.grouped_matmul import grouped_matmul
 
 dtype, (rows, d, f, experts, tuned) = sys.argv[1], map(int, sys.argv[2:])
 
 def gradients(x, tuned, frozen, sizes):
     def loss(x, tuned):
-        out = grouped_matmul(x, (tuned, frozen), sizes, implementation="gpu")
-        return (out.astype(jnp.float32) ** 2).sum()
+        return (grouped_matmul(x, (tuned, frozen), sizes).astype(jnp.float32) ** 2).sum()
     return jax.grad(loss, (0, 1))(x, tuned)
 
-arguments = (
-    jax.ShapeDtypeStruct((rows, d), dtype),
-    jax.ShapeDtypeStruct((tuned, d, f), jnp.float32),
-    jax.ShapeDtypeStruct((experts, d, f), dtype),
-    jax.ShapeDtypeStruct((experts + tuned,), jnp.int32),
+report(
+    gradients,
+    abstract((rows, d), dtype),
+    abstract((tuned, d, f), jnp.float32),
+    abstract((experts, d, f), dtype),
+    abstract((experts + tuned,), jnp.int32),
 )
-device = jax.sharding.SingleDeviceSharding(h100_devices(1)[0])
-traced = jax.jit(gradients, in_shardings=device, out_shardings=device).trace(*arguments)
-compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-memory = compiled.memory_analysis()
-print(json.dumps({
-    "arguments": memory.argument_size_in_bytes,
-    "temporary": memory.temp_size_in_bytes,
-    "kernels": compiled.as_text().count('"__gpu$xla.gpu.triton"'),
-}))
 """
 
+ATTENTION = """
+from esft_jax.ops.attention import causal_attention
 
-def check(dtype, layer):
-    """The kernels fit, and memory holds rows and a tuned bank but no frozen one."""
+dtype, (length, heads, width, value_width) = sys.argv[1], map(int, sys.argv[2:])
+
+def gradients(query, key, value, segments):
+    def loss(query, key, value):
+        out = causal_attention(query, key, value, segments, width**-0.5)
+        return (out.astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+report(
+    gradients,
+    *(abstract((1, length, heads, w), dtype) for w in (width, width, value_width)),
+    abstract((1, length), jnp.int32),
+)
+"""
+
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def compile_for_h100(program, dtype, *sizes):
     if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
         pytest.skip("JAX's CUDA compiler is not installed: pip install 'esft-jax[cuda]'")
-    command = [sys.executable, "-c", PROGRAM, dtype, *map(str, layer)]
+    command = [sys.executable, "-c", COMPILE + program, dtype, *map(str, sizes)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(dtype, layer):
+    """The kernels fit, and memory holds rows and a tuned bank but no frozen one."""
+    found = compile_for_h100(LAYER, dtype, *layer)
     rows, d, f, experts, tuned = layer
-    width = {"bfloat16": 2, "float32": 4}[dtype]
+    width = BYTES[dtype]
     assert found["kernels"] == 3  # products, gradient of the rows, gradient of the tuned bank
     assert found["arguments"] > width * experts * d * f
     # The product and its cotangent, and the tuned bank in the rows' type; a margin for indices.
     assert found["temporary"] < 1.1 * width * (2 * rows * f + tuned * d * f) + 2**20
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+def test_attention_of_deepseek_v2_lite(dtype):
+    """The kernels fit, and memory is linear in the length of a row."""
+    length, heads, width, value_width = 4096, 16, 192, 128
+    found = compile_for_h100(ATTENTION, dtype, length, heads, width, value_width)
+    assert found["kernels"] == 3  # the forward pass, preparation of the backward pass, and it
+    # Values and result are padded to the width of the keys; two numbers per query.
+    assert found["temporary"] < length * heads * (5 * width * BYTES[dtype] + 8) + 2**20
 
 
 def test_a_small_layer():

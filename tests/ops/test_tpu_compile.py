@@ -15,46 +15,72 @@ from tests.ops.layers import LAYERS, SMALL
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SLICES["tpu7x"] = "tpu7x:2x2x1"
-PROGRAM = """
+
+COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from esft_jax.ops.grouped_matmul import grouped_matmul
 from esft_jax.topology import tpu_devices
 
-name, rows, d, f, experts, tuned = sys.argv[1], *map(int, sys.argv[2:])
-mesh = Mesh(np.array(tpu_devices(name)[:1]), ("x",))
+mesh = Mesh(np.array(tpu_devices(sys.argv[1])[:1]), ("x",))
 spec = PartitionSpec()
 
 def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+def report(gradients, *arguments):
+    on_chip = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    compiled = jax.jit(on_chip).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    print(json.dumps({
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "kernels": compiled.as_text().count("tpu_custom_call"),
+    }))
+"""
+
+LAYER = """
+from esft_jax.ops.grouped_matmul import grouped_matmul
+
+rows, d, f, experts, tuned = map(int, sys.argv[2:])
 
 def gradients(x, tuned, frozen, sizes):
     def loss(x, tuned):
         return (grouped_matmul(x, (tuned, frozen), sizes).astype(jnp.float32) ** 2).sum()
     return jax.grad(loss, (0, 1))(x, tuned)
 
-on_chip = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-arguments = (
+report(
+    gradients,
     abstract((rows, d), jnp.bfloat16),
     abstract((tuned, d, f), jnp.float32),
     abstract((experts, d, f), jnp.bfloat16),
     abstract((experts + tuned,), jnp.int32),
 )
-compiled = jax.jit(on_chip).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-memory = compiled.memory_analysis()
-print(json.dumps({
-    "arguments": memory.argument_size_in_bytes,
-    "temporary": memory.temp_size_in_bytes,
-    "kernels": compiled.as_text().count("tpu_custom_call"),
-}))
+"""
+
+ATTENTION = """
+from esft_jax.ops.attention import causal_attention
+
+length, heads, width, value_width = map(int, sys.argv[2:])
+
+def gradients(query, key, value, segments):
+    def loss(query, key, value):
+        out = causal_attention(query, key, value, segments, width**-0.5)
+        return (out.astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+report(
+    gradients,
+    *(abstract((1, length, heads, w), jnp.bfloat16) for w in (width, width, value_width)),
+    abstract((1, length), jnp.int32),
+)
 """
 
 
-def compile_for(chip, layer):
+def compile_for(chip, program, *sizes):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install libtpu")
-    command = [sys.executable, "-c", PROGRAM, SLICES[chip], *map(str, layer)]
+    command = [sys.executable, "-c", COMPILE + program, SLICES[chip], *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -62,12 +88,31 @@ def compile_for(chip, layer):
 
 def check(chip, layer):
     """Kernels were chosen, they fit, and memory holds rows and a tuned bank but no frozen one."""
-    found = compile_for(chip, layer)
+    found = compile_for(chip, LAYER, *layer)
     rows, d, f, experts, tuned = layer
     assert found["kernels"] == 3  # products, gradient of the rows, gradient of the tuned bank
     assert found["arguments"] > 2 * experts * d * f
     # The product and its cotangent, and the tuned bank in bfloat16; a margin for indices.
     assert found["temporary"] < 1.1 * (2 * 2 * rows * f + 2 * tuned * d * f) + 2**20
+
+
+def check_attention(chip, length, heads, width, value_width):
+    """The kernels were chosen, they fit, and memory is linear in the length of a row."""
+    found = compile_for(chip, ATTENTION, length, heads, width, value_width)
+    assert found["kernels"] == 3  # the forward pass, gradient of queries, of keys and values
+    padded = 2 * -(-width // 128) * 128 + -(-value_width // 128) * 128
+    numbers = 4 * 128 * length * heads  # per query, as wide as a register
+    assert found["temporary"] < 4 * 2 * length * heads * padded + 2 * numbers + 2**20
+
+
+def test_attention_on_v5e():
+    check_attention("v5e", 1024, 4, 192, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", SLICES)
+def test_attention_of_deepseek_v2_lite(chip):
+    check_attention(chip, 4096, 16, 192, 128)
 
 
 def test_a_small_layer_on_v5e():

@@ -17,6 +17,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from esft_jax.ops.grouped_matmul.bank import Bank
+from esft_jax.ops.platform import target_platform
 
 # Modules of this package, imported when used: kernel languages are slow to import.
 Implementation = Literal["gpu", "tpu", "xla"]
@@ -55,7 +56,7 @@ def grouped_matmul(
     type: with tuned and frozen experts in two banks, frozen ones cost nothing.
     """
     if implementation is None:
-        implementation = _FASTEST.get(_platform(), "xla")
+        implementation = _FASTEST.get(target_platform(), "xla")
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
@@ -64,14 +65,6 @@ def grouped_matmul(
         return jnp.zeros((len(x), banks[0].shape[-1]), x.dtype)
     sizes, layer = (jnp.asarray(a, jnp.int32) for a in (group_sizes, layer))
     return _grouped_matmul(implementation, x, filled, sizes, layer)
-
-
-def _platform() -> str:
-    """Platform compiled for. Inside `shard_map` it is the mesh's, which may be one that this
-    machine does not have (ahead-of-time compilation).
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 def _module(implementation: Implementation) -> ModuleType:

@@ -1,11 +1,14 @@
-"""Causal attention over packed documents."""
+"""Attention in plain XLA, for any platform."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from esft_jax.ops.attention.operation import KEPT
 
 # Queries per block, at least and at most: scores exist for one block at a time, and a block meets
 # no key after its own last query.
@@ -38,7 +41,7 @@ def causal_attention(
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:
-    """Attention to earlier tokens of the same segment, a block of queries at a time.
+    """As `operation.causal_attention`, a block of queries at a time.
 
     The backward pass makes scores again from the queries, the keys, and one number per query
     (FlashAttention-2, arXiv 2307.08691): nothing of size `[S, S]` is kept.
@@ -98,7 +101,9 @@ def _forward(
         _attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], visible, scale)
         for queries, keys, visible in _blocks(segment_ids)
     ]
-    mixed, denominators = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+    mixed, denominators = (
+        checkpoint_name(jnp.concatenate(part, axis=2), KEPT) for part in zip(*parts, strict=True)
+    )
     return mixed, (query, key, value, segment_ids, mixed, denominators)
 
 

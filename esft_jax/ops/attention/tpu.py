@@ -1,0 +1,54 @@
+"""Attention on TPUs: the splash attention kernels that come with JAX.
+
+A block of scores that causality hides is neither computed nor fetched. Query/key and value widths
+may differ.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float, Int
+
+from esft_jax.ops.attention.operation import KEPT
+
+# Queries and keys per block; the first that divides the row, which is padded for the last one.
+BLOCKS = (512, 256, 128)
+
+
+def causal_attention(
+    query: Float[Array, "B S H R"],
+    key: Float[Array, "B S H R"],
+    value: Float[Array, "B S H W"],
+    segment_ids: Int[Array, "B S"],
+    scale: float,
+) -> Float[Array, "B S H W"]:
+    """As `operation.causal_attention`."""
+    own_length, heads = query.shape[1:3]
+    missing = -own_length % BLOCKS[-1]  # nothing earlier sees what is put behind a row
+    length = own_length + missing
+    block = next(size for size in BLOCKS if length % size == 0)
+
+    def heads_first(x: Array) -> Float[Array, "B H _ _"]:
+        return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        residual_checkpoint_name=KEPT,
+    )
+    segments = jnp.pad(segment_ids, ((0, 0), (0, missing)))
+    mixed = jax.vmap(kernel)(
+        heads_first(query * scale),
+        heads_first(key),
+        heads_first(value),
+        splash.SegmentIds(segments, segments),
+    )
+    return mixed.swapaxes(1, 2)[:, :own_length]
