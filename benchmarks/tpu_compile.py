@@ -231,11 +231,12 @@ def _attention_flops(equation: Any) -> float:
     # Products in which a score, or its gradient, meets the width of queries and that of values.
     by_kind = {"_fwd_": (1, 1), "_dq_": (2, 1), "_dkv_": (2, 2)}
     of_query, of_value = next(n for kind, n in by_kind.items() if kind in equation.params["name"])
-    query, _, value = [v.aval.shape for v in equation.invars if v.aval.ndim == 4][:3]
+    operands = (v.aval for v in equation.invars)  # what says which blocks to visit comes first
+    query, _, value = [a.shape for a in operands if jnp.issubdtype(a.dtype, jnp.floating)][:3]
     block = equation.params["grid_mapping"].block_mappings[0].transformed_block_aval.shape[0]
-    blocks = query[2] // block
-    scores = np.prod(query[:2]) * block**2 * blocks * (blocks + 1) / 2
-    return 2.0 * scores * (of_query * query[3] + of_value * value[3])
+    blocks = query[-2] // block
+    scores = np.prod(query[:-2]) * block**2 * blocks * (blocks + 1) / 2
+    return 2.0 * scores * (of_query * query[-1] + of_value * value[-1])
 
 
 def _padded(width: int, block: int) -> int:
