@@ -36,8 +36,9 @@ CONTENDERS = (OURS, *TORCH)
 SHARES = (5, 10, 25)  # percent of the experts of a layer
 METHODS = ("full", *(f"esft-{share}" for share in SHARES), "forward")
 
+# The learning rate is low, since large updates of random weights would amplify rounding.
 OPTIMIZER = {
-    "learning_rate": 1e-3,
+    "learning_rate": 1e-4,
     "beta1": 0.9,
     "beta2": 0.95,
     "epsilon": 1e-8,

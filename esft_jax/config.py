@@ -17,7 +17,6 @@ from esft_jax import strict_yaml
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS
 from esft_jax.experts.select import DEFAULT_TOP_P
-from esft_jax.model.remat import Remat
 
 
 def _known_metric(name: str) -> str:
@@ -139,7 +138,7 @@ class TrainConfig:
     save_every: Count = 100
     log_every: Count = 10
     balance_loss: NonNegative = 0.0
-    remat: Remat = "none"
+    remat: Literal["none", "dots", "experts", "attention", "full"] = "none"
     verify_frozen: Flag = False
 
 

@@ -1,4 +1,4 @@
-"""What the released expert configurations cost beside the frozen model, at DeepSeek-V2-Lite's size."""
+"""What the released expert configurations cost beside the frozen DeepSeek-V2-Lite."""
 
 import math
 from pathlib import Path
