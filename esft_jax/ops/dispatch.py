@@ -1,6 +1,6 @@
 """Moving token rows to their experts' groups and back, with gathers in both directions.
 
-Letters: T tokens, K experts per token, N = T * K assignments, D model width.
+Letters: T tokens, K experts per token, N = T * K assignments, M of them, D model width.
 """
 
 import jax
@@ -71,3 +71,36 @@ def _restore_backward(dispatch: Dispatch, grad: Array) -> tuple[Array, None]:
 
 
 restore_order.defvjp(_restore_forward, _restore_backward)
+
+
+def piece_of(
+    dispatch: Dispatch, index: Int[Array, ""], size: int
+) -> tuple[Int[Array, " size"], Int[Array, " G"]]:
+    """The sorted assignments `index * size` and following, and how many of them each group has.
+
+    Those past the counted ones are any.
+    """
+    first = index * size
+    missing = -dispatch.order.size % size
+    order = jax.lax.dynamic_slice_in_dim(jnp.pad(dispatch.order, (0, missing)), first, size)
+    ends = jnp.cumsum(dispatch.group_sizes)
+    begins = ends - dispatch.group_sizes
+    return order, jnp.clip(ends - first, 0, size) - jnp.clip(begins - first, 0, size)
+
+
+def add_to_tokens(
+    total: Float[Array, "T D"], rows: Float[Array, "M D"], dispatch: Dispatch, first: Int[Array, ""]
+) -> Float[Array, "T D"]:
+    """Add the rows of the sorted assignments `first` and following to those of their tokens.
+
+    One gather for each of a token's experts, so that nothing is as long as all assignments.
+    """
+    places = dispatch.place.reshape(len(total), -1).T - first
+
+    def add(k: Array, total: Array) -> Array:
+        place = places[k]
+        own = (place >= 0) & (place < len(rows))
+        taken = rows[jnp.where(own, place, 0)]
+        return total + jnp.where(own[:, None], taken, 0)
+
+    return jax.lax.fori_loop(0, len(places), add, total)

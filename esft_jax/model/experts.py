@@ -1,0 +1,212 @@
+"""The routed experts of a layer, applied to the tokens that chose them.
+
+Letters: T tokens, K experts per token, N = T * K assignments, D model width, F expert width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.struct import dataclass, field
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal
+from jaxtyping import Array, Float, Int
+
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.mlp import gated_silu
+from esft_jax.model.params import ParamFactory
+from esft_jax.model.remat import GATE_UP
+from esft_jax.model.tuned import TunedWindow
+from esft_jax.ops.dispatch import (
+    Dispatch,
+    add_to_tokens,
+    piece_of,
+    restore_order,
+    sort_by_group,
+    take_rows,
+)
+from esft_jax.ops.grouped_matmul import grouped_matmul
+
+
+class RoutedExperts(nnx.Module):
+    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
+
+    In a scan over layers that does not train them they are those of all layers, `[L, E, ...]`.
+    """
+
+    def __init__(self, config: ModelConfig, params: ParamFactory):
+        experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
+        self.gate_up = params.weight((experts, size, 2 * width), ("experts", None, None))
+        self.down = params.weight((experts, width, size), ("experts", None, None))
+
+
+class _Banks(NamedTuple):
+    """Matrices of all groups in order: of the tuned experts, if there are any, and of the base."""
+
+    gate_up: tuple[Float[Array, "*L _ D F2"], ...]
+    down: tuple[Float[Array, "*L _ F D"], ...]
+
+
+def apply_experts(
+    x: Float[Array, "T D"],
+    expert_ids: Int[Array, "T K"],
+    gates: Float[Array, "T K"],
+    gate_up: Float[Array, "*L E D F2"],
+    down: Float[Array, "*L E F D"],
+    layer: Int[Array, ""],
+    tuned: TunedWindow | None,
+    piece: int | None = None,
+) -> Float[Array, "T D"]:
+    """Gate-weighted sum of the experts of each token.
+
+    Ids outside `[0, E)` are nobody here: neither computed nor added. Tuned experts are taken from
+    the window, all others from the base bank, or from its entry `layer`.
+
+    Args:
+        piece: assignments that are computed at once, where most are nobody's here: as many pieces
+            run as it takes, and nothing is as long as all assignments but indices.
+    """
+    num_experts = gate_up.shape[-3]
+    here = (expert_ids >= 0) & (expert_ids < num_experts)
+    banks = _Banks((gate_up,), (down,))
+    if tuned is None:
+        groups, num_groups = expert_ids, num_experts
+    else:
+        window = tuned.gate_up.shape[0]
+        slots = tuned.slots[jnp.where(here, expert_ids, 0)]
+        groups, num_groups = jnp.where(slots >= 0, slots, window + expert_ids), window + num_experts
+        banks = _Banks((tuned.gate_up, gate_up), (tuned.down, down))
+    dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
+    flat = gates.reshape(-1).astype(x.dtype)
+    if piece is not None:
+        return _in_pieces(piece, x, flat, banks, dispatch, layer)
+    out = _at_once(x, flat, banks, dispatch, layer)
+    return out.reshape(*gates.shape, x.shape[-1]).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+def _apply_to_rows(
+    rows: Float[Array, "M D"],
+    gates: Float[Array, " M"],
+    banks: _Banks,
+    group_sizes: Int[Array, " G"],
+    layer: Int[Array, ""],
+) -> Float[Array, "M D"]:
+    """For each of the sorted rows, its expert's output times its gate."""
+    both = checkpoint_name(grouped_matmul(rows, banks.gate_up, group_sizes, layer), GATE_UP)
+    # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
+    return grouped_matmul(gated_silu(both) * gates[:, None], banks.down, group_sizes, layer)
+
+
+# Of all that is as long as the assignments, only the first product outlives the forward pass;
+# gathers and element-wise work are cheaper to repeat than to keep.
+@partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(GATE_UP),
+    prevent_cse=False,
+)
+def _at_once(
+    x: Float[Array, "T D"],
+    gates: Float[Array, " N"],
+    banks: _Banks,
+    dispatch: Dispatch,
+    layer: Int[Array, ""],
+) -> Float[Array, "N D"]:
+    """For each assignment, its expert's output times its gate."""
+    rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
+    return restore_order(_apply_to_rows(rows, gates, banks, dispatch.group_sizes, layer), dispatch)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_pieces(
+    piece: int,
+    x: Float[Array, "T D"],
+    gates: Float[Array, " N"],
+    banks: _Banks,
+    dispatch: Dispatch,
+    layer: Int[Array, ""],
+) -> Float[Array, "T D"]:
+    """The sum over each token's assignments, a piece of the sorted ones at a time.
+
+    The backward pass computes a piece again: nothing that is wide is kept.
+    """
+    top_k = gates.size // len(x)
+
+    def add_piece(i: Array, out: Array) -> Array:
+        order, sizes = piece_of(dispatch, i, piece)
+        rows = _apply_to_rows(x[order // top_k], gates[order], banks, sizes, layer)
+        return add_to_tokens(out, rows, dispatch, i * piece)
+
+    out = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(0, _pieces(dispatch, piece), add_piece, out).astype(x.dtype)
+
+
+def _pieces(dispatch: Dispatch, piece: int) -> Int[Array, ""]:
+    return -(-dispatch.group_sizes.sum() // piece)
+
+
+@dataclass
+class _Needed:
+    """Trace-time facts for the backward rule: which of `x`, `gates` and `banks` are differentiated.
+
+    The same tree as theirs, of flags; `of` keeps what is differentiated of one, and None elsewhere.
+    """
+
+    flags: tuple = field(pytree_node=False)
+
+    def of(self, *operands: Array | _Banks) -> tuple:
+        return jax.tree.map(lambda value, flag: value if flag else None, operands, self.flags)
+
+
+def _forward(
+    piece: int,
+    x: CustomVJPPrimal,
+    gates: CustomVJPPrimal,
+    banks: _Banks,
+    dispatch: Dispatch,
+    layer: CustomVJPPrimal,
+) -> tuple[Array, tuple]:
+    def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
+        return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+    values = each(lambda leaf: leaf.value, (x, gates, banks, dispatch, layer))
+    needed = _Needed(each(lambda leaf: leaf.perturbed, (x, gates, banks)))
+    return _in_pieces(piece, *values), (*values, needed)
+
+
+def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
+    x, gates, banks, dispatch, layer, needed = residuals
+    top_k = gates.size // len(x)
+
+    def add_piece(i: Array, sums: tuple) -> tuple:
+        order, sizes = piece_of(dispatch, i, piece)
+        tokens = order // top_k
+        operands = (x[tokens], gates[order], banks)
+
+        def apply(*differentiated: Array | _Banks | None) -> Array:
+            rows, row_gates, all_banks = jax.tree.map(
+                lambda own, given: given if own is None else own,
+                differentiated,
+                operands,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            return _apply_to_rows(rows, row_gates, all_banks, sizes, layer)
+
+        _, pull = jax.vjp(apply, *needed.of(*operands))
+        # Rows of nobody are 0, and so are their gradients.
+        drows, drow_gates, dbanks = pull(grad[tokens])
+        dx, dgates, dbanks_before = sums
+        if drows is not None:
+            dx = add_to_tokens(dx, drows, dispatch, i * piece)
+        if drow_gates is not None:
+            dgates = dgates.at[order].add(drow_gates)
+        return dx, dgates, jax.tree.map(jnp.add, dbanks_before, dbanks)
+
+    zeros = jax.tree.map(jnp.zeros_like, needed.of(x.astype(jnp.float32), gates, banks))
+    dx, *others = jax.lax.fori_loop(0, _pieces(dispatch, piece), add_piece, zeros)
+    return None if dx is None else dx.astype(x.dtype), *others, None, None
+
+
+_in_pieces.defvjp(_forward, _backward, symbolic_zeros=True)
