@@ -23,8 +23,8 @@ from esft_jax.model.tuned import TunedWindow
 from esft_jax.ops.dispatch import (
     Dispatch,
     add_to_tokens,
+    combine,
     piece_of,
-    restore_order,
     sort_by_group,
     take_rows,
 )
@@ -54,37 +54,36 @@ def apply_experts(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
-    gate_up: Float[Array, "*L E D F2"],
-    down: Float[Array, "*L E F D"],
+    gate_up: Float[Array, "*L _ D F2"],
+    down: Float[Array, "*L _ F D"],
     layer: Int[Array, ""],
     tuned: TunedWindow | None,
+    first: Int[Array, ""] | int = 0,
     piece: int | None = None,
 ) -> Float[Array, "T D"]:
-    """Gate-weighted sum of the experts of each token.
-
-    Ids outside `[0, E)` are nobody here: neither computed nor added. Tuned experts are taken from
-    the window, all others from the base bank, or from its entry `layer`.
+    """Gate-weighted sum of the experts of each token that are computed here.
 
     Args:
+        expert_ids: E of them, or none (the phantom id), for each token.
+        gate_up, down: the base experts of this device, `first` and following.
+        tuned: experts that are taken from this window, and not from the base, and where the others
+            are.
         piece: assignments that are computed at once, where most are nobody's here: as many pieces
             run as it takes, and nothing is as long as all assignments but indices.
     """
-    num_experts = gate_up.shape[-3]
-    here = (expert_ids >= 0) & (expert_ids < num_experts)
+    local = gate_up.shape[-3]
     banks = _Banks((gate_up,), (down,))
     if tuned is None:
-        groups, num_groups = expert_ids, num_experts
+        here = (expert_ids >= first) & (expert_ids < first + local)
+        groups, num_groups = jnp.where(here, expert_ids - first, local), local
     else:
-        window = tuned.gate_up.shape[0]
-        slots = tuned.slots[jnp.where(here, expert_ids, 0)]
-        groups, num_groups = jnp.where(slots >= 0, slots, window + expert_ids), window + num_experts
+        groups, num_groups = tuned.groups[expert_ids], len(tuned.gate_up) + local
         banks = _Banks((tuned.gate_up, gate_up), (tuned.down, down))
-    dispatch = sort_by_group(jnp.where(here, groups, num_groups), num_groups)
+    dispatch = sort_by_group(groups, num_groups)
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
         return _in_pieces(piece, x, flat, banks, dispatch, layer)
-    out = _at_once(x, flat, banks, dispatch, layer)
-    return out.reshape(*gates.shape, x.shape[-1]).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+    return _at_once(x, flat, banks, dispatch, layer)
 
 
 def _apply_to_rows(
@@ -113,10 +112,11 @@ def _at_once(
     banks: _Banks,
     dispatch: Dispatch,
     layer: Int[Array, ""],
-) -> Float[Array, "N D"]:
-    """For each assignment, its expert's output times its gate."""
+) -> Float[Array, "T D"]:
+    """The sum over each token's assignments, all of them at once."""
     rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
-    return restore_order(_apply_to_rows(rows, gates, banks, dispatch.group_sizes, layer), dispatch)
+    rows = _apply_to_rows(rows, gates, banks, dispatch.group_sizes, layer)
+    return combine(rows, dispatch, len(x))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

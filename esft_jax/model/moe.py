@@ -6,11 +6,12 @@ weights never move.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.mesh import EXPERT, RULES
@@ -53,8 +54,9 @@ class MoE(nnx.Module):
         banks = (self.experts.gate_up[...], self.experts.down[...])
         tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
         apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
-        if mesh is None:
-            out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
+        if mesh is None or mesh.size == 1:
+            with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
+                out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
             stacked = PartitionSpec(*[None] * (banks[0].ndim - 3), RULES.experts)
@@ -90,12 +92,12 @@ def _apply_on_shard(
         x, expert_ids, gates = (
             jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
         )
-        expert_ids = expert_ids - shard * banks[0].shape[-3]
     tuned = None
     if tuned_banks is not None and layout is not None:
         tuned = layer_window(*tuned_banks, layout, layer, shard)
     piece = None if shards == 1 else _piece(expert_ids.size, shards)
-    out = apply_experts(x, expert_ids, gates, *banks, layer, tuned, piece)
+    first = shard * banks[0].shape[-3]
+    out = apply_experts(x, expert_ids, gates, *banks, layer, tuned, first, piece)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
     return out.reshape(shape)

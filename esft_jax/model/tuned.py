@@ -18,16 +18,17 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import RULES
+from esft_jax.mesh import EXPERT, RULES
 
 
 @dataclass(frozen=True)
 class TunedLayout:
-    """Which row of the bank holds which expert.
+    """Which row of the bank holds which expert, and which device that row.
 
-    Experts are split over `shards` devices in contiguous ranges; each device owns an equal slice
-    of the bank with its own experts' rows, layer after layer. Rows beyond a device's own count
-    are padding: only the sums over layers are padded, not each layer.
+    Base experts are split over `shards` devices in contiguous ranges. Tuned ones need not lie where
+    their base copies do: every layer's are dealt out evenly, so that all devices own as many rows,
+    give or take one. A device's rows lie layer after layer; where it has one less, the last is
+    padding.
 
     Attributes:
         selected: for every MoE layer, the selected expert ids in ascending order.
@@ -57,13 +58,39 @@ class TunedLayout:
         return next(i for i, ids in enumerate(self.selected) if ids)
 
     @cached_property
+    def _owners(self) -> tuple[dict[int, int], ...]:
+        """For every layer, the device of each selected expert.
+
+        Devices with the fewest rows so far take what a layer's experts do not divide by; experts
+        stay on the device of their base copy while it has room.
+        """
+        owners, totals = [], [0] * self.shards
+        for ids in self.selected:
+            each, left = divmod(len(ids), self.shards)
+            fewest = sorted(range(self.shards), key=totals.__getitem__)
+            room = [each + (fewest.index(shard) < left) for shard in range(self.shards)]
+            totals = [total + more for total, more in zip(totals, room, strict=True)]
+            placed: dict[int, int] = {}
+            for expert in ids:
+                home = self.home(expert)
+                if room[home]:
+                    placed[expert] = home
+                    room[home] -= 1
+            free = (shard for shard in range(self.shards) for _ in range(room[shard]))
+            owners.append({e: placed[e] if e in placed else next(free) for e in ids})
+        return tuple(owners)
+
+    def home(self, expert: int) -> int:
+        """The device of an expert's base copy."""
+        return expert // (self.num_experts // self.shards)
+
+    @cached_property
     def _counts(self) -> np.ndarray:
         """Selected experts by device and layer, `[shards, L]`."""
-        local = self.num_experts // self.shards
         counts = np.zeros((self.shards, len(self.selected)), np.int32)
-        for layer, ids in enumerate(self.selected):
-            for expert in ids:
-                counts[expert // local, layer] += 1
+        for layer, owners in enumerate(self._owners):
+            for shard in owners.values():
+                counts[shard, layer] += 1
         return counts
 
     @property
@@ -83,28 +110,31 @@ class TunedLayout:
         return np.minimum(starts, self.rows_per_shard - self.window).astype(np.int32)
 
     @cached_property
-    def slots(self) -> np.ndarray:
-        """Row within the window, or -1, of each local expert: int32 `[shards, L, E / shards]`."""
+    def groups(self) -> np.ndarray:
+        """What computes an expert's tokens on a device: int32 `[shards, L, E + 1]`.
+
+        A row of the layer's window; or, past those, a base expert of the device; or, past these,
+        nothing, as for the phantom expert E.
+        """
         local = self.num_experts // self.shards
-        slots = np.full((self.shards, len(self.selected), local), -1, np.int32)
+        nothing = self.window + local
+        groups = np.full((self.shards, len(self.selected), self.num_experts + 1), nothing, np.int32)
+        for expert in range(self.num_experts):
+            groups[self.home(expert), :, expert] = self.window + expert % local
         for layer, expert, row in self.rows():
-            shard = expert // local
-            within = row - shard * self.rows_per_shard - self.window_starts[shard, layer]
-            slots[shard, layer, expert % local] = within
-        return slots
+            shard, within = divmod(row, self.rows_per_shard)
+            groups[:, layer, expert] = nothing
+            groups[shard, layer, expert] = within - self.window_starts[shard, layer]
+        return groups
 
     def rows(self) -> list[tuple[int, int, int]]:
         """All (index among the MoE layers, expert id, bank row)."""
-        local = self.num_experts // self.shards
-        starts = np.cumsum(self._counts, axis=1) - self._counts
+        following = [shard * self.rows_per_shard for shard in range(self.shards)]
         found = []
-        for layer, ids in enumerate(self.selected):
-            used = [0] * self.shards
-            for expert in ids:
-                shard = expert // local
-                row = shard * self.rows_per_shard + int(starts[shard, layer]) + used[shard]
-                used[shard] += 1
-                found.append((layer, expert, row))
+        for layer, owners in enumerate(self._owners):
+            for expert, shard in owners.items():
+                found.append((layer, expert, following[shard]))
+                following[shard] += 1
         return found
 
 
@@ -113,12 +143,13 @@ class TunedWindow(NamedTuple):
 
     Attributes:
         gate_up, down: W rows of the bank that contain the layer's own.
-        slots: row of each local expert in them, or -1.
+        groups: for each expert of the model and the phantom one, what computes its tokens here: a
+            row of the window, W + a base expert of the device, or W + all of these for nothing.
     """
 
     gate_up: Float[Array, "W D F2"]
     down: Float[Array, "W F D"]
-    slots: Int[Array, " E"]
+    groups: Int[Array, " E+1"]
 
 
 class TunedExperts(nnx.Module):
@@ -137,31 +168,48 @@ class TunedExperts(nnx.Module):
         layout: TunedLayout,
         mesh: Mesh | None = None,
     ) -> "TunedExperts":
-        """Float32 copies of the selected base experts, each made on the device that owns it.
+        """Float32 copies of the selected base experts, on the devices that own them.
 
         Padding rows are zero.
         """
-        local = layout.num_experts // layout.shards
-        # Source of each row: layer, expert on its device, and whether there is one.
-        source = np.zeros((layout.shards * layout.rows_per_shard, 3), np.int32)
+        # Source of each row: layer, expert, and whether there is one.
+        sources = np.zeros((layout.shards * layout.rows_per_shard, 3), np.int32)
         for layer, expert, row in layout.rows():
-            source[row] = layer, expert % local, 1
+            sources[row] = layer, expert, 1
+        source = jnp.asarray(sources)
 
-        def copy(bank: Array, source: Array) -> Array:
+        def read(bank: Array, source: Array, shard: Array | int) -> Array:
             layers, experts, filled = source.T
-            rows = bank[layers, experts].astype(jnp.float32)
-            return jnp.where(filled[:, None, None] > 0, rows, 0)
+            experts = experts - shard * bank.shape[1]
+            here = (filled > 0) & (experts >= 0) & (experts < bank.shape[1])
+            rows = bank[layers, jnp.where(here, experts, 0)]
+            return jnp.where(here[:, None, None], rows, 0)
 
-        if mesh is not None:
-            experts = PartitionSpec(RULES.experts)
-            copy = jax.shard_map(
-                copy,
-                mesh=mesh,
-                in_specs=(PartitionSpec(None, RULES.experts), experts),
-                out_specs=experts,
+        def deal_out(bank: Array, source: Array) -> Array:
+            # One row for each device at a time: all together would take as much memory on each of
+            # them as the whole bank.
+            def next_row(_: None, wanted: Array) -> tuple[None, Array]:
+                rows = read(bank, wanted, jax.lax.axis_index(EXPERT))
+                own = jax.lax.psum_scatter(rows, EXPERT, tiled=True)
+                return None, own[0].astype(jnp.float32)
+
+            by_turn = source.reshape(layout.shards, -1, 3).swapaxes(0, 1)
+            return jax.lax.scan(next_row, None, by_turn)[1]
+
+        if layout.shards == 1:
+            copy = jax.jit(lambda bank: read(bank, source, 0).astype(jnp.float32))
+        else:
+            assert mesh is not None
+            copy = jax.jit(
+                jax.shard_map(
+                    lambda bank: deal_out(bank, source),
+                    mesh=mesh,
+                    in_specs=PartitionSpec(None, RULES.experts),
+                    out_specs=PartitionSpec(RULES.experts),
+                    check_vma=False,
+                )
             )
-        copy = jax.jit(copy)
-        return cls(copy(gate_up, source), copy(down, source), layout)
+        return cls(copy(gate_up), copy(down), layout)
 
 
 def layer_window(
@@ -173,7 +221,7 @@ def layer_window(
 ) -> TunedWindow:
     """A layer's window of a device's slice of the bank.
 
-    The window may contain rows of neighbouring layers; no slot points to them, so they meet no
+    The window may contain rows of neighbouring layers; no expert's group is theirs, so they meet no
     token and receive no gradient.
     """
     start = jnp.asarray(layout.window_starts)[shard, layer]
@@ -181,4 +229,4 @@ def layer_window(
     def cut(bank: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(bank, start, layout.window)
 
-    return TunedWindow(cut(gate_up), cut(down), jnp.asarray(layout.slots)[shard, layer])
+    return TunedWindow(cut(gate_up), cut(down), jnp.asarray(layout.groups)[shard, layer])

@@ -3,6 +3,8 @@
 Letters: T tokens, K experts per token, N = T * K assignments, M of them, D model width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax.struct import dataclass
@@ -49,28 +51,36 @@ def _take_forward(x: Array, dispatch: Dispatch) -> tuple[Array, tuple[Dispatch, 
 
 def _take_backward(residuals: tuple[Dispatch, int], grad: Array) -> tuple[Array, None]:
     dispatch, tokens = residuals
-    per_token = grad[dispatch.place].reshape(tokens, -1, *grad.shape[1:])
-    return per_token.sum(axis=1), None
+    return _sum_by_token(grad, dispatch, tokens), None
 
 
 take_rows.defvjp(_take_forward, _take_backward)
 
 
-@jax.custom_vjp
-def restore_order(y: Float[Array, "N D"], dispatch: Dispatch) -> Float[Array, "N D"]:
-    """Rows back in assignment order."""
-    return y[dispatch.place]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(y: Float[Array, "N D"], dispatch: Dispatch, tokens: int) -> Float[Array, "T D"]:
+    """The sum of each of the T tokens' rows, made in float32."""
+    return _sum_by_token(y, dispatch, tokens)
 
 
-def _restore_forward(y: Array, dispatch: Dispatch) -> tuple[Array, Dispatch]:
-    return restore_order(y, dispatch), dispatch
+def _combine_forward(y: Array, dispatch: Dispatch, tokens: int) -> tuple[Array, Dispatch]:
+    return combine(y, dispatch, tokens), dispatch
 
 
-def _restore_backward(dispatch: Dispatch, grad: Array) -> tuple[Array, None]:
-    return grad[dispatch.order], None
+def _combine_backward(tokens: int, dispatch: Dispatch, grad: Array) -> tuple[Array, None]:
+    return take_rows(grad, dispatch), None
 
 
-restore_order.defvjp(_restore_forward, _restore_backward)
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _sum_by_token(rows: Array, dispatch: Dispatch, tokens: int) -> Array:
+    # A gather for each of a token's experts: they fuse into one pass that makes nothing as long as
+    # all assignments.
+    total = jnp.zeros((tokens, *rows.shape[1:]), jnp.float32)
+    for place in dispatch.place.reshape(tokens, -1).T:
+        total += rows[place]
+    return total.astype(rows.dtype)
 
 
 def piece_of(

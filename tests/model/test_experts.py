@@ -8,7 +8,10 @@ import pytest
 from esft_jax.model.experts import apply_experts
 from esft_jax.model.tuned import TunedWindow
 
-T, K, E, D, F, W = 20, 3, 4, 8, 6, 2
+T, K, D, F = 20, 3, 8, 6
+# Of 10 experts the device has the base of 3 to 6. Of its tuned ones, 9 has its base elsewhere.
+E, W, FIRST, MODEL = 4, 3, 3, 10
+TUNED = {4: 1, 6: 0, 9: 2}
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +29,44 @@ def base():
 
 
 def choices(kind):
-    ids = np.random.default_rng(2).integers(-2, E + 5, (T, K))  # most are nobody's
-    return {"some": ids, "all": ids % E, "one expert": ids * 0 + 1, "none": ids * 0 - 1}[kind]
+    ids = np.random.default_rng(2).integers(0, MODEL + 1, (T, K))  # most are nobody's
+    own = np.array([3, 4, 5, 6, 9])
+    return {"some": ids, "all": own[ids % 5], "one expert": ids * 0 + 4, "none": ids * 0 + 1}[kind]
+
+
+def window(arrays):
+    base = {FIRST + i: W + i for i in range(E)}
+    groups = jnp.array([(base | TUNED).get(expert, W + E) for expert in range(MODEL + 1)])
+    return TunedWindow(arrays["gate_up"], arrays["down"], groups)
+
+
+def apply(arrays, base, ids, piece):
+    x, gates, layer = arrays["x"], arrays["gates"], jnp.array(1)
+    return apply_experts(x, ids, gates, *base, layer, window(arrays), FIRST, piece)
 
 
 def run(arrays, base, ids, piece):
-    slots = jnp.array([-1, 1, -1, 0])
-
     def loss(arrays):
-        tuned = TunedWindow(arrays["gate_up"], arrays["down"], slots)
-        out = apply_experts(arrays["x"], ids, arrays["gates"], *base, jnp.array(1), tuned, piece)
+        out = apply(arrays, base, ids, piece)
         return (out**2).sum(), out
 
     return jax.jit(jax.grad(loss, has_aux=True))(arrays)
+
+
+def test_each_expert_is_taken_from_where_it_is(arrays, base):
+    ids = choices("some")
+    expected = np.zeros((T, D))
+    for token, k in np.ndindex(T, K):
+        expert = ids[token, k]
+        if expert in TUNED:
+            gate_up, down = (arrays[leaf][TUNED[expert]] for leaf in ("gate_up", "down"))
+        elif FIRST <= expert < FIRST + E:
+            gate_up, down = (bank[1, expert - FIRST] for bank in base)
+        else:
+            continue
+        gate, up = jnp.split(arrays["x"][token] @ gate_up, 2)
+        expected[token] += arrays["gates"][token, k] * ((jax.nn.silu(gate) * up) @ down)
+    np.testing.assert_allclose(run(arrays, base, ids, None)[1], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["some", "all", "one expert", "none"])
@@ -56,12 +84,10 @@ def test_only_asked_for_gradients_are_computed(arrays, base):
     def products(wanted):
         def loss(some):
             given = arrays | some
-            tuned = TunedWindow(given["gate_up"], given["down"], jnp.array([-1, 1, -1, 0]))
-            ids, layer = choices("all"), jnp.array(1)
-            return apply_experts(given["x"], ids, given["gates"], *base, layer, tuned, 30).sum()
+            return apply(given, base, choices("all"), 30).sum()
 
         program = str(jax.make_jaxpr(jax.grad(loss))({name: arrays[name] for name in wanted}))
-        return program.count("dot_general")
+        return program.count("dot_general") + program.count("ffi_call")
 
     everything = products(["x", "gates", "gate_up", "down"])
     assert products(["gate_up", "down"]) < everything

@@ -36,30 +36,39 @@ def test_every_selected_expert_has_its_own_row(selected, shards):
     row_of = {(layer, expert): row for layer, expert, row in layout.rows()}
     assert sorted(row_of) == chosen
     assert len(set(row_of.values())) == len(chosen)
-    # A device owns the rows of its own experts, and pads only up to the fullest device.
-    assert all(row // size == expert // local for (_, expert), row in row_of.items())
-    assert size == max(
-        sum(expert // local == shard for _, expert in chosen) for shard in range(shards)
-    )
-    # What a device looks up in a layer's window is that row; others find nothing.
+    # Devices share them out evenly: over all layers, and of each layer.
+    assert size == -(-len(chosen) // shards)
+    assert layout.window == max(-(-len(ids) // shards) for ids in selected)
+    # What a device looks up is its row, or its base expert; all others find nothing.
     assert (layout.window_starts >= 0).all()
     assert (layout.window_starts + layout.window <= size).all()
-    for shard, layer, expert in np.ndindex(shards, len(selected), local):
-        slot = layout.slots[shard, layer, expert]
-        row = row_of.get((layer, shard * local + expert))
+    nothing = layout.window + local
+    assert (layout.groups[:, :, 8] == nothing).all()
+    for shard, layer, expert in np.ndindex(shards, len(selected), 8):
+        group = layout.groups[shard, layer, expert]
+        row = row_of.get((layer, expert))
         if row is None:
-            assert slot == -1
+            own = expert // local == shard
+            assert group == (layout.window + expert % local if own else nothing)
+        elif row // size == shard:
+            assert 0 <= group < layout.window
+            assert shard * size + layout.window_starts[shard, layer] + group == row
         else:
-            assert 0 <= slot < layout.window
-            assert shard * size + layout.window_starts[shard, layer] + slot == row
+            assert group == nothing
+
+
+def test_experts_stay_with_their_base_where_there_is_room():
+    layout = TunedLayout(((0, 1, 5), (2, 6)), 8, 2)
+    owners = {(layer, expert): row // 3 for layer, expert, row in layout.rows()}
+    assert owners == {(0, 0): 0, (0, 1): 0, (0, 5): 1, (1, 2): 0, (1, 6): 1}
 
 
 def test_a_window_is_cut_from_the_devices_slice():
     layout = TunedLayout(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
     window = layer_window(bank, bank, layout, jnp.int32(2), 1)
-    assert window.gate_up[window.slots[0], 0, 0] == 1  # expert 4: second row of device 1
-    np.testing.assert_array_equal(window.slots[1:], -1)
+    assert window.gate_up[window.groups[4], 0, 0] == 1  # expert 4: second row of device 1
+    np.testing.assert_array_equal(window.groups, [6, 6, 6, 6, 1, 3, 4, 5, 6])
 
 
 def shapes(jaxpr, reverse_scans):

@@ -27,7 +27,7 @@ def emulated_tpu():
 
 
 # How to run each implementation here.
-IMPLEMENTATIONS = {"xla": nullcontext, "tpu": emulated_tpu, "gpu": nullcontext}
+IMPLEMENTATIONS = {"cpu": nullcontext, "xla": nullcontext, "tpu": emulated_tpu, "gpu": nullcontext}
 
 
 D, F = 16, 24
@@ -155,7 +155,7 @@ def test_the_platform_compiled_for_chooses(environment, kernels):
 
 
 def test_an_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="'cuda' is not one of gpu, tpu, xla"):
+    with pytest.raises(ValueError, match="'cuda' is not one of cpu, gpu, tpu, xla"):
         grouped_matmul(draw(2, D, seed=0), (draw(1, D, F, seed=1),), [2], implementation="cuda")
 
 

@@ -21,8 +21,8 @@ EXPERT_SIZE = 3 * CONFIG.hidden_size * CONFIG.expert_width
 
 
 @pytest.mark.parametrize("task", ["intent", "law"])
-# On a mesh the device with the most tuned experts decides how long every device's share is.
-@pytest.mark.parametrize(("devices", "most"), [(1, 1.001), (2, 1.13), (8, 1.3)])
+# On a mesh, all devices' shares are as long as the longest.
+@pytest.mark.parametrize(("devices", "most"), [(1, 1.001), (2, 1.01), (8, 1.05)])
 def test_masters_and_moments_are_those_of_the_tuned_experts(esft_reference, task, devices, most):
     path = esft_reference / "results" / "expert_configs" / f"{task}.json"
     experts = ExpertConfig.load(path)

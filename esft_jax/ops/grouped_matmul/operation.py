@@ -7,6 +7,7 @@ functions, which `xla.py` documents: `multiply` and `weight_gradient`.
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -20,9 +21,11 @@ from esft_jax.ops.grouped_matmul.bank import Bank
 from esft_jax.ops.platform import target_platform
 
 # Modules of this package, imported when used: kernel languages are slow to import.
-Implementation = Literal["gpu", "tpu", "xla"]
+Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 # What `None` chooses on each platform; "xla" on any other.
 _FASTEST: dict[str, Implementation] = {"gpu": "gpu", "tpu": "tpu"}
+if find_spec("numba") and find_spec("threadpoolctl"):  # the `cpu` extra
+    _FASTEST["cpu"] = "cpu"
 
 
 def grouped_matmul(

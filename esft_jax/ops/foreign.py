@@ -1,0 +1,248 @@
+"""Functions that XLA programs call on a CPU, written in Python and compiled by numba.
+
+XLA passes a `XLA_FFI_CallFrame` (`xla/ffi/api/c_api.h`, which jaxlib ships; a stable interface). It
+is made of 8-byte words, and of pointers to more of them, that are read here by their offsets. The
+functions marked `njit` are for compiled code: what is given to `register`, and what that calls.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import get_cython_function_address, intrinsic
+from threadpoolctl import ThreadpoolController
+
+# Version of the interface that the offsets below belong to.
+_MAJOR, _MINOR = 0, 3
+FLOAT32, BFLOAT16 = 11, 16  # XLA_FFI_DataType
+
+_INT64 = ir.IntType(64)
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _add_atomically(typing: Any, address: Any, amount: Any) -> Any:
+    """Add to the word at an address, and return what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", word, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _call(typing: Any, function: Any, argument: Any) -> Any:
+    """Call the C function at an address, of one pointer, that returns one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_INT64, [_INT64])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@njit
+def view(address: int, size: int, dtype: Any) -> Any:
+    """The `size` numbers that lie at an address."""
+    return carray(_pointer(address), size, dtype)
+
+
+@njit
+def _word(address: int) -> int:
+    return view(address, 1, np.int64)[0]
+
+
+class Buffer(NamedTuple):
+    """An operand or a result: address of its numbers, their type, and address of its shape."""
+
+    address: int
+    dtype: int
+    dims: int
+
+
+@njit
+def _buffer(address: int) -> Buffer:
+    dtype = int(view(address + 16, 1, np.int32)[0])
+    return Buffer(_word(address + 24), dtype, _word(address + 40))
+
+
+@njit
+def num_operands(frame: int) -> int:
+    """How many operands the function was called with."""
+    return _word(frame + 56)
+
+
+@njit
+def operand(frame: int, index: int) -> Buffer:
+    """An operand of the call."""
+    return _buffer(_word(_word(frame + 72) + 8 * index))
+
+
+@njit
+def result(frame: int, index: int) -> Buffer:
+    """A result of the call, to be written."""
+    return _buffer(_word(_word(frame + 112) + 8 * index))
+
+
+@njit
+def extent(buffer: Buffer, axis: int) -> int:
+    """Length of an axis."""
+    return _word(buffer.dims + 8 * axis)
+
+
+@njit
+def integer(buffer: Buffer, index: int) -> int:
+    """A number of an int32 operand."""
+    return int(view(buffer.address, index + 1, np.int32)[index])
+
+
+@njit
+def address_of(array: np.ndarray) -> int:
+    """Where an array's numbers lie. See `keep`."""
+    return int(np.int64(array.ctypes.data))
+
+
+@njit
+def keep(*arrays: np.ndarray) -> None:
+    """Mark the last use of arrays that were passed on by address; numba frees them after it."""
+
+
+class Matrix(NamedTuple):
+    """Float32 rows: address of the first one, and how many numbers lie between two beginnings."""
+
+    address: int
+    stride: int
+
+
+_SGEMM = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(
+    get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
+)
+
+
+@njit
+def multiply_matrices(
+    a: Matrix, b: Matrix, out: Matrix, m: int, n: int, k: int, a_turned: bool, b_turned: bool
+) -> None:
+    """`out [m, n] = a [m, k] @ b [k, n]`, by scipy's BLAS, in this thread.
+
+    Turned ones lie as `[k, m]` and `[n, k]`.
+    """
+    # BLAS counts columns first. It takes everything by address.
+    letters = np.array([84 if b_turned else 78, 84 if a_turned else 78], np.uint8)
+    lengths = np.array([n, m, k, b.stride, a.stride, out.stride], np.int32)
+    scales = np.array([1, 0], np.float32)
+    letter, length, scale = address_of(letters), address_of(lengths), address_of(scales)
+    _SGEMM(
+        *(_pointer(letter), _pointer(letter + 1)),
+        *(_pointer(length), _pointer(length + 4), _pointer(length + 8)),
+        *(_pointer(scale), _pointer(b.address), _pointer(length + 12)),
+        *(_pointer(a.address), _pointer(length + 16), _pointer(scale + 4)),
+        *(_pointer(out.address), _pointer(length + 20)),
+    )
+    keep(letters, lengths, scales)
+
+
+def _c_function(function: str) -> int:
+    address = ctypes.cast(getattr(ctypes.CDLL(None), function), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+_MALLOC, _FREE, _YIELD = _c_function("malloc"), _c_function("free"), _c_function("sched_yield")
+
+# Words that the threads of a call share.
+_NEXT, _DONE, _USERS, _TASKS, _FRAME = 0, 8, 16, 24, 32
+
+
+def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], None]) -> None:
+    """Make a function available to `jax.ffi.ffi_call` under this name.
+
+    Its tasks run on the threads of XLA, in any order and at the same time.
+
+    Args:
+        name: of the target; what is registered already stays.
+        tasks: `tasks(frame)`, how many there are.
+        run: `run(frame, index)` does one of them. Both are made by `numba.njit`.
+    """
+    if name in _registered:
+        return
+
+    @njit
+    def work(shared: int) -> None:
+        count = _word(shared + _TASKS)
+        index = _add_atomically(shared + _NEXT, 1)
+        while index < count:
+            run(_word(shared + _FRAME), index)
+            _add_atomically(shared + _DONE, 1)
+            index = _add_atomically(shared + _NEXT, 1)
+
+    @njit
+    def leave(shared: int) -> None:
+        # A thread may come when all is done; whoever leaves last frees what they share.
+        if _add_atomically(shared + _USERS, -1) == 1:
+            _call(_FREE, shared)
+
+    @cfunc(types.void(types.int64))
+    def helper(shared: Any) -> None:
+        work(shared)
+        leave(shared)
+
+    help_address = helper.address
+
+    @cfunc(types.int64(types.int64))
+    def handler(frame: Any) -> Any:
+        extension = _word(frame + 8)
+        if extension != 0 and view(extension + 8, 1, np.int32)[0] == 1:
+            # Not a call: XLA asks for the version of the interface.
+            version = view(_word(extension + 24) + 24, 2, np.int32)
+            version[0], version[1] = _MAJOR, _MINOR
+            return 0
+        api, context = _word(frame + 16), _word(frame + 24)
+        threads = np.ones(1, np.int64)
+        asked = np.array([32, 0, context, address_of(threads)])
+        _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
+        count = tasks(frame)
+        helpers = min(threads[0], count) - 1
+        shared = _call(_MALLOC, 40)
+        view(shared, 5, np.int64)[:] = np.array([0, 0, helpers + 1, count, frame])
+        scheduled = np.array([40, 0, context, help_address, shared])
+        for _ in range(helpers):
+            _call(_word(api + 136), address_of(scheduled))  # XLA_FFI_ThreadPool_Schedule
+        work(shared)
+        while _add_atomically(shared + _DONE, 0) < count:
+            _call(_YIELD, 0)  # another thread is at its last task
+        leave(shared)
+        keep(threads, asked, scheduled)
+        return 0  # no error
+
+    _keep_blas_to_one_thread()
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype = ctypes.py_object
+    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    jax.ffi.register_ffi_target(name, new_capsule(handler.address, None, None), platform="cpu")
+    _registered[name] = (helper, handler)
+
+
+_registered: dict[str, Any] = {}  # compiled functions must live as long as XLA may call them
+
+
+def _keep_blas_to_one_thread() -> None:
+    """Tasks are what runs side by side. Threads of scipy's BLAS (not numpy's) would come on top,
+    and take cores from XLA while they wait for work.
+    """
+    for library in ThreadpoolController().lib_controllers:
+        if {"scipy", "scipy.libs"} & set(Path(library.filepath).parts):
+            library.set_num_threads(1)

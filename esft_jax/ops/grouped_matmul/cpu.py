@@ -1,0 +1,199 @@
+"""Grouped products on a CPU, by BLAS: rows and matrices are read where they lie.
+
+XLA can multiply only what it has cut out, and only row counts that are known when it compiles. So
+this is a foreign function (`ops/foreign.py`); it needs the `cpu` extra.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from numba import njit
+
+from esft_jax.ops import foreign
+from esft_jax.ops.foreign import (
+    BFLOAT16,
+    Buffer,
+    Matrix,
+    address_of,
+    extent,
+    integer,
+    keep,
+    multiply_matrices,
+    num_operands,
+    operand,
+    result,
+    view,
+)
+from esft_jax.ops.grouped_matmul.bank import Bank
+
+# At most so many rows and columns of a result are one task of a thread.
+ROWS, COLUMNS = 256, 1024
+# Numbers of a weight gradient that are one task: they stay in a core's cache.
+GRADIENT = 2**17
+
+
+def multiply(
+    x: Float[Array, "N C"],
+    banks: tuple[Bank, ...],
+    group_sizes: Int[Array, " G"],
+    *,
+    transposed: bool,
+) -> Float[Array, "N O"]:
+    """See `xla.multiply`.
+
+    Raises:
+        ValueError: a type other than float32 and bfloat16.
+    """
+    stacks = [bank.stack for bank in banks]
+    _check_types(x, *stacks)
+    foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
+    out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
+    layers = jnp.stack([bank.layer for bank in banks])
+    call = jax.ffi.ffi_call("esft_jax_multiply", out)
+    return call(x, group_sizes, layers, jnp.int32(transposed), *stacks)
+
+
+def weight_gradient(
+    x: Float[Array, "N D"],
+    grad: Float[Array, "N F"],
+    group_sizes: Int[Array, " G"],
+    first: int,
+    count: int,
+) -> Float[Array, "count D F"]:
+    """See `xla.weight_gradient`."""
+    _check_types(x, grad)
+    foreign.register("esft_jax_weight_gradient", _gradient_tasks, _gradient)
+    out = jax.ShapeDtypeStruct((count, x.shape[1], grad.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("esft_jax_weight_gradient", out)(x, grad, group_sizes, jnp.int32(first))
+
+
+def _check_types(*arrays: Array) -> None:
+    for array in arrays:
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"grouped_matmul: 'cpu' takes float32 and bfloat16, not {array.dtype}")
+
+
+@njit
+def _pieces(total: int, size: int) -> int:
+    return -(-total // size)
+
+
+@njit
+def _read(buffer: Buffer, first: int, rows: int, columns: int, stride: int) -> tuple:
+    """A part of a buffer in float32, from its number `first` on, and what must be kept meanwhile.
+
+    What is bfloat16 is copied.
+    """
+    if buffer.dtype != BFLOAT16:
+        return Matrix(buffer.address + 4 * first, stride), np.empty(0, np.uint32)
+    wide = np.empty(rows * columns, np.uint32)
+    narrow = view(buffer.address + 2 * first, (rows - 1) * stride + columns, np.uint16)
+    for row in range(rows):
+        for column in range(columns):
+            wide[row * columns + column] = np.uint32(narrow[row * stride + column]) << np.uint32(16)
+    return Matrix(address_of(wide), columns), wide
+
+
+@njit
+def _round(product: np.ndarray, out: Buffer, first: int, columns: int, stride: int) -> None:
+    """Write float32 rows as bfloat16 ones, to the nearest, ties to even."""
+    bits = product.view(np.uint32)
+    rows = product.size // columns
+    narrow = view(out.address + 2 * first, (rows - 1) * stride + columns, np.uint16)
+    for i in range(product.size):
+        upper = bits[i] >> np.uint32(16)
+        if np.isnan(product[i]):
+            rounded = upper | np.uint32(0x40)
+        else:
+            rounded = (bits[i] + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
+        narrow[i // columns * stride + i % columns] = rounded
+
+
+@njit
+def _multiply_tasks(frame: int) -> int:
+    sizes, outer = operand(frame, 1), extent(result(frame, 0), 1)
+    total = 0
+    for group in range(extent(sizes, 0)):
+        total += _pieces(integer(sizes, group), ROWS)
+    return total * _pieces(outer, COLUMNS) + 1
+
+
+@njit
+def _multiply(frame: int, index: int) -> None:
+    x, sizes, layers = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    turned = integer(operand(frame, 3), 0) != 0
+    out = result(frame, 0)
+    rows, inner, outer = extent(x, 0), extent(x, 1), extent(out, 1)
+    # The task's column, and its piece among those of all groups.
+    across = _pieces(outer, COLUMNS)
+    piece, column = index // across, index % across * COLUMNS
+    columns = min(COLUMNS, outer - column)
+    begin = group = 0
+    for source in range(4, num_operands(frame)):
+        stack = operand(frame, source)
+        for expert in range(extent(stack, 1)):
+            size = integer(sizes, group)
+            here = _pieces(size, ROWS)
+            if piece < here:
+                begin += piece * ROWS
+                length = min(ROWS, size - piece * ROWS)
+                first = integer(layers, source - 4) * extent(stack, 1) + expert
+                first = first * inner * outer + column * (inner if turned else 1)
+                if turned:
+                    matrix, kept = _read(stack, first, columns, inner, inner)
+                else:
+                    matrix, kept = _read(stack, first, inner, columns, outer)
+                taken, kept_rows = _read(x, begin * inner, length, inner, inner)
+                place = begin * outer + column
+                if out.dtype == BFLOAT16:
+                    product = np.empty(length * columns, np.float32)
+                    wide = Matrix(address_of(product), columns)
+                    multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
+                    _round(product, out, place, columns, outer)
+                else:
+                    wide = Matrix(out.address + 4 * place, outer)
+                    multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
+                keep(kept, kept_rows)
+                return
+            piece -= here
+            begin += size
+            group += 1
+    item = 2 if out.dtype == BFLOAT16 else 4  # the last task: rows of nobody
+    view(out.address + item * begin * outer, item * (rows - begin) * outer, np.uint8)[:] = 0
+
+
+@njit
+def _gradient_rows(inner: int, outer: int) -> int:
+    return max(1, min(inner, GRADIENT // outer))
+
+
+@njit
+def _gradient_tasks(frame: int) -> int:
+    out = result(frame, 0)
+    inner, outer = extent(out, 1), extent(out, 2)
+    return extent(out, 0) * _pieces(inner, _gradient_rows(inner, outer))
+
+
+@njit
+def _gradient(frame: int, index: int) -> None:
+    x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    out = result(frame, 0)
+    inner, outer = extent(out, 1), extent(out, 2)
+    rows = _gradient_rows(inner, outer)
+    down = _pieces(inner, rows)
+    place, row = index // down, index % down * rows
+    rows = min(rows, inner - row)
+    group = integer(operand(frame, 3), 0) + place
+    begin = 0
+    for before in range(group):
+        begin += integer(sizes, before)
+    length = integer(sizes, group)
+    address = out.address + 4 * (place * inner + row) * outer
+    if length == 0:
+        view(address, rows * outer, np.float32)[:] = 0
+        return
+    left, kept_left = _read(x, begin * inner + row, length, rows, inner)
+    right, kept_right = _read(grad, begin * outer, length, outer, outer)
+    multiply_matrices(left, right, Matrix(address, outer), rows, outer, length, True, False)
+    keep(kept_left, kept_right)
