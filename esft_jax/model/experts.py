@@ -28,13 +28,13 @@ from esft_jax.ops.dispatch import (
     sort_by_group,
     take_rows,
 )
-from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.ops.grouped_matmul import LearnedLayer, grouped_matmul
 
 
 class RoutedExperts(nnx.Module):
     """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
 
-    In a scan over layers that does not train them they are those of all layers, `[L, E, ...]`.
+    In a scan over layers they are those of all layers, `[L, E, ...]`, or a `LearnedLayer` of them.
     """
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
@@ -46,16 +46,16 @@ class RoutedExperts(nnx.Module):
 class _Banks(NamedTuple):
     """Matrices of all groups in order: of the tuned experts, if there are any, and of the base."""
 
-    gate_up: tuple[Float[Array, "*L _ D F2"], ...]
-    down: tuple[Float[Array, "*L _ F D"], ...]
+    gate_up: tuple[Float[Array, "*L _ D F2"] | LearnedLayer, ...]
+    down: tuple[Float[Array, "*L _ F D"] | LearnedLayer, ...]
 
 
 def apply_experts(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
-    gate_up: Float[Array, "*L _ D F2"],
-    down: Float[Array, "*L _ F D"],
+    gate_up: Float[Array, "*L _ D F2"] | LearnedLayer,
+    down: Float[Array, "*L _ F D"] | LearnedLayer,
     layer: Int[Array, ""],
     tuned: TunedWindow | None,
     first: Int[Array, ""] | int = 0,

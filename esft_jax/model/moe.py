@@ -8,6 +8,7 @@ weights never move.
 import math
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
@@ -21,6 +22,7 @@ from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.model.tuned import TunedExperts, TunedLayout, layer_window
+from esft_jax.ops.grouped_matmul import LearnedLayer
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
 ROOM = 1.25
@@ -51,7 +53,7 @@ class MoE(nnx.Module):
         shape = x.shape
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
-        banks = (self.experts.gate_up[...], self.experts.down[...])
+        banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
         tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
         apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
         if mesh is None or mesh.size == 1:
@@ -59,11 +61,13 @@ class MoE(nnx.Module):
                 out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
-            stacked = PartitionSpec(*[None] * (banks[0].ndim - 3), RULES.experts)
+            stacked: Any = PartitionSpec(*[None] * (len(banks[0].shape) - 3), RULES.experts)
+            if isinstance(banks[0], LearnedLayer):
+                stacked = LearnedLayer._make((stacked, experts))
             out = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), stacked, experts),
+                in_specs=(batch, batch, batch, PartitionSpec(), (stacked, stacked), experts),
                 out_specs=batch,
                 check_vma=False,
             )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
@@ -77,7 +81,7 @@ def _apply_on_shard(
     expert_ids: Int[Array, "B S K"],
     gates: Float[Array, "B S K"],
     layer: Int[Array, ""],
-    banks: tuple[Array, Array],
+    banks: tuple[Array | LearnedLayer, Array | LearnedLayer],
     tuned_banks: tuple[Array, Array] | None,
     *,
     layout: TunedLayout | None,

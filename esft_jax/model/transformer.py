@@ -5,6 +5,7 @@ Blocks of one kind are stacked on a leading `layers` axis and run under `jax.lax
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.tuned import TunedExperts
+from esft_jax.ops.grouped_matmul import LearnedLayer
 
 
 @dataclass
@@ -119,9 +121,8 @@ class Transformer(nnx.Module):
 
         Args:
             remat: what the backward pass computes again.
-            experts_learn: base experts are differentiated. Each layer's are then cut out of their
-                stack, so that their gradients exist for one layer at a time; otherwise they are
-                read where they lie.
+            experts_learn: base experts are differentiated. Without it they can be too, but the
+                gradient of every layer is then made as large as that of all.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -150,7 +151,6 @@ class Transformer(nnx.Module):
 
         # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
         # enters, so that the backward pass never reaches them.
-        read_whole = None if experts_learn else _is_base_expert
         total = len(self.config.moe_layers)
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
         x, below = _scan_blocks(
@@ -159,7 +159,6 @@ class Transformer(nnx.Module):
             x,
             stop=first,
             remat=remat,
-            read_whole=read_whole,
         )
         x, above = _scan_blocks(
             partial(moe_layer, tuned=self.tuned_experts),
@@ -168,7 +167,7 @@ class Transformer(nnx.Module):
             start=first,
             stop=total,
             remat=remat,
-            read_whole=read_whole,
+            experts_learn=experts_learn,
         )
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *filter(None, (below, above)))
         return self.norm(constrain_batch(x, self.mesh)), router
@@ -231,7 +230,7 @@ class Transformer(nnx.Module):
             x, new = _scan_blocks(dense_layer, self.dense_blocks, x, below)
             caches.append(new)
         above = jax.tree.map(lambda c: c[first:], cache)
-        x, new = _scan_blocks(moe_layer, self.moe_blocks, x, above, read_whole=_is_base_expert)
+        x, new = _scan_blocks(moe_layer, self.moe_blocks, x, above)
         cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches, new)
         return self.logits(self.norm(x)), cache
 
@@ -262,29 +261,37 @@ def _scan_blocks(
     start: int = 0,
     stop: int | None = None,
     remat: Remat = "none",
-    read_whole: Callable[[tuple, nnx.Variable], bool] | None = None,
+    experts_learn: bool = False,
 ) -> tuple:
     """Run layers `start` to `stop` of a stack: `layer(block, x, index, *inputs) -> (x, output)`.
 
-    A part of the stack is read by index instead of being sliced, which would copy its weights.
-
-    Args:
-        read_whole: parameters that every layer sees as the stack they are.
+    Base experts are read where they lie; cutting a layer's out would copy them. A part of the stack
+    is read by index, for the same reason.
     """
-    graph, *states = nnx.split(stack, read_whole or nnx.Nothing(), ...)
-    whole, params = states
+    graph, *states = nnx.split(stack, _is_base_expert, ...)
+    experts, params = states
     total = jax.tree.leaves(params)[0].shape[0]
     stop = total if stop is None else stop
     if start == stop:
         return x, None
     indices = jnp.arange(start, stop, dtype=jnp.int32)
-    run = REMAT[remat](
-        lambda x, params, index, *inputs: layer(nnx.merge(graph, whole, params), x, index, *inputs)
-    )
+    # What is differentiated must enter the scan layer by layer, or a gradient of all layers would
+    # exist for each.
+    learned = experts if experts_learn else None
+    read = jax.lax.stop_gradient(experts) if experts_learn else experts
+
+    @REMAT[remat]
+    def run(
+        x: Array, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
+    ) -> tuple:
+        used = read if learned is None else jax.tree.map(LearnedLayer, read, learned)
+        return layer(nnx.merge(graph, used, params), x, index, *inputs)
+
     if (start, stop) == (0, total):
-        return jax.lax.scan(lambda x, xs: run(x, *xs), x, (params, indices, *inputs))
+        return jax.lax.scan(lambda x, xs: run(x, *xs), x, (params, learned, indices, *inputs))
 
     def by_index(x: Array, index: Array) -> tuple:
-        return run(x, jax.tree.map(lambda p: p[index], params), index)
+        params_here, learned_here = jax.tree.map(lambda p: p[index], (params, learned))
+        return run(x, params_here, learned_here, index)
 
     return jax.lax.scan(by_index, x, indices)

@@ -11,7 +11,7 @@ from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.ops.grouped_matmul import LearnedLayer, grouped_matmul
 from esft_jax.ops.grouped_matmul.xla import COVERED
 
 
@@ -101,6 +101,19 @@ class TestEveryImplementation:
         out, dx, (dtuned, dstack) = self.run(x, (tuned, stack), sizes, cotangent, 2)
         jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dstack[2])), expected)
         assert not np.any(np.delete(dstack, 2, axis=0))
+
+    def test_a_learned_layer_gets_the_gradient_and_is_not_read(self):
+        tuned, stack = draw(2, D, F, seed=1), draw(4, 3, D, F, seed=2)
+        sizes, x, cotangent = (
+            np.array(CASES["uneven"], np.int32),
+            draw(N, D, seed=0),
+            draw(N, F, seed=3),
+        )
+        expected = self.run(x, (tuned, stack[2]), sizes, cotangent)
+        learned = LearnedLayer(stack, np.full_like(stack[2], np.nan))
+        out, dx, (dtuned, dlearned) = self.run(x, (tuned, learned), sizes, cotangent, 2)
+        jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dlearned.own)), expected)
+        assert not np.any(dlearned.stack)
 
     def test_one_bank_of_fewer_rows_than_a_block(self):
         assert COVERED[0] > 10
