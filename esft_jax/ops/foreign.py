@@ -134,16 +134,25 @@ _SGEMM = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(
 
 @njit
 def multiply_matrices(
-    a: Matrix, b: Matrix, out: Matrix, m: int, n: int, k: int, a_turned: bool, b_turned: bool
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    m: int,
+    n: int,
+    k: int,
+    a_turned: bool,
+    b_turned: bool,
+    factor: float = 1.0,
+    before: float = 0.0,
 ) -> None:
-    """`out [m, n] = a [m, k] @ b [k, n]`, by scipy's BLAS, in this thread.
+    """`out [m, n] = factor * a [m, k] @ b [k, n] + before * out`, by scipy's BLAS, in this thread.
 
     Turned ones lie as `[k, m]` and `[n, k]`.
     """
     # BLAS counts columns first. It takes everything by address.
     letters = np.array([84 if b_turned else 78, 84 if a_turned else 78], np.uint8)
     lengths = np.array([n, m, k, b.stride, a.stride, out.stride], np.int32)
-    scales = np.array([1, 0], np.float32)
+    scales = np.array([factor, before], np.float32)
     letter, length, scale = address_of(letters), address_of(lengths), address_of(scales)
     _SGEMM(
         *(_pointer(letter), _pointer(letter + 1)),

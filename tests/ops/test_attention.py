@@ -11,7 +11,7 @@ from esft_jax.ops.attention import causal_attention, masked_attention, xla
 
 B, S, H, R, W = 2, 24, 2, 4, 3
 SCALE = 0.7
-IMPLEMENTATIONS = ("xla", "tpu", "gpu")
+IMPLEMENTATIONS = ("cpu", "xla", "tpu", "gpu")
 
 
 def make_inputs(length, width, value_width):
@@ -77,7 +77,7 @@ def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
 
 
 def test_an_unknown_implementation_is_named(inputs):
-    with pytest.raises(ValueError, match="'cudnn' is not one of gpu, tpu, xla"):
+    with pytest.raises(ValueError, match="'cudnn' is not one of cpu, gpu, tpu, xla"):
         causal_attention(*inputs, SCALE, implementation="cudnn")
 
 

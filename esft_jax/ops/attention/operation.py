@@ -7,14 +7,13 @@ with a differentiable `causal_attention`, as below without the last argument.
 from importlib import import_module
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from esft_jax.ops.platform import target_platform
+from esft_jax.ops.platform import fastest_implementation
 
 # Modules of this package, imported when used: kernel languages are slow to import.
-Implementation = Literal["gpu", "tpu", "xla"]
-# What `None` chooses on each platform; "xla" on any other.
-_FASTEST: dict[str, Implementation] = {"gpu": "gpu", "tpu": "tpu"}
+Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
 # The name, for `jax.checkpoint` policies, of what the backward pass needs of the forward pass
 # beside queries, keys and values: the result, and one number per query.
@@ -42,7 +41,9 @@ def causal_attention(
         ValueError: `implementation` is unknown.
     """
     if implementation is None:
-        implementation = _FASTEST.get(target_platform(), "xla")
+        implementation = fastest_implementation()
+        if implementation == "cpu" and query.dtype != jnp.float32:
+            implementation = "xla"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"attention: implementation {implementation!r} is not one of {known}")

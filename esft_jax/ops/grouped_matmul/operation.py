@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -19,14 +18,10 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from esft_jax.ops.grouped_matmul.bank import Bank, LearnedLayer
-from esft_jax.ops.platform import target_platform
+from esft_jax.ops.platform import fastest_implementation
 
 # Modules of this package, imported when used: kernel languages are slow to import.
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
-# What `None` chooses on each platform; "xla" on any other.
-_FASTEST: dict[str, Implementation] = {"gpu": "gpu", "tpu": "tpu"}
-if find_spec("numba") and find_spec("threadpoolctl"):  # the `cpu` extra
-    _FASTEST["cpu"] = "cpu"
 
 
 def grouped_matmul(
@@ -61,7 +56,9 @@ def grouped_matmul(
     type: with tuned and frozen experts in two banks, frozen ones cost nothing.
     """
     if implementation is None:
-        implementation = _FASTEST.get(target_platform(), "xla")
+        implementation = fastest_implementation()
+        if implementation == "cpu" and x.dtype not in (jnp.float32, jnp.bfloat16):
+            implementation = "xla"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")

@@ -1,0 +1,260 @@
+"""Attention on a CPU, by BLAS: queries, keys and values are read where they lie.
+
+A foreign function (`ops/foreign.py`); it needs the `cpu` extra. The algorithm is that of `xla.py`,
+with two savings: a block of queries meets only keys of its own documents, and nothing is copied to
+bring heads together.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+from numba import njit
+
+from esft_jax.ops import foreign
+from esft_jax.ops.attention.operation import KEPT
+from esft_jax.ops.foreign import (
+    Matrix,
+    address_of,
+    extent,
+    keep,
+    multiply_matrices,
+    operand,
+    result,
+    view,
+)
+
+BLOCK = 128  # queries per block
+
+
+def causal_attention(
+    query: Float[Array, "B S H R"],
+    key: Float[Array, "B S H R"],
+    value: Float[Array, "B S H W"],
+    segment_ids: Int[Array, "B S"],
+    scale: float,
+) -> Float[Array, "B S H W"]:
+    """As `operation.causal_attention`.
+
+    Raises:
+        ValueError: a type other than float32.
+    """
+    for array in (query, key, value):
+        if array.dtype != jnp.float32:
+            raise ValueError(f"attention: 'cpu' takes float32, not {array.dtype}")
+    foreign.register("esft_jax_attention", _blocks, _attend)
+    foreign.register("esft_jax_attention_gradient", _heads, _gradient)
+    return _causal_attention(scale, query, key, value, segment_ids.astype(jnp.int32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal_attention(
+    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+) -> Float[Array, "B S H W"]:
+    return _forward(scale, query, key, value, segment_ids)[0]
+
+
+def _forward(
+    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+) -> tuple[Array, tuple]:
+    batch, length, heads, _ = query.shape
+    call = jax.ffi.ffi_call(
+        "esft_jax_attention",
+        (
+            jax.ShapeDtypeStruct(value.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+    )
+    mixed, denominators = (
+        checkpoint_name(x, KEPT) for x in call(query, key, value, segment_ids, jnp.float32(scale))
+    )
+    return mixed, (query, key, value, segment_ids, mixed, denominators)
+
+
+def _backward(scale: float, residuals: tuple, grad: Float[Array, "B S H W"]) -> tuple:
+    query, key, value, *_ = residuals
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
+    call = jax.ffi.ffi_call("esft_jax_attention_gradient", shapes)
+    return *call(*residuals, grad, jnp.float32(scale)), None
+
+
+_causal_attention.defvjp(_forward, _backward)
+
+
+# From here on, code for numba. A head's matrix in an array `[B, S, H, _]`, from a token on, has the
+# width of all heads as its stride.
+
+
+@njit
+def _matrix(array: foreign.Buffer, row: int, token: int, head: int) -> Matrix:
+    length, heads, width = extent(array, 1), extent(array, 2), extent(array, 3)
+    place = ((row * length + token) * heads + head) * width
+    return Matrix(array.address + 4 * place, heads * width)
+
+
+@njit
+def _first_key(segments: np.ndarray, start: int, stop: int) -> int:
+    """The first token that may be in a document of the queries `start` to `stop`."""
+    lowest, highest = segments[start:stop].min(), segments[start:stop].max()
+    first = 0
+    while segments[first] < lowest or segments[first] > highest:
+        first += 1
+    return first
+
+
+@njit
+def _number(frame: int, index: int) -> float:
+    return float(view(operand(frame, index).address, 1, np.float32)[0])
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+# The natural logarithm of 2 in two parts, of which the first has few digits.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SMALLEST = np.float32(-87)  # its exponential is nearly the smallest number
+_HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1), np.float32(0)
+_C2, _C3, _C4, _C5, _C6, _C7 = (
+    np.float32(c)
+    for c in (
+        5.0000001201e-1,
+        1.6666665459e-1,
+        4.1665795894e-2,
+        8.3334519073e-3,
+        1.3981999507e-3,
+        1.9875691500e-4,
+    )
+)
+
+
+@njit(fastmath={"contract", "reassoc", "nsz", "arcp"})
+def _exponentials(
+    scores: np.ndarray, top: float, segments: np.ndarray, own: int, powers: np.ndarray
+) -> float:
+    """Replace scores by the exponentials of what they are over `top`, or by 0 where the key is of
+    another document; and their sum.
+
+    Written so that the loops become vector instructions (Cephes' polynomial, as in `expf`).
+    """
+    bits = powers.view(np.int32)
+    for j in range(scores.size):
+        x = min(max(scores[j] - top, _SMALLEST), _ZERO)
+        n = np.floor(x * _LOG2_E + _HALF)
+        r = x - n * _LN2_HIGH - n * _LN2_LOW
+        series = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
+        scores[j] = (series * r * r + r + _ONE) * (_ONE if segments[j] == own else _ZERO)
+        bits[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    total = _ZERO
+    for j in range(scores.size):
+        scores[j] *= powers[j]
+        total += scores[j]
+    return total
+
+
+@njit
+def _blocks(frame: int) -> int:
+    query = operand(frame, 0)
+    return extent(query, 0) * extent(query, 2) * -(-extent(query, 1) // BLOCK)
+
+
+@njit
+def _attend(frame: int, index: int) -> None:
+    query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    mixed, denominators = result(frame, 0), result(frame, 1)
+    length, heads = extent(query, 1), extent(query, 2)
+    blocks = -(-length // BLOCK)
+    row, head, start = index // blocks // heads, index // blocks % heads, index % blocks * BLOCK
+    stop = min(start + BLOCK, length)
+    segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
+    first = _first_key(segments, start, stop)
+    width = stop - first
+    scores, powers = np.zeros((stop - start, width), np.float32), np.empty(width, np.float32)
+    weights = Matrix(address_of(scores), width)
+    multiply_matrices(
+        *(_matrix(query, row, start, head), _matrix(key, row, first, head), weights),
+        *(stop - start, width, extent(query, 3), False, True, _number(frame, 4)),
+    )
+    totals = np.empty(stop - start, np.float32)
+    logs = view(denominators.address + 4 * (row * heads + head) * length, length, np.float32)
+    for i in range(start, stop):
+        seen = scores[i - start, : i + 1 - first]
+        top = seen[-1]  # a token sees itself
+        for j in range(seen.size):
+            if segments[first + j] == segments[i]:
+                top = max(top, seen[j])
+        total = _exponentials(seen, top, segments[first : i + 1], segments[i], powers)
+        scores[i - start, i + 1 - first :] = 0
+        totals[i - start] = total
+        logs[i] = top + np.log(total)
+    out = _matrix(mixed, row, start, head)
+    multiply_matrices(
+        *(weights, _matrix(value, row, first, head), out),
+        *(stop - start, extent(value, 3), width, False, False),
+    )
+    for i in range(stop - start):
+        view(out.address + 4 * i * out.stride, extent(value, 3), np.float32)[:] /= totals[i]
+    keep(scores)
+
+
+@njit
+def _heads(frame: int) -> int:
+    query = operand(frame, 0)
+    return extent(query, 0) * extent(query, 2)
+
+
+@njit
+def _clear(matrix: Matrix, rows: int, columns: int) -> None:
+    for i in range(rows):
+        view(matrix.address + 4 * i * matrix.stride, columns, np.float32)[:] = 0
+
+
+@njit
+def _gradient(frame: int, index: int) -> None:
+    """Of one head of one row: blocks add to what its keys and values get."""
+    query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    mixed, grad, scale = operand(frame, 4), operand(frame, 6), _number(frame, 7)
+    dquery, dkey, dvalue = result(frame, 0), result(frame, 1), result(frame, 2)
+    length, heads, inner, outer = (
+        *(extent(query, 1), extent(query, 2)),
+        extent(query, 3),
+        extent(value, 3),
+    )
+    row, head = index // heads, index % heads
+    segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
+    logs = view(operand(frame, 5).address + 4 * index * length, length, np.float32)
+    _clear(_matrix(dkey, row, 0, head), length, inner)
+    _clear(_matrix(dvalue, row, 0, head), length, outer)
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first = _first_key(segments, start, stop)
+        rows, width = stop - start, stop - first
+        scores, dscores = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
+        powers = np.empty(width, np.float32)
+        weights, dweights = Matrix(address_of(scores), width), Matrix(address_of(dscores), width)
+        q, k = _matrix(query, row, start, head), _matrix(key, row, first, head)
+        g, v = _matrix(grad, row, start, head), _matrix(value, row, first, head)
+        multiply_matrices(q, k, weights, rows, width, inner, False, True, scale)
+        multiply_matrices(g, v, dweights, rows, width, outer, False, True)
+        out = _matrix(mixed, row, start, head)
+        for i in range(rows):
+            seen = start + i + 1 - first
+            own = segments[start + i]
+            _exponentials(
+                scores[i, :seen], logs[start + i], segments[first : first + seen], own, powers
+            )
+            # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
+            mean = (
+                view(g.address + 4 * i * g.stride, outer, np.float32)
+                * view(out.address + 4 * i * out.stride, outer, np.float32)
+            ).sum()
+            for j in range(seen):
+                dscores[i, j] = scores[i, j] * (dscores[i, j] - mean) * scale
+            scores[i, seen:] = 0
+            dscores[i, seen:] = 0
+        dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, head)
+        dv = _matrix(dvalue, row, first, head)
+        multiply_matrices(dweights, k, dq, rows, inner, width, False, False)
+        multiply_matrices(dweights, q, dk, width, inner, rows, True, False, 1.0, 1.0)
+        multiply_matrices(weights, g, dv, width, outer, rows, True, False, 1.0, 1.0)
+        keep(scores, dscores)
