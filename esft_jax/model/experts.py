@@ -28,13 +28,13 @@ from esft_jax.ops.dispatch import (
     sort_by_group,
     take_rows,
 )
-from esft_jax.ops.grouped_matmul import LearnedLayer, grouped_matmul
+from esft_jax.ops.grouped_matmul import Bank, grouped_matmul
 
 
 class RoutedExperts(nnx.Module):
     """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
 
-    In a scan over layers they are those of all layers, `[L, E, ...]`, or a `LearnedLayer` of them.
+    In a scan over layers they are those of all layers, `[L, E, ...]`, or a `LearnedStack`.
     """
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
@@ -43,20 +43,39 @@ class RoutedExperts(nnx.Module):
         self.down = params.weight((experts, width, size), ("experts", None, None))
 
 
+class LearnedStack(NamedTuple):
+    """A layer's base experts while they are trained: those of all layers, which are read, and the
+    layer's own, which are differentiated (`Bank.own`).
+    """
+
+    stack: Float[Array, "L E _ _"]
+    own: Float[Array, "E _ _"]
+
+
+# A layer's base experts: alone, or among those of all layers.
+BaseExperts = Float[Array, "*L E _ _"] | LearnedStack
+
+
+def base_bank(experts: BaseExperts, layer: Int[Array, ""]) -> Float[Array, "E _ _"] | Bank:
+    """The matrices of a layer."""
+    if isinstance(experts, LearnedStack):
+        return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
+    return Bank.layer_of(experts, layer) if experts.ndim == 4 else experts
+
+
 class _Banks(NamedTuple):
     """Matrices of all groups in order: of the tuned experts, if there are any, and of the base."""
 
-    gate_up: tuple[Float[Array, "*L _ D F2"] | LearnedLayer, ...]
-    down: tuple[Float[Array, "*L _ F D"] | LearnedLayer, ...]
+    gate_up: tuple[Float[Array, "_ D F2"] | Bank, ...]
+    down: tuple[Float[Array, "_ F D"] | Bank, ...]
 
 
 def apply_experts(
     x: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     gates: Float[Array, "T K"],
-    gate_up: Float[Array, "*L _ D F2"] | LearnedLayer,
-    down: Float[Array, "*L _ F D"] | LearnedLayer,
-    layer: Int[Array, ""],
+    gate_up: Float[Array, "_ D F2"] | Bank,
+    down: Float[Array, "_ F D"] | Bank,
     tuned: TunedWindow | None,
     first: Int[Array, ""] | int = 0,
     piece: int | None = None,
@@ -71,7 +90,7 @@ def apply_experts(
         piece: assignments that are computed at once, where most are nobody's here: as many pieces
             run as it takes, and nothing is as long as all assignments but indices.
     """
-    local = gate_up.shape[-3]
+    local = len(gate_up)
     banks = _Banks((gate_up,), (down,))
     if tuned is None:
         here = (expert_ids >= first) & (expert_ids < first + local)
@@ -82,8 +101,8 @@ def apply_experts(
     dispatch = sort_by_group(groups, num_groups)
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
-        return _in_pieces(piece, x, flat, banks, dispatch, layer)
-    return _at_once(x, flat, banks, dispatch, layer)
+        return _in_pieces(piece, x, flat, banks, dispatch)
+    return _at_once(x, flat, banks, dispatch)
 
 
 def _apply_to_rows(
@@ -91,12 +110,11 @@ def _apply_to_rows(
     gates: Float[Array, " M"],
     banks: _Banks,
     group_sizes: Int[Array, " G"],
-    layer: Int[Array, ""],
 ) -> Float[Array, "M D"]:
     """For each of the sorted rows, its expert's output times its gate."""
-    both = checkpoint_name(grouped_matmul(rows, banks.gate_up, group_sizes, layer), GATE_UP)
+    both = checkpoint_name(grouped_matmul(rows, banks.gate_up, group_sizes), GATE_UP)
     # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
-    return grouped_matmul(gated_silu(both) * gates[:, None], banks.down, group_sizes, layer)
+    return grouped_matmul(gated_silu(both) * gates[:, None], banks.down, group_sizes)
 
 
 # Of all that is as long as the assignments, only the first product outlives the forward pass;
@@ -111,11 +129,10 @@ def _at_once(
     gates: Float[Array, " N"],
     banks: _Banks,
     dispatch: Dispatch,
-    layer: Int[Array, ""],
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, all of them at once."""
     rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
-    rows = _apply_to_rows(rows, gates, banks, dispatch.group_sizes, layer)
+    rows = _apply_to_rows(rows, gates, banks, dispatch.group_sizes)
     return combine(rows, dispatch, len(x))
 
 
@@ -126,7 +143,6 @@ def _in_pieces(
     gates: Float[Array, " N"],
     banks: _Banks,
     dispatch: Dispatch,
-    layer: Int[Array, ""],
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, a piece of the sorted ones at a time.
 
@@ -136,7 +152,7 @@ def _in_pieces(
 
     def add_piece(i: Array, out: Array) -> Array:
         order, sizes = piece_of(dispatch, i, piece)
-        rows = _apply_to_rows(x[order // top_k], gates[order], banks, sizes, layer)
+        rows = _apply_to_rows(x[order // top_k], gates[order], banks, sizes)
         return add_to_tokens(out, rows, dispatch, i * piece)
 
     out = jnp.zeros(x.shape, jnp.float32)
@@ -166,18 +182,17 @@ def _forward(
     gates: CustomVJPPrimal,
     banks: _Banks,
     dispatch: Dispatch,
-    layer: CustomVJPPrimal,
 ) -> tuple[Array, tuple]:
     def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
         return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
 
-    values = each(lambda leaf: leaf.value, (x, gates, banks, dispatch, layer))
+    values = each(lambda leaf: leaf.value, (x, gates, banks, dispatch))
     needed = _Needed(each(lambda leaf: leaf.perturbed, (x, gates, banks)))
     return _in_pieces(piece, *values), (*values, needed)
 
 
 def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
-    x, gates, banks, dispatch, layer, needed = residuals
+    x, gates, banks, dispatch, needed = residuals
     top_k = gates.size // len(x)
 
     def add_piece(i: Array, sums: tuple) -> tuple:
@@ -192,7 +207,7 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
                 operands,
                 is_leaf=lambda leaf: leaf is None,
             )
-            return _apply_to_rows(rows, row_gates, all_banks, sizes, layer)
+            return _apply_to_rows(rows, row_gates, all_banks, sizes)
 
         _, pull = jax.vjp(apply, *needed.of(*operands))
         # Rows of nobody are 0, and so are their gradients.
@@ -206,7 +221,7 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
 
     zeros = jax.tree.map(jnp.zeros_like, needed.of(x.astype(jnp.float32), gates, banks))
     dx, *others = jax.lax.fori_loop(0, _pieces(dispatch, piece), add_piece, zeros)
-    return None if dx is None else dx.astype(x.dtype), *others, None, None
+    return None if dx is None else dx.astype(x.dtype), *others, None
 
 
 _in_pieces.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -17,12 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.experts import RoutedExperts, apply_experts
+from esft_jax.model.experts import (
+    BaseExperts,
+    LearnedStack,
+    RoutedExperts,
+    apply_experts,
+    base_bank,
+)
 from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.model.tuned import TunedExperts, TunedLayout, layer_window
-from esft_jax.ops.grouped_matmul import LearnedLayer
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
 ROOM = 1.25
@@ -61,13 +66,13 @@ class MoE(nnx.Module):
                 out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
-            stacked: Any = PartitionSpec(*[None] * (len(banks[0].shape) - 3), RULES.experts)
-            if isinstance(banks[0], LearnedLayer):
-                stacked = LearnedLayer._make((stacked, experts))
+            base: Any = PartitionSpec(None, RULES.experts)
+            if isinstance(banks[0], LearnedStack):
+                base = LearnedStack._make((base, experts))
             out = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), (stacked, stacked), experts),
+                in_specs=(batch, batch, batch, PartitionSpec(), (base, base), experts),
                 out_specs=batch,
                 check_vma=False,
             )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
@@ -81,7 +86,7 @@ def _apply_on_shard(
     expert_ids: Int[Array, "B S K"],
     gates: Float[Array, "B S K"],
     layer: Int[Array, ""],
-    banks: tuple[Array | LearnedLayer, Array | LearnedLayer],
+    base: tuple[BaseExperts, BaseExperts],
     tuned_banks: tuple[Array, Array] | None,
     *,
     layout: TunedLayout | None,
@@ -100,8 +105,9 @@ def _apply_on_shard(
     if tuned_banks is not None and layout is not None:
         tuned = layer_window(*tuned_banks, layout, layer, shard)
     piece = None if shards == 1 else _piece(expert_ids.size, shards)
-    first = shard * banks[0].shape[-3]
-    out = apply_experts(x, expert_ids, gates, *banks, layer, tuned, first, piece)
+    gate_up, down = (base_bank(experts, layer) for experts in base)
+    first = shard * len(gate_up)
+    out = apply_experts(x, expert_ids, gates, gate_up, down, tuned, first, piece)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
     return out.reshape(shape)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esft_jax.mesh import constrain_batch
 from esft_jax.model.attention import LatentAttention, LatentCache
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.experts import LearnedStack
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
@@ -26,7 +27,6 @@ from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.tuned import TunedExperts
-from esft_jax.ops.grouped_matmul import LearnedLayer
 
 
 @dataclass
@@ -278,13 +278,12 @@ def _scan_blocks(
     # What is differentiated must enter the scan layer by layer, or a gradient of all layers would
     # exist for each.
     learned = experts if experts_learn else None
-    read = jax.lax.stop_gradient(experts) if experts_learn else experts
 
     @REMAT[remat]
     def run(
         x: Array, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
     ) -> tuple:
-        used = read if learned is None else jax.tree.map(LearnedLayer, read, learned)
+        used = experts if learned is None else jax.tree.map(LearnedStack, experts, learned)
         return layer(nnx.merge(graph, used, params), x, index, *inputs)
 
     if (start, stop) == (0, total):

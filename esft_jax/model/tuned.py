@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from esft_jax.mesh import EXPERT, RULES
+from esft_jax.ops.grouped_matmul import Bank
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ class TunedWindow(NamedTuple):
             row of the window, W + a base expert of the device, or W + all of these for nothing.
     """
 
-    gate_up: Float[Array, "W D F2"]
-    down: Float[Array, "W F D"]
+    gate_up: Float[Array, "W D F2"] | Bank
+    down: Float[Array, "W F D"] | Bank
     groups: Int[Array, " E+1"]
 
 
@@ -226,7 +227,8 @@ def layer_window(
     """
     start = jnp.asarray(layout.window_starts)[shard, layer]
 
-    def cut(bank: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(bank, start, layout.window)
+    def window(bank: Array) -> Bank:
+        own = jax.lax.dynamic_slice_in_dim(bank, start, layout.window)
+        return Bank(jax.lax.stop_gradient(bank), start, layout.window, own)
 
-    return TunedWindow(cut(gate_up), cut(down), jnp.asarray(layout.groups)[shard, layer])
+    return TunedWindow(window(gate_up), window(down), jnp.asarray(layout.groups)[shard, layer])

@@ -80,12 +80,6 @@ def _buffer(address: int) -> Buffer:
 
 
 @njit
-def num_operands(frame: int) -> int:
-    """How many operands the function was called with."""
-    return _word(frame + 56)
-
-
-@njit
 def operand(frame: int, index: int) -> Buffer:
     """An operand of the call."""
     return _buffer(_word(_word(frame + 72) + 8 * index))

@@ -7,6 +7,7 @@ import pytest
 
 from esft_jax.model.experts import apply_experts
 from esft_jax.model.tuned import TunedWindow
+from esft_jax.ops.grouped_matmul import Bank
 
 T, K, D, F = 20, 3, 8, 6
 # Of 10 experts the device has the base of 3 to 6. Of its tuned ones, 9 has its base elsewhere.
@@ -41,8 +42,8 @@ def window(arrays):
 
 
 def apply(arrays, base, ids, piece):
-    x, gates, layer = arrays["x"], arrays["gates"], jnp.array(1)
-    return apply_experts(x, ids, gates, *base, layer, window(arrays), FIRST, piece)
+    banks = [Bank.layer_of(stack, 1) for stack in base]
+    return apply_experts(arrays["x"], ids, arrays["gates"], *banks, window(arrays), FIRST, piece)
 
 
 def run(arrays, base, ids, piece):

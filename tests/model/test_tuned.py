@@ -67,7 +67,9 @@ def test_a_window_is_cut_from_the_devices_slice():
     layout = TunedLayout(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
     window = layer_window(bank, bank, layout, jnp.int32(2), 1)
-    assert window.gate_up[window.groups[4], 0, 0] == 1  # expert 4: second row of device 1
+    # Expert 4: second row of device 1.
+    assert window.gate_up.matrices[window.gate_up.first + window.groups[4], 0, 0] == 1
+    assert window.gate_up.own[window.groups[4], 0, 0] == 1
     np.testing.assert_array_equal(window.groups, [6, 6, 6, 6, 1, 3, 4, 5, 6])
 
 

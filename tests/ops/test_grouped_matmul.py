@@ -11,7 +11,7 @@ from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from esft_jax.ops.grouped_matmul import LearnedLayer, grouped_matmul
+from esft_jax.ops.grouped_matmul import Bank, grouped_matmul
 from esft_jax.ops.grouped_matmul.xla import COVERED
 
 
@@ -58,9 +58,9 @@ def reference(x, matrices, sizes, cotangent):
 
 
 @partial(jax.jit, static_argnums=0)
-def run(implementation, x, banks, sizes, cotangent, layer=0):
+def run(implementation, x, banks, sizes, cotangent):
     def multiply(x, banks):
-        return grouped_matmul(x, banks, sizes, layer, implementation=implementation)
+        return grouped_matmul(x, banks, sizes, implementation=implementation)
 
     out, pull = jax.vjp(multiply, x, banks)
     return out, *pull(cotangent)
@@ -90,30 +90,24 @@ class TestEveryImplementation:
         banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
         self.check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
 
-    def test_a_layer_of_a_stack(self):
-        tuned, stack = draw(2, D, F, seed=1), draw(4, 3, D, F, seed=2)
+    def test_a_part_of_an_array(self):
+        tuned, more = draw(2, D, F, seed=1), draw(9, D, F, seed=2)
         sizes, x, cotangent = (
             np.array(CASES["uneven"], np.int32),
             draw(N, D, seed=0),
             draw(N, F, seed=3),
         )
-        expected = self.run(x, (tuned, stack[2]), sizes, cotangent)
-        out, dx, (dtuned, dstack) = self.run(x, (tuned, stack), sizes, cotangent, 2)
-        jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dstack[2])), expected)
-        assert not np.any(np.delete(dstack, 2, axis=0))
-
-    def test_a_learned_layer_gets_the_gradient_and_is_not_read(self):
-        tuned, stack = draw(2, D, F, seed=1), draw(4, 3, D, F, seed=2)
-        sizes, x, cotangent = (
-            np.array(CASES["uneven"], np.int32),
-            draw(N, D, seed=0),
-            draw(N, F, seed=3),
-        )
-        expected = self.run(x, (tuned, stack[2]), sizes, cotangent)
-        learned = LearnedLayer(stack, np.full_like(stack[2], np.nan))
-        out, dx, (dtuned, dlearned) = self.run(x, (tuned, learned), sizes, cotangent, 2)
-        jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dlearned.own)), expected)
-        assert not np.any(dlearned.stack)
+        expected = self.run(x, (tuned, more[4:7]), sizes, cotangent)
+        bank = Bank(more, np.float32(4), 3)  # as a float: `jax.vjp` takes no integers
+        out, dx, (dtuned, dbank) = self.run(x, (tuned, bank), sizes, cotangent)
+        found = (out, dx, (dtuned, dbank.matrices[4:7]))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert not np.any(np.delete(dbank.matrices, [4, 5, 6], axis=0))
+        # What is differentiated in its place gets the gradient, and is not read.
+        bank = bank.replace(own=np.full_like(more[4:7], np.nan))
+        out, dx, (dtuned, dbank) = self.run(x, (tuned, bank), sizes, cotangent)
+        jax.tree.map(np.testing.assert_array_equal, (out, dx, (dtuned, dbank.own)), expected)
+        assert not np.any(dbank.matrices)
 
     def test_one_bank_of_fewer_rows_than_a_block(self):
         assert COVERED[0] > 10

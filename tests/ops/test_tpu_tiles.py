@@ -123,7 +123,7 @@ def test_matrices_cut_in_both_directions(monkeypatch):
         plan = (7, 4, 64, d, f, jnp.float32, (jnp.float32, jnp.float32))
         blocks = multiply_widths(*plan)
         assert blocks.inner < d and blocks.outer < f
-        layers = tuple(Bank(bank[None], jnp.int32(0)) for bank in banks)
+        layers = tuple(Bank(bank, jnp.int32(0), len(bank)) for bank in banks)
         forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, sizes)
         gradient = jax.jit(lambda *a: weight_gradient(*a, 2, 2))(x, grad, sizes)
     group = np.repeat(np.arange(4), sizes)

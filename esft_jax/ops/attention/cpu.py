@@ -106,8 +106,8 @@ def _first_key(segments: np.ndarray, start: int, stop: int) -> int:
 
 
 @njit
-def _number(frame: int, index: int) -> float:
-    return float(view(operand(frame, index).address, 1, np.float32)[0])
+def _number(frame: int, index: int) -> np.float32:
+    return view(operand(frame, index).address, 1, np.float32)[0]
 
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -131,7 +131,7 @@ _C2, _C3, _C4, _C5, _C6, _C7 = (
 @njit(fastmath={"contract", "reassoc", "nsz", "arcp"})
 def _exponentials(
     scores: np.ndarray, top: float, segments: np.ndarray, own: int, powers: np.ndarray
-) -> float:
+) -> np.float32:
     """Replace scores by the exponentials of what they are over `top`, or by 0 where the key is of
     another document; and their sum.
 

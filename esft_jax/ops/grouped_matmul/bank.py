@@ -1,46 +1,41 @@
-"""The matrices of consecutive groups, as the implementations of the grouped matmul read them."""
+"""The matrices of consecutive groups, read where they lie."""
 
-from typing import NamedTuple
-
-from flax.struct import dataclass
+from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int
 
 
 @dataclass
 class Bank:
-    """One layer of a stack of matrices, without being cut out of it.
+    """Some matrices of an array that may hold others too; cutting them out would copy them.
 
     Attributes:
-        stack: the matrices of all layers.
-        layer: the one that is meant.
+        matrices: the array.
+        first: where in it they begin.
+        count: how many they are.
+        own: what is differentiated in their place, if anything. Its values are those of the
+            matrices, are never read, and so never computed; a gradient of the array would be as
+            large as all of it.
     """
 
-    stack: Float[Array, "L E D F"]
-    layer: Int[Array, ""]
+    matrices: Float[Array, "M D F"]
+    first: Int[Array, ""] | int
+    count: int = field(pytree_node=False)
+    own: Float[Array, "count D F"] | None = None
+
+    @classmethod
+    def layer_of(
+        cls,
+        stack: Float[Array, "L E D F"],
+        layer: Int[Array, ""] | int,
+        own: Float[Array, "E D F"] | None = None,
+    ) -> "Bank":
+        """The matrices of one layer."""
+        experts, *shape = stack.shape[1:]
+        return cls(stack.reshape(-1, *shape), layer * experts, experts, own)
 
     def __len__(self) -> int:
-        return self.stack.shape[1]
+        return self.count
 
     def width(self, *, transposed: bool) -> int:
         """Columns of a product with its matrices, or with their transposes."""
-        return self.stack.shape[2 if transposed else 3]
-
-
-class LearnedLayer(NamedTuple):
-    """One layer of a stack that is differentiated.
-
-    Cutting it out would copy it, and a gradient of the stack would be as large as all layers. So it
-    is read where it lies, and the gradient is that of the layer alone.
-
-    Attributes:
-        stack: what is read.
-        own: the layer's matrices, which are never read: nothing computes them.
-    """
-
-    stack: Float[Array, "L _ D F"]
-    own: Float[Array, "_ D F"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the stack."""
-        return self.stack.shape
+        return self.matrices.shape[1 if transposed else 2]

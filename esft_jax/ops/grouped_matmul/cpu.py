@@ -20,7 +20,6 @@ from esft_jax.ops.foreign import (
     integer,
     keep,
     multiply_matrices,
-    num_operands,
     operand,
     result,
     view,
@@ -45,13 +44,14 @@ def multiply(
     Raises:
         ValueError: a type other than float32 and bfloat16.
     """
-    stacks = [bank.stack for bank in banks]
-    _check_types(x, *stacks)
+    arrays = [bank.matrices for bank in banks]
+    _check_types(x, *arrays)
     foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
     out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
-    layers = jnp.stack([bank.layer for bank in banks])
+    firsts = jnp.stack([bank.first for bank in banks])
+    counts = jnp.array([len(bank) for bank in banks], jnp.int32)
     call = jax.ffi.ffi_call("esft_jax_multiply", out)
-    return call(x, group_sizes, layers, jnp.int32(transposed), *stacks)
+    return call(x, group_sizes, firsts, counts, jnp.int32(transposed), *arrays)
 
 
 def weight_gradient(
@@ -121,8 +121,9 @@ def _multiply_tasks(frame: int) -> int:
 
 @njit
 def _multiply(frame: int, index: int) -> None:
-    x, sizes, layers = operand(frame, 0), operand(frame, 1), operand(frame, 2)
-    turned = integer(operand(frame, 3), 0) != 0
+    x, sizes = operand(frame, 0), operand(frame, 1)
+    firsts, counts = operand(frame, 2), operand(frame, 3)
+    turned = integer(operand(frame, 4), 0) != 0
     out = result(frame, 0)
     rows, inner, outer = extent(x, 0), extent(x, 1), extent(out, 1)
     # The task's column, and its piece among those of all groups.
@@ -130,29 +131,29 @@ def _multiply(frame: int, index: int) -> None:
     piece, column = index // across, index % across * COLUMNS
     columns = min(COLUMNS, outer - column)
     begin = group = 0
-    for source in range(4, num_operands(frame)):
-        stack = operand(frame, source)
-        for expert in range(extent(stack, 1)):
+    for bank in range(extent(firsts, 0)):
+        matrices = operand(frame, 5 + bank)
+        for place in range(integer(counts, bank)):
             size = integer(sizes, group)
             here = _pieces(size, ROWS)
             if piece < here:
                 begin += piece * ROWS
                 length = min(ROWS, size - piece * ROWS)
-                first = integer(layers, source - 4) * extent(stack, 1) + expert
-                first = first * inner * outer + column * (inner if turned else 1)
+                first = (integer(firsts, bank) + place) * inner * outer
+                first += column * (inner if turned else 1)
                 if turned:
-                    matrix, kept = _read(stack, first, columns, inner, inner)
+                    matrix, kept = _read(matrices, first, columns, inner, inner)
                 else:
-                    matrix, kept = _read(stack, first, inner, columns, outer)
+                    matrix, kept = _read(matrices, first, inner, columns, outer)
                 taken, kept_rows = _read(x, begin * inner, length, inner, inner)
-                place = begin * outer + column
+                target = begin * outer + column
                 if out.dtype == BFLOAT16:
                     product = np.empty(length * columns, np.float32)
                     wide = Matrix(address_of(product), columns)
                     multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
-                    _round(product, out, place, columns, outer)
+                    _round(product, out, target, columns, outer)
                 else:
-                    wide = Matrix(out.address + 4 * place, outer)
+                    wide = Matrix(out.address + 4 * target, outer)
                     multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
                 keep(kept, kept_rows)
                 return

@@ -76,14 +76,14 @@ def multiply(
         columns = pl.cdiv(width, tile.columns)
         panels = pl.cdiv(columns, tile.panel)
         return pl.pallas_call(
-            partial(_multiply_kernel, tile=tile, transposed=transposed),
+            partial(_multiply_kernel, counts=[*map(len, banks)], tile=tile, transposed=transposed),
             out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
             # Programs that are neighbours along the first axis run together.
             grid=(pl.cdiv(columns, panels), schedule.shape[1], panels),
             compiler_params=tile.compiler_params,
             interpret=interpret,
             name="grouped_matmul",
-        )(schedule, jnp.stack([bank.layer for bank in banks]), x, *(bank.stack for bank in banks))
+        )(schedule, jnp.stack([b.first for b in banks]), x, *(b.matrices for b in banks))
 
     return _on_platform(run, x, group_sizes, *banks)
 
@@ -175,9 +175,10 @@ def _store(ref: jax.Ref, tile: Array, rows: _Part, columns: _Part, *index: Array
 
 def _multiply_kernel(
     schedule: jax.Ref,
-    layers: jax.Ref,
+    firsts: jax.Ref,
     x: jax.Ref,
     *banks_and_out: jax.Ref,
+    counts: list[int],
     tile: Tiles,
     transposed: bool,
 ) -> None:
@@ -189,11 +190,11 @@ def _multiply_kernel(
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     exists = columns.start < out.shape[1]
 
-    def product(bank: jax.Ref, *matrix: Array) -> Array:
+    def product(bank: jax.Ref, matrix: Array) -> Array:
         def step(i: Array, total: Array) -> Array:
             inner = _Part(i * tile.step, tile.step, x.shape[1])
             left = _load(x, rows, inner)
-            right = _load(bank, *((columns, inner) if transposed else (inner, columns)), *matrix)
+            right = _load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
             return total + jax.lax.dot_general(
                 left,
                 right.astype(left.dtype),
@@ -203,16 +204,16 @@ def _multiply_kernel(
 
         return jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, total)
 
-    first = 0
-    for i, bank in enumerate(banks):
+    begin = 0
+    for i, (bank, count) in enumerate(zip(banks, counts, strict=True)):
 
-        @pl.when(exists & (group >= first) & (group < first + bank.shape[1]))
-        def _(i: int = i, bank: jax.Ref = bank, first: int = first) -> None:
-            _store(out, product(bank, layers[i], group - first), rows, columns)
+        @pl.when(exists & (group >= begin) & (group < begin + count))
+        def _(i: int = i, bank: jax.Ref = bank, begin: int = begin) -> None:
+            _store(out, product(bank, firsts[i] + group - begin), rows, columns)
 
-        first += bank.shape[1]
+        begin += count
 
-    @pl.when(exists & (group == first))
+    @pl.when(exists & (group == begin))
     def _() -> None:
         _store(out, total, rows, columns)
 

@@ -44,13 +44,13 @@ def multiply(
     x = _pad_to_tile(x, piece)
     (rows, in_width), tile, nobody = x.shape, PIECES * piece, len(group_sizes)
     out_width = banks[0].width(transposed=transposed)
-    firsts = np.cumsum([0, *map(len, banks)])[:-1].tolist()
-    ranges = [(first, len(bank)) for first, bank in zip(firsts, banks, strict=True)]
+    begins = np.cumsum([0, *map(len, banks)])[:-1].tolist()
+    ranges = [(begin, len(bank)) for begin, bank in zip(begins, banks, strict=True)]
     total = group_sizes.sum()
     sizes = jnp.append(group_sizes, rows - total)
     visits, num_visits = plan_visits(jnp.cumsum(sizes) - sizes, sizes, rows, piece)
     last_tile = jnp.maximum(total - 1, 0)[None] // tile
-    layers = jnp.stack([bank.layer for bank in banks])
+    firsts = jnp.stack([bank.first for bank in banks])
     inner, outer = multiply_widths(
         len(visits.tile),
         nobody,
@@ -58,7 +58,7 @@ def multiply(
         in_width,
         out_width,
         x.dtype,
-        [bank.stack.dtype for bank in banks],
+        [bank.matrices.dtype for bank in banks],
     )
     parts = in_width // inner
 
@@ -71,14 +71,15 @@ def multiply(
         return jnp.minimum(visits.tile[v], last_tile[0]), jnp.where(idle, parts - 1, c)
 
     def bank_block(
-        bank: int, o: Array, v: Array, c: Array, visits: Visits, _: jax.Ref, layers: jax.Ref
+        bank: int, o: Array, v: Array, c: Array, visits: Visits, _: jax.Ref, firsts: jax.Ref
     ) -> tuple:
-        first, count = ranges[bank]
-        row = visits.group[v] - first
+        begin, count = ranges[bank]
+        row = visits.group[v] - begin
         c = jnp.where(row < 0, 0, jnp.where(row < count, c, parts - 1))
-        return layers[bank], jnp.clip(row, 0, count - 1), *((o, c) if transposed else (c, o))
+        row = firsts[bank] + jnp.clip(row, 0, count - 1)
+        return row, *((o, c) if transposed else (c, o))
 
-    matrix = (None, None, *((outer, inner) if transposed else (inner, outer)))
+    matrix = (None, *((outer, inner) if transposed else (inner, outer)))
     out = pl.pallas_call(
         partial(_multiply_kernel, ranges=ranges, nobody=nobody, piece=piece, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((rows, out_width), x.dtype),
@@ -94,14 +95,14 @@ def multiply(
         ),
         compiler_params=_compiler_params(),
         name="grouped_matmul",
-    )(visits, last_tile, layers, x, *(bank.stack for bank in banks))
+    )(visits, last_tile, firsts, x, *(bank.matrices for bank in banks))
     return out[:own_rows]
 
 
 def _multiply_kernel(
     visits: Visits,
     _last_tile: jax.Ref,
-    _layers: jax.Ref,
+    _firsts: jax.Ref,
     x: jax.Ref,
     *refs: jax.Ref,
     ranges: list[tuple[int, int]],

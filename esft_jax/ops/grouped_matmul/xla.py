@@ -53,7 +53,7 @@ def multiply(
                 first: int = first,
             ) -> Array:
                 g = groups[i]
-                matrix = bank.stack[bank.layer, g - first].astype(x.dtype)
+                matrix = bank.matrices[bank.first + g - first].astype(x.dtype)
 
                 def piece(j: Array | int, out: Array) -> Array:
                     start, valid = _window(starts[g] + j * size, ends[g], size, rows)
