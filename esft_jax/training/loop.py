@@ -85,7 +85,10 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
     if run.step_bytes is not None:
         mebibytes = run.step_bytes / 2**20
-        say(f"train step: {mebibytes:,.0f} MiB of arguments and temporaries per device")
+        say(
+            f"train step: {mebibytes:,.0f} MiB of arguments and temporaries per device; "
+            f"compiled in {run.compile_seconds:.1f} s"
+        )
     with closing(run.checkpoints):
         outcome = run.train()
         path = None if outcome.tuned is None else run.write_result(outcome)
@@ -162,6 +165,8 @@ class _Run:
         self.graph, tuned, self.frozen = partition(model, experts)
         self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
+        layout = model.tuned_experts.layout if model.tuned_experts else None
+        self.tuned_rows = layout and hashlib.sha256(repr(layout.rows()).encode()).hexdigest()
         self._compile(tuned)
         self.checkpoints = Checkpoints(self.folder.checkpoints, self._facts())
         self.best_loss: float | None = None
@@ -179,7 +184,9 @@ class _Run:
         )
         example = place_batch(self._empty_batch(train.batch_size), self.mesh)
         jitted = jit_train_step(step, self.shardings)
+        begin = time.perf_counter()
         self.train_step = jitted.lower(self.state, self.frozen, example).compile()
+        self.compile_seconds = time.perf_counter() - begin
         # Not every backend reports it.
         memory = self.train_step.memory_analysis()
         self.step_bytes = (
@@ -198,6 +205,7 @@ class _Run:
             "experts": experts,
             "data_sha256": self.train_set.stats.sha256,
             "expert_shards": self.setup.mesh.shape["expert"],
+            "tuned_rows": self.tuned_rows,
         }
 
     def train(self) -> _Outcome:
