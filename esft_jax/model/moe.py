@@ -66,19 +66,23 @@ class MoE(nnx.Module):
                 out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
-            base: Any = PartitionSpec(None, RULES.experts)
-            if isinstance(banks[0], LearnedStack):
-                base = LearnedStack._make((base, experts))
+            base = tuple(map(_partition, banks))
             out = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), (base, base), experts),
+                in_specs=(batch, batch, batch, PartitionSpec(), base, experts),
                 out_specs=batch,
                 check_vma=False,
             )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, routed
+
+
+def _partition(experts: BaseExperts) -> Any:
+    if isinstance(experts, LearnedStack):
+        return LearnedStack._make(map(_partition, experts))
+    return PartitionSpec(*[None] * (experts.ndim - 3), RULES.experts)
 
 
 def _apply_on_shard(

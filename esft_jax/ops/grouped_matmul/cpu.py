@@ -26,10 +26,10 @@ from esft_jax.ops.foreign import (
 )
 from esft_jax.ops.grouped_matmul.bank import Bank
 
-# At most so many rows and columns of a result are one task of a thread.
+# At most so many rows and columns of a result are one task of a thread. A weight gradient's stay in
+# a core's cache while they are summed.
 ROWS, COLUMNS = 256, 1024
-# Numbers of a weight gradient that are one task: they stay in a core's cache.
-GRADIENT = 2**17
+GRADIENT_ROWS, GRADIENT_COLUMNS = 256, 1024
 
 
 def multiply(
@@ -165,15 +165,10 @@ def _multiply(frame: int, index: int) -> None:
 
 
 @njit
-def _gradient_rows(inner: int, outer: int) -> int:
-    return max(1, min(inner, GRADIENT // outer))
-
-
-@njit
 def _gradient_tasks(frame: int) -> int:
     out = result(frame, 0)
-    inner, outer = extent(out, 1), extent(out, 2)
-    return extent(out, 0) * _pieces(inner, _gradient_rows(inner, outer))
+    down = _pieces(extent(out, 1), GRADIENT_ROWS)
+    return extent(out, 0) * down * _pieces(extent(out, 2), GRADIENT_COLUMNS)
 
 
 @njit
@@ -181,20 +176,21 @@ def _gradient(frame: int, index: int) -> None:
     x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     out = result(frame, 0)
     inner, outer = extent(out, 1), extent(out, 2)
-    rows = _gradient_rows(inner, outer)
-    down = _pieces(inner, rows)
-    place, row = index // down, index % down * rows
-    rows = min(rows, inner - row)
+    down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, GRADIENT_COLUMNS)
+    place, row = index // (down * across), index // across % down * GRADIENT_ROWS
+    column = index % across * GRADIENT_COLUMNS
+    rows, columns = min(GRADIENT_ROWS, inner - row), min(GRADIENT_COLUMNS, outer - column)
     group = integer(operand(frame, 3), 0) + place
     begin = 0
     for before in range(group):
         begin += integer(sizes, before)
     length = integer(sizes, group)
-    address = out.address + 4 * (place * inner + row) * outer
+    target = Matrix(out.address + 4 * ((place * inner + row) * outer + column), outer)
     if length == 0:
-        view(address, rows * outer, np.float32)[:] = 0
+        for i in range(rows):
+            view(target.address + 4 * i * outer, columns, np.float32)[:] = 0
         return
     left, kept_left = _read(x, begin * inner + row, length, rows, inner)
-    right, kept_right = _read(grad, begin * outer, length, outer, outer)
-    multiply_matrices(left, right, Matrix(address, outer), rows, outer, length, True, False)
+    right, kept_right = _read(grad, begin * outer + column, length, columns, outer)
+    multiply_matrices(left, right, target, rows, columns, length, True, False)
     keep(kept_left, kept_right)
