@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, RULES
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.experts import (
     BaseExperts,
@@ -27,7 +27,7 @@ from esft_jax.model.experts import (
 from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
-from esft_jax.model.tuned import TunedExperts, TunedLayout, layer_window
+from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout, layer_window
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
 ROOM = 1.25
@@ -48,12 +48,14 @@ class MoE(nnx.Module):
         keep: Bool[Array, "B S"],
         layer: Int[Array, ""],
         tuned: TunedExperts | None,
+        carried: Carried | None,
         mesh: Mesh | None,
-    ) -> tuple[Float[Array, "B S D"], RouterOutput]:
+    ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
         Args:
             layer: this layer's index among the MoE layers, to find its experts.
+            carried: of the tuned experts, from layer to layer (`carry_banks`).
         """
         shape = x.shape
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
@@ -63,20 +65,24 @@ class MoE(nnx.Module):
         apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
         if mesh is None or mesh.size == 1:
             with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
-                out = apply(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, shards=1)
+                out, carried = apply(
+                    *(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, carried),
+                    shards=1,
+                )
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
             base = tuple(map(_partition, banks))
-            out = jax.shard_map(
+            copies = PartitionSpec(DATA, RULES.experts)
+            out, carried = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), base, experts),
-                out_specs=batch,
+                in_specs=(batch, batch, batch, PartitionSpec(), base, experts, copies),
+                out_specs=(batch, copies),
                 check_vma=False,
-            )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks)
+            )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, carried)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        return out, routed
+        return out, routed, carried
 
 
 def _partition(experts: BaseExperts) -> Any:
@@ -92,10 +98,11 @@ def _apply_on_shard(
     layer: Int[Array, ""],
     base: tuple[BaseExperts, BaseExperts],
     tuned_banks: tuple[Array, Array] | None,
+    carried: Carried | None,
     *,
     layout: TunedLayout | None,
     shards: int,
-) -> Float[Array, "B S D"]:
+) -> tuple[Float[Array, "B S D"], Carried | None]:
     """One device's part: its own tokens in and out, its own experts for the whole group."""
     shape = x.shape
     x, expert_ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, gates))
@@ -106,15 +113,15 @@ def _apply_on_shard(
             jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
         )
     tuned = None
-    if tuned_banks is not None and layout is not None:
-        tuned = layer_window(*tuned_banks, layout, layer, shard)
+    if tuned_banks is not None and layout is not None and carried is not None:
+        tuned, carried = layer_window(*tuned_banks, carried, layout, layer, shard)
     piece = None if shards == 1 else _piece(expert_ids.size, shards)
     gate_up, down = (base_bank(experts, layer) for experts in base)
     first = shard * len(gate_up)
     out = apply_experts(x, expert_ids, gates, gate_up, down, tuned, first, piece)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
-    return out.reshape(shape)
+    return out.reshape(shape), carried
 
 
 def _piece(assignments: int, shards: int) -> int:

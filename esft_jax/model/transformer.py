@@ -26,7 +26,7 @@ from esft_jax.model.params import ParamFactory
 from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
-from esft_jax.model.tuned import TunedExperts
+from esft_jax.model.tuned import Carried, TunedExperts, carry_banks
 
 
 @dataclass
@@ -144,26 +144,31 @@ class Transformer(nnx.Module):
                 remat=remat,
             )
 
-        def moe_layer(block: Block, x: Array, layer: Array, tuned: TunedExperts | None) -> tuple:
+        def moe_layer(
+            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | None
+        ) -> tuple:
+            x, carried = carry
             x = attend(block, x)
-            out, router = block.moe(block.ffn_norm(x), keep, layer, tuned, self.mesh)
-            return x + out, router
+            out, router, carried = block.moe(
+                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh
+            )
+            return (x + out, carried), router
 
         # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
         # enters, so that the backward pass never reaches them.
         total = len(self.config.moe_layers)
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
-        x, below = _scan_blocks(
+        (x, _), below = _scan_blocks(
             partial(moe_layer, tuned=None),
             self.moe_blocks,
-            x,
+            (x, None),
             stop=first,
             remat=remat,
         )
-        x, above = _scan_blocks(
+        (x, _), above = _scan_blocks(
             partial(moe_layer, tuned=self.tuned_experts),
             self.moe_blocks,
-            x,
+            (x, self._carried()),
             start=first,
             stop=total,
             remat=remat,
@@ -218,10 +223,13 @@ class Transformer(nnx.Module):
             x, cache = attend(block, x, cache)
             return _feed_forward(block, x), cache
 
-        def moe_layer(block: Block, x: Array, layer: Array, cache: LatentCache) -> tuple:
+        def moe_layer(block: Block, carry: tuple, layer: Array, cache: LatentCache) -> tuple:
+            x, carried = carry
             x, cache = attend(block, x, cache)
-            out, _ = block.moe(block.ffn_norm(x), keep, layer, self.tuned_experts, self.mesh)
-            return x + out, cache
+            out, _, carried = block.moe(
+                block.ffn_norm(x), keep, layer, self.tuned_experts, carried, self.mesh
+            )
+            return (x + out, carried), cache
 
         first = self.config.first_dense_layers
         x, caches = self._embed(tokens), []
@@ -230,9 +238,12 @@ class Transformer(nnx.Module):
             x, new = _scan_blocks(dense_layer, self.dense_blocks, x, below)
             caches.append(new)
         above = jax.tree.map(lambda c: c[first:], cache)
-        x, new = _scan_blocks(moe_layer, self.moe_blocks, x, above)
+        (x, _), new = _scan_blocks(moe_layer, self.moe_blocks, (x, self._carried()), above)
         cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches, new)
         return self.logits(self.norm(x)), cache
+
+    def _carried(self) -> Carried | None:
+        return carry_banks(self.tuned_experts, self.mesh) if self.tuned_experts else None
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return constrain_batch(self.embedding[...][tokens].astype(self.dtype), self.mesh)
@@ -256,14 +267,16 @@ def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 def _scan_blocks(
     layer: Callable,
     stack: Block,
-    x: Array,
+    carry: Any,
     *inputs: LatentCache,
     start: int = 0,
     stop: int | None = None,
     remat: Remat = "none",
     experts_learn: bool = False,
 ) -> tuple:
-    """Run layers `start` to `stop` of a stack: `layer(block, x, index, *inputs) -> (x, output)`.
+    """Run layers `start` to `stop` of a stack.
+
+    Each is `layer(block, carry, index, *inputs) -> (carry, output)`.
 
     Base experts are read where they lie; cutting a layer's out would copy them. A part of the stack
     is read by index, for the same reason.
@@ -273,7 +286,7 @@ def _scan_blocks(
     total = jax.tree.leaves(params)[0].shape[0]
     stop = total if stop is None else stop
     if start == stop:
-        return x, None
+        return carry, None
     indices = jnp.arange(start, stop, dtype=jnp.int32)
     # What is differentiated must enter the scan layer by layer, or a gradient of all layers would
     # exist for each.
@@ -281,16 +294,16 @@ def _scan_blocks(
 
     @REMAT[remat]
     def run(
-        x: Array, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
+        carry: Any, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
     ) -> tuple:
         used = experts if learned is None else jax.tree.map(LearnedStack, experts, learned)
-        return layer(nnx.merge(graph, used, params), x, index, *inputs)
+        return layer(nnx.merge(graph, used, params), carry, index, *inputs)
 
     if (start, stop) == (0, total):
-        return jax.lax.scan(lambda x, xs: run(x, *xs), x, (params, learned, indices, *inputs))
+        return jax.lax.scan(lambda c, xs: run(c, *xs), carry, (params, learned, indices, *inputs))
 
-    def by_index(x: Array, index: Array) -> tuple:
+    def by_index(carry: Any, index: Array) -> tuple:
         params_here, learned_here = jax.tree.map(lambda p: p[index], (params, learned))
-        return run(x, params_here, learned_here, index)
+        return run(carry, params_here, learned_here, index)
 
-    return jax.lax.scan(by_index, x, indices)
+    return jax.lax.scan(by_index, carry, indices)

@@ -8,17 +8,17 @@ that a run differentiates, keeps moments for, and saves.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, RULES
 from esft_jax.ops.grouped_matmul import Bank
 
 
@@ -213,22 +213,70 @@ class TunedExperts(nnx.Module):
         return cls(copy(gate_up), copy(down), layout)
 
 
+Carried = tuple[Float[Array, "N R D F2"], Float[Array, "N R F D"]]
+
+
+def carry_banks(tuned: TunedExperts, mesh: Mesh | None) -> Carried:
+    """What a scan over layers carries along so that their gradients add up in place.
+
+    It has the values of the bank, which no layer reads. Going backwards it is the gradient, to
+    which each layer adds its own rows. If every layer cut its rows out of the bank itself, each
+    would make a gradient as large as the bank, and sum it over the devices along `data`. With N of
+    these, each of them has a gradient of its own, and they are summed once.
+    """
+    copies = 1 if mesh is None else mesh.shape[DATA]
+
+    def carry(bank: Array) -> Array:
+        carried = jnp.broadcast_to(bank, (copies, *bank.shape))
+        if mesh is None:
+            return carried
+        place = NamedSharding(mesh, PartitionSpec(DATA, RULES.experts))
+        return jax.lax.with_sharding_constraint(carried, place)
+
+    return carry(tuned.gate_up[...]), carry(tuned.down[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def take_rows_of(
+    carried: Float[Array, "1 R _ _"], start: Int[Array, ""], size: int
+) -> tuple[Float[Array, "1 R _ _"], Float[Array, "W _ _"]]:
+    """What is carried, unchanged, and W = `size` of its rows; see `carry_banks`."""
+    return carried, jax.lax.dynamic_slice_in_dim(carried[0], start, size)
+
+
+def _take_forward(carried: Array, start: Array, size: int) -> tuple[tuple[Array, Array], Array]:
+    return take_rows_of(carried, start, size), start
+
+
+def _take_backward(size: int, start: Array, grads: tuple[Array, Array]) -> tuple[Array, None]:
+    total, own = grads
+    before = jax.lax.dynamic_slice_in_dim(total, start, size, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(total, before + own, start, axis=1), None
+
+
+take_rows_of.defvjp(_take_forward, _take_backward)
+
+
 def layer_window(
     gate_up: Float[Array, "R D F2"],
     down: Float[Array, "R F D"],
+    carried: Carried,
     layout: TunedLayout,
     layer: Int[Array, ""],
     shard: Int[Array, ""] | int,
-) -> TunedWindow:
-    """A layer's window of a device's slice of the bank.
+) -> tuple[TunedWindow, Carried]:
+    """A layer's window of a device's slice of the bank, and what is carried on.
 
     The window may contain rows of neighbouring layers; no expert's group is theirs, so they meet no
     token and receive no gradient.
     """
     start = jnp.asarray(layout.window_starts)[shard, layer]
+    size = layout.window
 
-    def window(bank: Array) -> Bank:
-        own = jax.lax.dynamic_slice_in_dim(bank, start, layout.window)
-        return Bank(jax.lax.stop_gradient(bank), start, layout.window, own)
+    def window(bank: Array, carried: Array) -> tuple[Bank, Array]:
+        carried, own = take_rows_of(carried, start, size)
+        return Bank(jax.lax.stop_gradient(bank), start, size, own), carried
 
-    return TunedWindow(window(gate_up), window(down), jnp.asarray(layout.groups)[shard, layer])
+    (gate_up_window, next_gate_up), (down_window, next_down) = map(window, (gate_up, down), carried)
+    groups = jnp.asarray(layout.groups)[shard, layer]
+    return TunedWindow(gate_up_window, down_window, groups), (next_gate_up, next_down)

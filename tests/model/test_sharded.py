@@ -103,6 +103,10 @@ def collectives(text):
             yield found[2], [[int(n) for n in s.split(",")] for s in shapes if s]
 
 
+def bank_rows(shapes):
+    return [shape for shape in shapes if tuple(shape[-2:]) in MATRICES]
+
+
 @pytest.mark.parametrize(("data", "expert"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, data, expert):
     mesh = make_mesh(data, expert)
@@ -125,7 +129,11 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, data, 
         for matrix in MATRICES:
             assert f"[{','.join(map(str, (LAYERS, NUM_EXPERTS, *matrix)))}]" not in text
 
-    # Of expert weights only the bank's gradients travel: summed over the batch, never gathered.
+    # Of expert weights only the bank's gradients travel: summed over the batch, never gathered, and
+    # once for all layers, outside of every loop.
+    entry = text[text.index("\nENTRY ") :]
+    sums = [len([0 for _, shapes in collectives(t) if bank_rows(shapes)]) for t in (text, entry)]
+    assert sums[0] == sums[1] and (sums[0] > 0) == (data > 1)
     seen = list(collectives(text))
     assert any(name == "all-gather" for name, _ in seen)  # the check sees other weights' gathers
     for name, shapes in seen:

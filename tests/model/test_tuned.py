@@ -66,7 +66,8 @@ def test_experts_stay_with_their_base_where_there_is_room():
 def test_a_window_is_cut_from_the_devices_slice():
     layout = TunedLayout(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
-    window = layer_window(bank, bank, layout, jnp.int32(2), 1)
+    carried = (bank[None], bank[None])
+    window, _ = layer_window(bank, bank, carried, layout, jnp.int32(2), 1)
     # Expert 4: second row of device 1.
     assert window.gate_up.matrices[window.gate_up.first + window.groups[4], 0, 0] == 1
     assert window.gate_up.own[window.groups[4], 0, 0] == 1
