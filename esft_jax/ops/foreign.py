@@ -23,6 +23,9 @@ FLOAT32, BFLOAT16 = 11, 16  # XLA_FFI_DataType
 
 _INT64 = ir.IntType(64)
 
+# For functions that only compiled code calls; wrappers for Python would take as long to compile.
+compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
@@ -54,15 +57,24 @@ def _call(typing: Any, function: Any, argument: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-@njit
+@compiled
 def view(address: int, size: int, dtype: Any) -> Any:
     """The `size` numbers that lie at an address."""
     return carray(_pointer(address), size, dtype)
 
 
-@njit
+@compiled
 def _word(address: int) -> int:
     return view(address, 1, np.int64)[0]
+
+
+@compiled
+def clear(address: int, size: int) -> None:
+    """Set so many bytes to 0."""
+    # Loops over single numbers compile several times faster than array expressions.
+    numbers = view(address, size, np.uint8)
+    for i in range(size):
+        numbers[i] = 0
 
 
 class Buffer(NamedTuple):
@@ -73,43 +85,43 @@ class Buffer(NamedTuple):
     dims: int
 
 
-@njit
+@compiled
 def _buffer(address: int) -> Buffer:
     dtype = int(view(address + 16, 1, np.int32)[0])
     return Buffer(_word(address + 24), dtype, _word(address + 40))
 
 
-@njit
+@compiled
 def operand(frame: int, index: int) -> Buffer:
     """An operand of the call."""
     return _buffer(_word(_word(frame + 72) + 8 * index))
 
 
-@njit
+@compiled
 def result(frame: int, index: int) -> Buffer:
     """A result of the call, to be written."""
     return _buffer(_word(_word(frame + 112) + 8 * index))
 
 
-@njit
+@compiled
 def extent(buffer: Buffer, axis: int) -> int:
     """Length of an axis."""
     return _word(buffer.dims + 8 * axis)
 
 
-@njit
+@compiled
 def integer(buffer: Buffer, index: int) -> int:
     """A number of an int32 operand."""
     return int(view(buffer.address, index + 1, np.int32)[index])
 
 
-@njit
+@compiled
 def address_of(array: np.ndarray) -> int:
     """Where an array's numbers lie. See `keep`."""
     return int(np.int64(array.ctypes.data))
 
 
-@njit
+@compiled
 def keep(*arrays: np.ndarray) -> None:
     """Mark the last use of arrays that were passed on by address; numba frees them after it."""
 
@@ -126,7 +138,7 @@ _SGEMM = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(
 )
 
 
-@njit
+@compiled
 def multiply_matrices(
     a: Matrix,
     b: Matrix,
@@ -136,24 +148,34 @@ def multiply_matrices(
     k: int,
     a_turned: bool,
     b_turned: bool,
-    factor: float = 1.0,
-    before: float = 0.0,
+    factor: float = 1,
+    before: float = 0,
 ) -> None:
     """`out [m, n] = factor * a [m, k] @ b [k, n] + before * out`, by scipy's BLAS, in this thread.
 
     Turned ones lie as `[k, m]` and `[n, k]`.
     """
     # BLAS counts columns first. It takes everything by address.
-    letters = np.array([84 if b_turned else 78, 84 if a_turned else 78], np.uint8)
-    lengths = np.array([n, m, k, b.stride, a.stride, out.stride], np.int32)
-    scales = np.array([factor, before], np.float32)
+    letters, lengths, scales = np.empty(2, np.uint8), np.empty(6, np.int32), np.empty(2, np.float32)
+    letters[0], letters[1] = (84 if b_turned else 78), (84 if a_turned else 78)
+    lengths[0], lengths[1], lengths[2] = n, m, k
+    lengths[3], lengths[4], lengths[5] = b.stride, a.stride, out.stride
+    scales[0], scales[1] = factor, before
     letter, length, scale = address_of(letters), address_of(lengths), address_of(scales)
     _SGEMM(
-        *(_pointer(letter), _pointer(letter + 1)),
-        *(_pointer(length), _pointer(length + 4), _pointer(length + 8)),
-        *(_pointer(scale), _pointer(b.address), _pointer(length + 12)),
-        *(_pointer(a.address), _pointer(length + 16), _pointer(scale + 4)),
-        *(_pointer(out.address), _pointer(length + 20)),
+        _pointer(letter),
+        _pointer(letter + 1),
+        _pointer(length),
+        _pointer(length + 4),
+        _pointer(length + 8),
+        _pointer(scale),
+        _pointer(b.address),
+        _pointer(length + 12),
+        _pointer(a.address),
+        _pointer(length + 16),
+        _pointer(scale + 4),
+        _pointer(out.address),
+        _pointer(length + 20),
     )
     keep(letters, lengths, scales)
 
@@ -183,7 +205,7 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
     if name in _registered:
         return
 
-    @njit
+    @compiled
     def work(shared: int) -> None:
         count = _word(shared + _TASKS)
         index = _add_atomically(shared + _NEXT, 1)
@@ -192,7 +214,7 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
             _add_atomically(shared + _DONE, 1)
             index = _add_atomically(shared + _NEXT, 1)
 
-    @njit
+    @compiled
     def leave(shared: int) -> None:
         # A thread may come when all is done; whoever leaves last frees what they share.
         if _add_atomically(shared + _USERS, -1) == 1:
@@ -214,14 +236,20 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
             version[0], version[1] = _MAJOR, _MINOR
             return 0
         api, context = _word(frame + 16), _word(frame + 24)
-        threads = np.ones(1, np.int64)
-        asked = np.array([32, 0, context, address_of(threads)])
+        threads, asked, scheduled = (
+            np.ones(1, np.int64),
+            np.empty(4, np.int64),
+            np.empty(5, np.int64),
+        )
+        asked[0], asked[1], asked[2], asked[3] = 32, 0, context, address_of(threads)
         _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
         count = tasks(frame)
         helpers = min(threads[0], count) - 1
         shared = _call(_MALLOC, 40)
-        view(shared, 5, np.int64)[:] = np.array([0, 0, helpers + 1, count, frame])
-        scheduled = np.array([40, 0, context, help_address, shared])
+        words = view(shared, 5, np.int64)
+        words[0], words[1], words[2], words[3], words[4] = 0, 0, helpers + 1, count, frame
+        scheduled[0], scheduled[1], scheduled[2] = 40, 0, context
+        scheduled[3], scheduled[4] = help_address, shared
         for _ in range(helpers):
             _call(_word(api + 136), address_of(scheduled))  # XLA_FFI_ThreadPool_Schedule
         work(shared)

@@ -19,6 +19,8 @@ from esft_jax.ops.attention.operation import KEPT
 from esft_jax.ops.foreign import (
     Matrix,
     address_of,
+    clear,
+    compiled,
     extent,
     keep,
     multiply_matrices,
@@ -88,24 +90,26 @@ _causal_attention.defvjp(_forward, _backward)
 # width of all heads as its stride.
 
 
-@njit
+@compiled
 def _matrix(array: foreign.Buffer, row: int, token: int, head: int) -> Matrix:
     length, heads, width = extent(array, 1), extent(array, 2), extent(array, 3)
     place = ((row * length + token) * heads + head) * width
     return Matrix(array.address + 4 * place, heads * width)
 
 
-@njit
+@compiled
 def _first_key(segments: np.ndarray, start: int, stop: int) -> int:
     """The first token that may be in a document of the queries `start` to `stop`."""
-    lowest, highest = segments[start:stop].min(), segments[start:stop].max()
+    lowest = highest = segments[start]
+    for i in range(start, stop):
+        lowest, highest = min(lowest, segments[i]), max(highest, segments[i])
     first = 0
     while segments[first] < lowest or segments[first] > highest:
         first += 1
     return first
 
 
-@njit
+@compiled
 def _number(frame: int, index: int) -> np.float32:
     return view(operand(frame, index).address, 1, np.float32)[0]
 
@@ -128,7 +132,11 @@ _C2, _C3, _C4, _C5, _C6, _C7 = (
 )
 
 
-@njit(fastmath={"contract", "reassoc", "nsz", "arcp"})
+@njit(
+    fastmath={"contract", "reassoc", "nsz", "arcp"},
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)
 def _exponentials(
     scores: np.ndarray, top: float, segments: np.ndarray, own: int, powers: np.ndarray
 ) -> np.float32:
@@ -152,13 +160,13 @@ def _exponentials(
     return total
 
 
-@njit
+@compiled
 def _blocks(frame: int) -> int:
     query = operand(frame, 0)
     return extent(query, 0) * extent(query, 2) * -(-extent(query, 1) // BLOCK)
 
 
-@njit
+@compiled
 def _attend(frame: int, index: int) -> None:
     query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     mixed, denominators = result(frame, 0), result(frame, 1)
@@ -169,12 +177,11 @@ def _attend(frame: int, index: int) -> None:
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
     first = _first_key(segments, start, stop)
     width = stop - first
-    scores, powers = np.zeros((stop - start, width), np.float32), np.empty(width, np.float32)
+    scores, powers = np.empty((stop - start, width), np.float32), np.empty(width, np.float32)
     weights = Matrix(address_of(scores), width)
-    multiply_matrices(
-        *(_matrix(query, row, start, head), _matrix(key, row, first, head), weights),
-        *(stop - start, width, extent(query, 3), False, True, _number(frame, 4)),
-    )
+    q, k = _matrix(query, row, start, head), _matrix(key, row, first, head)
+    rows, inner, outer = stop - start, extent(query, 3), extent(value, 3)
+    multiply_matrices(q, k, weights, rows, width, inner, False, True, _number(frame, 4), _ZERO)
     totals = np.empty(stop - start, np.float32)
     logs = view(denominators.address + 4 * (row * heads + head) * length, length, np.float32)
     for i in range(start, stop):
@@ -184,42 +191,40 @@ def _attend(frame: int, index: int) -> None:
             if segments[first + j] == segments[i]:
                 top = max(top, seen[j])
         total = _exponentials(seen, top, segments[first : i + 1], segments[i], powers)
-        scores[i - start, i + 1 - first :] = 0
+        for j in range(seen.size, width):
+            scores[i - start, j] = 0
         totals[i - start] = total
         logs[i] = top + np.log(total)
     out = _matrix(mixed, row, start, head)
-    multiply_matrices(
-        *(weights, _matrix(value, row, first, head), out),
-        *(stop - start, extent(value, 3), width, False, False),
-    )
-    for i in range(stop - start):
-        view(out.address + 4 * i * out.stride, extent(value, 3), np.float32)[:] /= totals[i]
+    v = _matrix(value, row, first, head)
+    multiply_matrices(weights, v, out, rows, outer, width, False, False, _ONE, _ZERO)
+    for i in range(rows):
+        values = view(out.address + 4 * i * out.stride, outer, np.float32)
+        for j in range(values.size):
+            values[j] /= totals[i]
     keep(scores)
 
 
-@njit
+@compiled
 def _heads(frame: int) -> int:
     query = operand(frame, 0)
     return extent(query, 0) * extent(query, 2)
 
 
-@njit
+@compiled
 def _clear(matrix: Matrix, rows: int, columns: int) -> None:
     for i in range(rows):
-        view(matrix.address + 4 * i * matrix.stride, columns, np.float32)[:] = 0
+        clear(matrix.address + 4 * i * matrix.stride, 4 * columns)
 
 
-@njit
+@compiled
 def _gradient(frame: int, index: int) -> None:
     """Of one head of one row: blocks add to what its keys and values get."""
     query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     mixed, grad, scale = operand(frame, 4), operand(frame, 6), _number(frame, 7)
     dquery, dkey, dvalue = result(frame, 0), result(frame, 1), result(frame, 2)
-    length, heads, inner, outer = (
-        *(extent(query, 1), extent(query, 2)),
-        extent(query, 3),
-        extent(value, 3),
-    )
+    length, heads = extent(query, 1), extent(query, 2)
+    inner, outer = extent(query, 3), extent(value, 3)
     row, head = index // heads, index % heads
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
     logs = view(operand(frame, 5).address + 4 * index * length, length, np.float32)
@@ -234,8 +239,8 @@ def _gradient(frame: int, index: int) -> None:
         weights, dweights = Matrix(address_of(scores), width), Matrix(address_of(dscores), width)
         q, k = _matrix(query, row, start, head), _matrix(key, row, first, head)
         g, v = _matrix(grad, row, start, head), _matrix(value, row, first, head)
-        multiply_matrices(q, k, weights, rows, width, inner, False, True, scale)
-        multiply_matrices(g, v, dweights, rows, width, outer, False, True)
+        multiply_matrices(q, k, weights, rows, width, inner, False, True, scale, _ZERO)
+        multiply_matrices(g, v, dweights, rows, width, outer, False, True, _ONE, _ZERO)
         out = _matrix(mixed, row, start, head)
         for i in range(rows):
             seen = start + i + 1 - first
@@ -244,17 +249,18 @@ def _gradient(frame: int, index: int) -> None:
                 scores[i, :seen], logs[start + i], segments[first : first + seen], own, powers
             )
             # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
-            mean = (
-                view(g.address + 4 * i * g.stride, outer, np.float32)
-                * view(out.address + 4 * i * out.stride, outer, np.float32)
-            ).sum()
+            ours = view(out.address + 4 * i * out.stride, outer, np.float32)
+            theirs = view(g.address + 4 * i * g.stride, outer, np.float32)
+            mean = _ZERO
+            for j in range(outer):
+                mean += ours[j] * theirs[j]
             for j in range(seen):
                 dscores[i, j] = scores[i, j] * (dscores[i, j] - mean) * scale
-            scores[i, seen:] = 0
-            dscores[i, seen:] = 0
+            for j in range(seen, width):
+                scores[i, j] = dscores[i, j] = 0
         dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, head)
         dv = _matrix(dvalue, row, first, head)
-        multiply_matrices(dweights, k, dq, rows, inner, width, False, False)
-        multiply_matrices(dweights, q, dk, width, inner, rows, True, False, 1.0, 1.0)
-        multiply_matrices(weights, g, dv, width, outer, rows, True, False, 1.0, 1.0)
+        multiply_matrices(dweights, k, dq, rows, inner, width, False, False, _ONE, _ZERO)
+        multiply_matrices(dweights, q, dk, width, inner, rows, True, False, _ONE, _ONE)
+        multiply_matrices(weights, g, dv, width, outer, rows, True, False, _ONE, _ONE)
         keep(scores, dscores)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from numba import njit
 
 from esft_jax.ops import foreign
 from esft_jax.ops.foreign import (
@@ -16,6 +15,8 @@ from esft_jax.ops.foreign import (
     Buffer,
     Matrix,
     address_of,
+    clear,
+    compiled,
     extent,
     integer,
     keep,
@@ -74,12 +75,12 @@ def _check_types(*arrays: Array) -> None:
             raise ValueError(f"grouped_matmul: 'cpu' takes float32 and bfloat16, not {array.dtype}")
 
 
-@njit
+@compiled
 def _pieces(total: int, size: int) -> int:
     return -(-total // size)
 
 
-@njit
+@compiled
 def _read(buffer: Buffer, first: int, rows: int, columns: int, stride: int) -> tuple:
     """A part of a buffer in float32, from its number `first` on, and what must be kept meanwhile.
 
@@ -95,7 +96,7 @@ def _read(buffer: Buffer, first: int, rows: int, columns: int, stride: int) -> t
     return Matrix(address_of(wide), columns), wide
 
 
-@njit
+@compiled
 def _round(product: np.ndarray, out: Buffer, first: int, columns: int, stride: int) -> None:
     """Write float32 rows as bfloat16 ones, to the nearest, ties to even."""
     bits = product.view(np.uint32)
@@ -103,14 +104,14 @@ def _round(product: np.ndarray, out: Buffer, first: int, columns: int, stride: i
     narrow = view(out.address + 2 * first, (rows - 1) * stride + columns, np.uint16)
     for i in range(product.size):
         upper = bits[i] >> np.uint32(16)
-        if np.isnan(product[i]):
+        if product[i] != product[i]:
             rounded = upper | np.uint32(0x40)
         else:
             rounded = (bits[i] + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
         narrow[i // columns * stride + i % columns] = rounded
 
 
-@njit
+@compiled
 def _multiply_tasks(frame: int) -> int:
     sizes, outer = operand(frame, 1), extent(result(frame, 0), 1)
     total = 0
@@ -119,7 +120,7 @@ def _multiply_tasks(frame: int) -> int:
     return total * _pieces(outer, COLUMNS) + 1
 
 
-@njit
+@compiled
 def _multiply(frame: int, index: int) -> None:
     x, sizes = operand(frame, 0), operand(frame, 1)
     firsts, counts = operand(frame, 2), operand(frame, 3)
@@ -141,37 +142,41 @@ def _multiply(frame: int, index: int) -> None:
                 length = min(ROWS, size - piece * ROWS)
                 first = (integer(firsts, bank) + place) * inner * outer
                 first += column * (inner if turned else 1)
-                if turned:
-                    matrix, kept = _read(matrices, first, columns, inner, inner)
-                else:
-                    matrix, kept = _read(matrices, first, inner, columns, outer)
+                matrix, kept = _read(
+                    matrices,
+                    first,
+                    columns if turned else inner,
+                    inner if turned else columns,
+                    inner if turned else outer,
+                )
                 taken, kept_rows = _read(x, begin * inner, length, inner, inner)
                 target = begin * outer + column
-                if out.dtype == BFLOAT16:
-                    product = np.empty(length * columns, np.float32)
+                narrow = out.dtype == BFLOAT16
+                product = np.empty(length * columns if narrow else 0, np.float32)
+                if narrow:
                     wide = Matrix(address_of(product), columns)
-                    multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
-                    _round(product, out, target, columns, outer)
                 else:
                     wide = Matrix(out.address + 4 * target, outer)
-                    multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
-                keep(kept, kept_rows)
+                multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
+                if narrow:
+                    _round(product, out, target, columns, outer)
+                keep(kept, kept_rows, product)
                 return
             piece -= here
             begin += size
             group += 1
     item = 2 if out.dtype == BFLOAT16 else 4  # the last task: rows of nobody
-    view(out.address + item * begin * outer, item * (rows - begin) * outer, np.uint8)[:] = 0
+    clear(out.address + item * begin * outer, item * (rows - begin) * outer)
 
 
-@njit
+@compiled
 def _gradient_tasks(frame: int) -> int:
     out = result(frame, 0)
     down = _pieces(extent(out, 1), GRADIENT_ROWS)
     return extent(out, 0) * down * _pieces(extent(out, 2), GRADIENT_COLUMNS)
 
 
-@njit
+@compiled
 def _gradient(frame: int, index: int) -> None:
     x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     out = result(frame, 0)
@@ -188,7 +193,7 @@ def _gradient(frame: int, index: int) -> None:
     target = Matrix(out.address + 4 * ((place * inner + row) * outer + column), outer)
     if length == 0:
         for i in range(rows):
-            view(target.address + 4 * i * outer, columns, np.float32)[:] = 0
+            clear(target.address + 4 * i * outer, 4 * columns)
         return
     left, kept_left = _read(x, begin * inner + row, length, rows, inner)
     right, kept_right = _read(grad, begin * outer + column, length, columns, outer)
