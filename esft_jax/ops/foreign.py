@@ -2,7 +2,7 @@
 
 XLA passes a `XLA_FFI_CallFrame` (`xla/ffi/api/c_api.h`, which jaxlib ships; a stable interface). It
 is made of 8-byte words, and of pointers to more of them, that are read here by their offsets. The
-functions marked `njit` are for compiled code: what is given to `register`, and what that calls.
+functions marked `compiled` are for compiled code: what is given to `register`, and what that calls.
 """
 
 import ctypes
@@ -200,7 +200,7 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
     Args:
         name: of the target; what is registered already stays.
         tasks: `tasks(frame)`, how many there are.
-        run: `run(frame, index)` does one of them. Both are made by `numba.njit`.
+        run: `run(frame, index)` does one of them. Both are made by `compiled`.
     """
     if name in _registered:
         return
@@ -236,11 +236,8 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
             version[0], version[1] = _MAJOR, _MINOR
             return 0
         api, context = _word(frame + 16), _word(frame + 24)
-        threads, asked, scheduled = (
-            np.ones(1, np.int64),
-            np.empty(4, np.int64),
-            np.empty(5, np.int64),
-        )
+        threads, asked = np.ones(1, np.int64), np.empty(4, np.int64)
+        scheduled = np.empty(5, np.int64)
         asked[0], asked[1], asked[2], asked[3] = 32, 0, context, address_of(threads)
         _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
         count = tasks(frame)

@@ -76,6 +76,18 @@ def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
     close(run(inputs, implementation), expected(*inputs), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_what_is_not_a_number_stays_so_and_in_its_place(inputs, implementation):
+    query, key, value, segments = inputs
+    key = key.copy()
+    key[0, 5, 1] = np.nan
+    out = causal_attention(query, key, value, segments, SCALE, implementation=implementation)
+    sees = (segments[0] == segments[0, 5]) & (np.arange(S) >= 5)
+    expected = np.zeros(out.shape, bool)
+    expected[0, sees, 1] = True
+    np.testing.assert_array_equal(np.isnan(out), expected)
+
+
 def test_an_unknown_implementation_is_named(inputs):
     with pytest.raises(ValueError, match="'cudnn' is not one of cpu, gpu, tpu, xla"):
         causal_attention(*inputs, SCALE, implementation="cudnn")

@@ -147,11 +147,14 @@ def _exponentials(
     """
     bits = powers.view(np.int32)
     for j in range(scores.size):
-        x = min(max(scores[j] - top, _SMALLEST), _ZERO)
+        over = scores[j] - top
+        x = min(max(over, _SMALLEST), _ZERO)
         n = np.floor(x * _LOG2_E + _HALF)
         r = x - n * _LN2_HIGH - n * _LN2_LOW
         series = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
-        scores[j] = (series * r * r + r + _ONE) * (_ONE if segments[j] == own else _ZERO)
+        # The last difference is 0, or what is not a number stays so.
+        power = series * r * r + r + _ONE + (over - over)
+        scores[j] = power if segments[j] == own else _ZERO
         bits[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
     total = _ZERO
     for j in range(scores.size):
