@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from measuring import alternate, available_bytes, machine, pin, print_table, write_report
 
+from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.ops.grouped_matmul import grouped_matmul
 
 OURS = "esft_jax"  # with the name of an implementation behind it where one was asked for
@@ -285,4 +286,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -23,6 +23,7 @@ import numpy as np
 from measuring import machine, pin, print_table, write_report
 
 from esft_jax.config import RunConfig, load_config
+from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import split_cpu
 from esft_jax.training import loop
 from esft_jax.training.setup import open_setup
@@ -152,4 +153,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -132,17 +132,18 @@ def alternate(
 ) -> dict[str, float]:
     """Median seconds of each contender over rounds in which all take their turn.
 
-    One more round comes first and does not count. Between turns there is a pause: idle threads of
-    a pool spin for a while and would take the next contender's cores.
+    Between turns there is a pause: idle threads of a pool spin for a while and would take the next
+    contender's cores. After it, a first call that does not count wakes the contender's own threads
+    and gives it memory, as in a program that works on.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in contenders.items():
             time.sleep(pause)
+            run()
             begin = time.perf_counter()
             run()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

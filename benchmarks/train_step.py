@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 from measuring import Measured, machine, pin, print_table, write_report
 
+from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.model.remat import Remat
 
 OURS = "esft_jax"
@@ -277,4 +278,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

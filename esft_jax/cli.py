@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from esft_jax.config import RunConfig, load_config
 from esft_jax.errors import InputError
+from esft_jax.huge_pages import restart_with_huge_pages
 
 VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="`esft VERB --help` says more")
     # Everything after the verb belongs to the verb.
     verb = parser.parse_args(arguments[:1]).verb
+    if argv is None and verb == "train":
+        restart_with_huge_pages()
     sys.argv[0] = f"esft {verb}"  # the name of the command in its own usage line
     exit_code: int = importlib.import_module(f"esft_jax.{verb}").main(arguments[1:])
     return exit_code

@@ -12,6 +12,7 @@ from rich.table import Table
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.tasks import EvaluationReport, check_evaluation, run_evaluation
+from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.setup import open_setup
 
@@ -70,4 +71,5 @@ def _print_summary(
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main(None))
