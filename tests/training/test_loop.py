@@ -178,10 +178,11 @@ def _rebuilt(config: RunConfig, changes: dict) -> dict:
     }
 
 
-def test_a_checkpoint_of_another_expert_layout_is_refused(finished) -> None:
+def test_a_checkpoint_of_other_facts_is_refused(finished) -> None:
     _, result = finished
-    checkpoint = loop.Checkpoints(result.folder / "checkpoints", {"expert_shards": 4})
-    with pytest.raises(InputError, match="expert_shards = 2; this run has 4"):
+    facts = {"base_fingerprint": "another"}
+    checkpoint = loop.Checkpoints(result.folder / "checkpoints", facts, None)
+    with pytest.raises(InputError, match="base_fingerprint = .*; this run has 'another'"):
         checkpoint.restore(None)
 
 
