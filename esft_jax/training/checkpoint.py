@@ -29,9 +29,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, facts: dict[str, Any], rows: Rows | None):
         self._facts, self._rows = facts, rows and [row and list(row) for row in rows]
+        # Both may be writing the same step: processes that wait for each other must know for which.
         self._last, self._best = (
             ocp.CheckpointManager(
-                (folder / name).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+                (folder / name).absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=1,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        barrier_sync_key_prefix=name
+                    ),
+                ),
             )
             for name in ("last", "best")
         )
