@@ -117,7 +117,13 @@ def wait_for(output: Path, step: int, processes: list[subprocess.Popen]) -> None
     pytest.fail(f"no step {step} within two minutes")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stalled"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="dead"),
+        pytest.param(signal.SIGSTOP, id="stalled", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_process_ends_the_run_and_another_count_continues_it(
     number: int, config: Path, alone: Path, tmp_path: Path
 ) -> None:
