@@ -127,7 +127,7 @@ def test_a_lost_process_ends_the_run_and_another_count_continues_it(
     number: int, config: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    processes = start(config, output, 2, "train.log_every=1")
+    processes = start(config, output, 2)
     wait_for(output, 8, processes)
     processes[1].send_signal(number)
     began = time.monotonic()
@@ -142,4 +142,19 @@ def test_a_lost_process_ends_the_run_and_another_count_continues_it(
     # One process, on another mesh, takes it from the last checkpoint.
     resumed = start(config, output, 1, "mesh.data=4", "mesh.expert=2")
     finish(resumed)
+    np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_more_of_them_continue(
+    config: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    processes = start(config, output, 2)
+    wait_for(output, 8, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    first, _ = finish(processes)
+    assert "the same command continues the run" in first
+    assert not (output / "adapter").exists()
+    finish(start(config, output, 4))
     np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
