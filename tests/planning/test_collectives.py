@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import PartitionSpec
 
 from esft_jax.mesh import DATA, EXPERT, make_mesh
@@ -48,7 +47,7 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert received_bytes(compiled(looped, 16, 32), 8) == {"all-reduce": 5 * 2 * 32 * 4}
 
 
-TEXT = """HloModule jit_step, num_partitions=4
+ASYNCHRONOUS = """HloModule jit_step, num_partitions=4
 
 %wrapped (param: bf16[2,8]) -> bf16[8,8] {
   %param = bf16[2,8]{1,0:T(8,128)(2,1)} parameter(0)
@@ -76,5 +75,66 @@ ENTRY %main (x: bf16[2,8], y: f32[4]) -> f32[4] {
 
 
 def test_asynchronous_collectives_count_once() -> None:
-    found = received_bytes(TEXT, 4)
-    assert found == {"all-gather": 2 * 3 * 2 * 8 * 2, "all-to-all": pytest.approx(8)}
+    found = received_bytes(ASYNCHRONOUS, 4)
+    assert found == {"all-gather": 2 * 3 * 2 * 8 * 2, "all-to-all": 8}
+
+
+# As the compiler for TPUs writes them: no trip counts, links of a chain, sums of which each device
+# keeps its part.
+TPU = """HloModule jit_step, num_partitions=8
+
+%condition (p: (u32[], f32[8])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  %p = (u32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (p: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (u32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %sent = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %got = f32[8]{0} collective-permute-done(%sent)
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %results = (u32[]{:T(128)}, f32[8]{0}) tuple(%next, %got)
+}
+
+%fused.1 (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  %gather.1 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'b'}, \
+frontend_attributes={chain_id="0"}
+  ROOT %start = f32[8]{0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%fused.2 (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  %gather.2 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'b'}, \
+frontend_attributes={chain_id="0"}
+  ROOT %done = f32[8]{0} custom-call(%gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%p), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a'}
+  ROOT %part = f32[16]{0} dynamic-slice(%sum, %at), dynamic_slice_sizes={16}
+}
+
+ENTRY %main (x: f32[4]) -> f32[16] {
+  %x = f32[4]{0} parameter(0)
+  %loop = (u32[], f32[8]{0}) while(%first), condition=%condition, body=%body
+  %f1 = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused.1
+  %f2 = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused.2
+  ROOT %f3 = f32[16]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_programs_of_tpus() -> None:
+    found = received_bytes(TPU, 8)
+    assert found == {
+        "collective-permute": 2 * 8 * 4,
+        "all-gather": 8 * 4 / 2,
+        "reduce-scatter": 64 * 4 * 3 / 4,
+    }

@@ -80,7 +80,7 @@ def test_the_command(make_config, tmp_path, capsys) -> None:
     arguments = ["--config", path, "--topology", "cpu:8", "--compare", "full", "--json", output]
     arguments += ["--experts-per-layer", 3, "train.remat=none"]
     assert plan.main([str(argument) for argument in arguments]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "3 of 8 experts in each layer, assumed" in printed and "full" in printed
     esft, full = json.loads(output.read_text())
     assert (esft["method"], full["method"], esft["tokens"]) == ("esft", "full", 128)
@@ -133,7 +133,6 @@ def test_pod_configurations(path) -> None:
     config = load_config(path)
     model = ModelConfig.load(ROOT / "models" / "deepseek-v2-lite")
     assert model.router.num_experts % config.mesh.expert == 0
-    assert config.train.remat == "full"
 
 
 def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
