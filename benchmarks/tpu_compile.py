@@ -136,8 +136,8 @@ def compile_case(
             "experts_exact": work.experts_exact,
         }
     begin = time.perf_counter()
-    memory, compiled = compile_step(shapes, traced)
-    if compiled is not None:
+    memory, text = compile_step(shapes, traced)
+    if text is not None:
         case["compile_seconds"] = time.perf_counter() - begin
     return case | {"bytes": dataclasses.asdict(memory), "fits": memory.fits}
 

@@ -123,13 +123,14 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
     check_fit(config, model, mesh)
-    experts, described = _experts(config, model, experts_per_layer)
+    experts, described = trained_experts(config, model, experts_per_layer)
     return Case(config, topology, model, mesh, experts, described)
 
 
-def _experts(
-    config: RunConfig, model: ModelConfig, per_layer: int | None
+def trained_experts(
+    config: RunConfig, model: ModelConfig, per_layer: int | None = None
 ) -> tuple[ExpertConfig | None, str]:
+    """The experts that a run trains, given or assumed (see `open_case`), and the same in words."""
     if config.method == "full":
         return None, "all parameters"
     total = model.router.num_experts
@@ -163,10 +164,10 @@ def make_plan(case: Case) -> Plan:
         found = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
         operations = found.total / case.tokens
     by_arithmetic = model_operations(model, experts, config.data.sequence_length)
-    memory, compiled = compile_step(shapes, traced)
+    memory, text = compile_step(shapes, traced)
     received = roofline = None
-    if compiled is not None:
-        received = received_bytes(compiled.as_text() or "", mesh.size)
+    if text is not None:
+        received = received_bytes(text, mesh.size)
         roofline = _roofline(case, memory, operations or by_arithmetic, sum(received.values()))
     return Plan(
         topology=case.topology,

@@ -11,7 +11,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CALLEES = re.compile(
     r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    r"|\bbranch_computations=\{([^}]*)\}"
+    r"|\b(?:branch|called)_computations=\{([^}]*)\}"
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _KINDS = (

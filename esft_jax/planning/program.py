@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,13 +138,12 @@ def step_shapes(
     )
 
 
-def compile_step(
-    shapes: StepShapes, traced: jax.stages.Traced
-) -> tuple[StepMemory, jax.stages.Compiled | None]:
-    """Compile a step for the devices of its mesh, unless its arguments alone are too large.
+def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMemory, str | None]:
+    """Compile a step for the devices of its mesh: its memory, and the compiled program (HLO).
 
-    The compiler for TPUs refuses what does not fit; then, too, there is no compiled step. Those for
-    GPUs and CPUs refuse nothing.
+    There is no program if weights and moments alone are too large, for then the compiler is not
+    asked, or if the compiler refuses it. That for TPUs refuses what does not fit; those for GPUs
+    and CPUs refuse nothing.
     """
     device = shapes.mesh.devices.flat[0]
     state = shapes.state
@@ -158,10 +159,10 @@ def compile_step(
         return before, None
     lowered = traced.lower(lowering_platforms=(lowering_platform([device]),))
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(before, needed=_refusal(error)[0]), None
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     needed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -170,7 +171,20 @@ def compile_step(
         + memory.generated_code_size_in_bytes
     )
     temporary = memory.temp_size_in_bytes
-    return dataclasses.replace(before, temporary=temporary, needed=needed), compiled
+    return dataclasses.replace(before, temporary=temporary, needed=needed), text
+
+
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+    """A compiled program, and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text() or ""
+    # JAX cannot read back every program of that compiler, which may be the newer of the two.
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (written,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, written.read_text()
 
 
 def device_memory(device: jax.Device) -> int | None:

@@ -1,11 +1,12 @@
 """What would make a step fit, with the numbers that say so."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 
 from esft_jax.mesh import EXPERT, make_mesh
-from esft_jax.planning.analysis import Case, Plan
+from esft_jax.planning.analysis import Case, Plan, trained_experts
 
 
 def suggestions(case: Case, plan: Plan) -> list[str]:
@@ -14,7 +15,7 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
     Weights and moments on another mesh follow from its shardings. Nothing is compiled again.
     """
     found = (
-        _method(case),
+        _method(case, plan),
         _expert_axis(case, plan),
         _micro_batches(case, plan),
         _remat(case),
@@ -23,10 +24,17 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
     return [text for text in found if text]
 
 
-def _method(case: Case) -> str | None:
+def _method(case: Case, plan: Plan) -> str | None:
     if case.config.method == "esft":
         return None
-    return "method=esft: masters, moments and gradients of the selected experts only"
+    train = dataclasses.replace(case.config.train, balance_loss=0.0)
+    config = dataclasses.replace(case.config, method="esft", init="pretrained", train=train)
+    experts, described = trained_experts(config, case.model)
+    other = dataclasses.replace(case, config=config, experts=experts)
+    return (
+        f"method=esft: weights and moments take {_gigabytes(other.state_bytes(case.mesh))} instead "
+        f"of {_gigabytes(plan.memory.state)} per device ({described}), and gradients less, too"
+    )
 
 
 def _expert_axis(case: Case, plan: Plan) -> str | None:
