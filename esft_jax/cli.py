@@ -62,25 +62,64 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, distributed: bool =
         nargs="*",
         help="replaces a value of the configuration, such as train.steps=100",
     )
-    if distributed:
-        parser.add_argument(
-            "--distributed",
-            action="store_true",
-            help="this is one of several hosts of the run: join the others first",
-        )
+    if not distributed:
+        return
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one process of several: join the others first; who they are is known to TPU "
+        "VMs, GKE and Slurm, and elsewhere said by the next three options",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", metavar="N", type=int, help="how many there are")
+    group.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+    group.add_argument(
+        "--peer-timeout",
+        metavar="SECONDS",
+        type=int,
+        default=100,
+        help="end the run when one of the others has not been heard of for so long (100)",
+    )
 
 
 def open_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration that the arguments name, with JAX's devices set up for it."""
+    """The configuration that the arguments name, with JAX's devices set up for it.
+
+    Raises:
+        InputError: in the configuration, or in what is said of other processes.
+    """
     import jax
 
     from esft_jax.mesh import split_cpu
 
+    _check_processes(args)
     config = load_config(args.config, args.overrides)
     split_cpu(config.mesh.cpu_devices)
     if args.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process,
+            heartbeat_timeout_seconds=args.peer_timeout,
+        )
     return config
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    given = [args.coordinator, args.processes, args.process]
+    if given == [None, None, None]:
+        return
+    if not args.distributed or None in given:
+        raise InputError(
+            "--coordinator, --processes and --process: expected all of them, with --distributed"
+        )
+    if not 0 <= args.process < args.processes:
+        raise InputError(
+            f"--process: {args.process}; expected 0 to {args.processes - 1} (--processes)"
+        )
+    if ":" not in args.coordinator:
+        raise InputError(f"--coordinator: {args.coordinator!r}; expected HOST:PORT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

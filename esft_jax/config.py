@@ -125,6 +125,8 @@ class TrainConfig:
         eval_every: Updates between two evaluation losses.
         save_every: Updates between two checkpoints.
         log_every: Updates between two lines of metrics.
+        max_skipped: Updates that may be skipped, since their loss or gradients are not finite,
+            before the run stops.
         balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
         remat: What the backward pass computes again, from nothing (`none`) to whole layers
             (`full`); between them, memory falls from `dots` over `experts` to `attention`.
@@ -137,6 +139,7 @@ class TrainConfig:
     eval_every: Count = 100
     save_every: Count = 100
     log_every: Count = 10
+    max_skipped: CountOrZero = 10
     balance_loss: NonNegative = 0.0
     remat: Literal["none", "dots", "experts", "attention", "full"] = "none"
     verify_frozen: Flag = False

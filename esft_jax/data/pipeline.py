@@ -53,11 +53,33 @@ class DataStats:
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where the documents of a flat token array begin, and where they were read.
+
+    Attributes:
+        offsets: first token of each document, and the end of the last.
+        sources: index in `paths` of each document's source.
+        lines: number of its record there, from 1.
+    """
+
+    offsets: Int64[np.ndarray, "D+1"]
+    sources: Int32[np.ndarray, "D"]
+    lines: Int64[np.ndarray, "D"]
+    paths: tuple[str, ...]
+
+    def place(self, token: int) -> str:
+        """`path:line` of the document that holds a token."""
+        document = np.searchsorted(self.offsets, token, side="right") - 1
+        return f"{self.paths[self.sources[document]]}:{self.lines[document]}"
+
+
+@dataclass(frozen=True)
 class PackedDataset:
     """Random-access packed rows over one flat token array."""
 
     tokens: Int32[np.ndarray, "T"]
     learn: Bool[np.ndarray, "T"]
+    documents: Documents
     plan: PackPlan
     sequence_length: int
     pad_id: int
@@ -69,6 +91,13 @@ class PackedDataset:
     def __getitem__(self, row: int) -> Batch:
         """One row: arrays ``[S]``."""
         return {key: rows[0] for key, rows in self.gather([range(len(self))[row]]).items()}
+
+    def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """`path:line` of the examples that the named rows hold pieces of."""
+        starts = self.plan.row_starts
+        pieces = [piece for row in rows for piece in range(starts[row], starts[row + 1])]
+        found = (self.documents.place(self.plan.piece_starts[piece]) for piece in pieces)
+        return list(dict.fromkeys(found))
 
     def gather(self, rows: Sequence[int] | np.ndarray, size: int | None = None) -> Batch:
         """The named rows as a batch, filled up to ``size`` rows with all-padding ones."""
@@ -131,15 +160,15 @@ def build_dataset(
         _add_chats(flat, read_chat(paths), tokenizer, limit, too_long)
     else:
         _add_texts(flat, read_text(paths), tokenizer)
-    tokens, learn, offsets = flat.arrays()
-    plan = plan_rows(offsets, sequence_length, seed)
+    tokens, learn, documents = flat.arrays()
+    plan = plan_rows(documents.offsets, sequence_length, seed)
     if not len(plan):
         raise InputError(
             f"{', '.join(paths)}: no example has a target among its first {sequence_length + 1} "
             "tokens; expected a larger data.sequence_length"
         )
     stats = DataStats(
-        examples=len(offsets) - 1,
+        examples=len(documents.lines),
         rows=len(plan),
         tokens=int(plan.piece_lengths.sum()),
         target_tokens=int(learn.sum()),
@@ -148,7 +177,7 @@ def build_dataset(
         text_bytes=flat.text_bytes,
         sha256={path: source_sha256(path) for path in paths},
     )
-    return PackedDataset(tokens, learn, plan, sequence_length, tokenizer.pad_id, stats)
+    return PackedDataset(tokens, learn, documents, plan, sequence_length, tokenizer.pad_id, stats)
 
 
 def train_iterator(
@@ -171,15 +200,9 @@ def train_iterator(
             the iterator gives.
     """
     mine = _share(batch_size, process_index, process_count)
-    batches = (
-        grain.MapDataset.range(len(dataset))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        # Batches of row numbers: other processes' rows are never made. An endless sequence has no
-        # remainder, but without dropping it its length rounds up past what len() can return.
-        .batch(batch_size, drop_remainder=True)
-        .map(lambda rows: place(dataset.gather(rows[mine])))
+    # Other processes' rows are never made.
+    batches = batch_rows(dataset, batch_size, seed).map(
+        lambda rows: place(dataset.gather(rows[mine]))
     )
     # Rows lie packed in memory: one thread is enough, and more would contend for Python's lock.
     one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -187,6 +210,21 @@ def train_iterator(
         grain.experimental.ThreadPrefetchIterDataset(
             batches.to_iter_dataset(one_thread), prefetch_buffer_size=_AHEAD
         )
+    )
+
+
+def batch_rows(
+    dataset: PackedDataset, batch_size: int, seed: int
+) -> grain.MapDataset[Int64[np.ndarray, "B"]]:
+    """Row numbers of every global training batch, endless."""
+    return (
+        grain.MapDataset.range(len(dataset))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        # An endless sequence has no remainder, but without dropping it its length rounds up past
+        # what len() can return.
+        .batch(batch_size, drop_remainder=True)
     )
 
 
@@ -222,8 +260,13 @@ class _FlatTokens:
         self._tokens = array("i")
         self._learn = bytearray()
         self._offsets = array("q", [0])
+        self._paths: dict[str, int] = {}
+        self._sources, self._lines = array("i"), array("q")
 
-    def append(self, tokens: list[int], learn: bytes) -> None:
+    def append(self, tokens: list[int], learn: bytes, where: str) -> None:
+        path, _, line = where.rpartition(":")
+        self._sources.append(self._paths.setdefault(path, len(self._paths)))
+        self._lines.append(int(line))
         self._tokens.extend(tokens)
         self._learn += b"\0"  # nothing predicts the first token
         self._learn += learn[1:]
@@ -231,11 +274,16 @@ class _FlatTokens:
 
     def arrays(
         self,
-    ) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"], Int64[np.ndarray, "D+1"]]:
+    ) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"], Documents]:
         return (
             np.frombuffer(self._tokens, np.int32),
             np.frombuffer(self._learn, np.bool_),
-            np.frombuffer(self._offsets, np.int64),
+            Documents(
+                np.frombuffer(self._offsets, np.int64),
+                np.frombuffer(self._sources, np.int32),
+                np.frombuffer(self._lines, np.int64),
+                tuple(self._paths),
+            ),
         )
 
 
@@ -243,10 +291,10 @@ def _add_texts(flat: _FlatTokens, examples: Iterator[TextExample], tokenizer: To
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     while chunk := list(itertools.islice(examples, _CHUNK)):
         texts = [example.text for example in chunk]
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        for example, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
             tokens = [*bos, *ids, tokenizer.eos_id]
-            flat.append(tokens, b"\1" * len(tokens))
-            flat.text_bytes += len(text.encode())
+            flat.append(tokens, b"\1" * len(tokens), example.where)
+            flat.text_bytes += len(example.text.encode())
 
 
 def _add_chats(
@@ -277,7 +325,7 @@ def _add_chats(
             if not any(learn[1:]):
                 flat.dropped += 1
                 continue
-            flat.append(tokens, learn)
+            flat.append(tokens, learn, example.where)
 
 
 def _pieces(example: ChatExample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -1,14 +1,17 @@
 """Which parameters are trained: the tuned partition, and the frozen rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.mesh import EXPERT
+from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.transformer import Transformer
 from esft_jax.model.tuned import TunedExperts, TunedLayout
 
@@ -16,11 +19,17 @@ Path = tuple[Any, ...]
 TUNED, FROZEN = "tuned", "frozen"
 
 
-def attach_tuned_experts(model: Transformer, experts: ExpertConfig) -> None:
+def attach_tuned_experts(
+    model: Transformer, experts: ExpertConfig, loads: Float[np.ndarray, "L E"] | None = None
+) -> None:
     """Give the model a tuned bank: float32 copies of the selected experts.
 
-    From here on the model computes these experts from the bank; the base ones stay as they are.
+    From here on the model computes these experts from the bank; the base ones keep their values.
     Without any selected expert (only shared or other modules are trained) there is no bank.
+
+    Args:
+        loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
+            experts move between devices, so that all compute about as many (`placement.py`).
     """
     config = model.config
     experts.validate(config.moe_layers, config.router.num_experts)
@@ -28,12 +37,38 @@ def attach_tuned_experts(model: Transformer, experts: ExpertConfig) -> None:
         return
     shards = 1 if model.mesh is None else model.mesh.shape[EXPERT]
     layout = TunedLayout.from_experts(
-        experts.experts, config.moe_layers, config.router.num_experts, shards
+        experts.experts, config.moe_layers, config.router.num_experts, shards, loads
     )
     base = model.moe_blocks.moe.experts
+    if loads is not None and model.mesh is not None:
+        for param in (base.gate_up, base.down):
+            param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
     model.tuned_experts = TunedExperts.from_base(
         base.gate_up[...], base.down[...], layout, model.mesh
     )
+
+
+def _moved(
+    stack: Float[Array, "L E _ _"], positions: Sequence[Sequence[int]], mesh: Mesh
+) -> Float[Array, "L E _ _"]:
+    """Base experts at other places of their layers' stacks; the array is donated."""
+    sources = jnp.asarray(np.argsort(np.asarray(positions), axis=1))
+
+    def move(stack: Array) -> Array:
+        # One layer at a time: no device holds more than one whole layer beside its part of all.
+        def move_layer(layer: Array, stack: Array) -> Array:
+            local = stack.shape[1]
+            experts = jax.lax.all_gather(stack[layer], EXPERT, tiled=True)
+            mine = jax.lax.dynamic_slice_in_dim(
+                sources[layer], jax.lax.axis_index(EXPERT) * local, local
+            )
+            return stack.at[layer].set(experts[mine])
+
+        return jax.lax.fori_loop(0, len(stack), move_layer, stack)
+
+    spec = PartitionSpec(None, RULES.experts)
+    split = jax.shard_map(move, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(split, donate_argnums=0)(stack)
 
 
 def label(path: Path, experts: ExpertConfig | None) -> str:

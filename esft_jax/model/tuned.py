@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from esft_jax.experts.placement import Placement, place_experts
 from esft_jax.mesh import DATA, EXPERT, RULES
 from esft_jax.ops.grouped_matmul import Bank
 
@@ -26,20 +27,31 @@ from esft_jax.ops.grouped_matmul import Bank
 class TunedLayout:
     """Which row of the bank holds which expert, and which device that row.
 
-    Base experts are split over `shards` devices in contiguous ranges. Tuned ones need not lie where
-    their base copies do: every layer's are dealt out evenly, so that all devices own as many rows,
-    give or take one. A device's rows lie layer after layer; where it has one less, the last is
-    padding.
+    A device's rows lie layer after layer; where it has one less than others, the last is padding.
 
     Attributes:
         selected: for every MoE layer, the selected expert ids in ascending order.
         num_experts: routed experts per layer.
         shards: devices along the `expert` mesh axis.
+        placement: of tuned and base experts on them.
     """
 
     selected: tuple[tuple[int, ...], ...]
     num_experts: int
     shards: int
+    placement: Placement
+
+    @classmethod
+    def place(
+        cls,
+        selected: tuple[tuple[int, ...], ...],
+        num_experts: int,
+        shards: int,
+        loads: Float[np.ndarray, "L E"] | None = None,
+    ) -> "TunedLayout":
+        """Layout of experts placed by `place_experts`."""
+        placement = place_experts(selected, num_experts, shards, loads)
+        return cls(selected, num_experts, shards, placement)
 
     @classmethod
     def from_experts(
@@ -48,10 +60,11 @@ class TunedLayout:
         moe_layers: Sequence[int],
         num_experts: int,
         shards: int,
+        loads: Float[np.ndarray, "L E"] | None = None,
     ) -> "TunedLayout":
         """Layout for expert ids given by decoder layer index; absent layers select none."""
         selected = tuple(tuple(sorted(experts.get(layer, ()))) for layer in moe_layers)
-        return cls(selected, num_experts, shards)
+        return cls.place(selected, num_experts, shards, loads)
 
     @property
     def first_layer(self) -> int:
@@ -59,38 +72,11 @@ class TunedLayout:
         return next(i for i, ids in enumerate(self.selected) if ids)
 
     @cached_property
-    def _owners(self) -> tuple[dict[int, int], ...]:
-        """For every layer, the device of each selected expert.
-
-        Devices with the fewest rows so far take what a layer's experts do not divide by; experts
-        stay on the device of their base copy while it has room.
-        """
-        owners, totals = [], [0] * self.shards
-        for ids in self.selected:
-            each, left = divmod(len(ids), self.shards)
-            fewest = sorted(range(self.shards), key=totals.__getitem__)
-            room = [each + (fewest.index(shard) < left) for shard in range(self.shards)]
-            totals = [total + more for total, more in zip(totals, room, strict=True)]
-            placed: dict[int, int] = {}
-            for expert in ids:
-                home = self.home(expert)
-                if room[home]:
-                    placed[expert] = home
-                    room[home] -= 1
-            free = (shard for shard in range(self.shards) for _ in range(room[shard]))
-            owners.append({e: placed[e] if e in placed else next(free) for e in ids})
-        return tuple(owners)
-
-    def home(self, expert: int) -> int:
-        """The device of an expert's base copy."""
-        return expert // (self.num_experts // self.shards)
-
-    @cached_property
     def _counts(self) -> np.ndarray:
         """Selected experts by device and layer, `[shards, L]`."""
         counts = np.zeros((self.shards, len(self.selected)), np.int32)
-        for layer, owners in enumerate(self._owners):
-            for shard in owners.values():
+        for layer, owners in enumerate(self.placement.owners):
+            for shard in owners:
                 counts[shard, layer] += 1
         return counts
 
@@ -120,8 +106,9 @@ class TunedLayout:
         local = self.num_experts // self.shards
         nothing = self.window + local
         groups = np.full((self.shards, len(self.selected), self.num_experts + 1), nothing, np.int32)
-        for expert in range(self.num_experts):
-            groups[self.home(expert), :, expert] = self.window + expert % local
+        for layer, positions in enumerate(self.placement.positions):
+            for expert, position in enumerate(positions):
+                groups[position // local, layer, expert] = self.window + position % local
         for layer, expert, row in self.rows():
             shard, within = divmod(row, self.rows_per_shard)
             groups[:, layer, expert] = nothing
@@ -132,11 +119,18 @@ class TunedLayout:
         """All (index among the MoE layers, expert id, bank row)."""
         following = [shard * self.rows_per_shard for shard in range(self.shards)]
         found = []
-        for layer, owners in enumerate(self._owners):
-            for expert, shard in owners.items():
+        for layer, ids in enumerate(self.selected):
+            for expert, shard in zip(ids, self.placement.owners[layer], strict=True):
                 found.append((layer, expert, following[shard]))
                 following[shard] += 1
         return found
+
+    def by_row(self) -> list[tuple[int, int] | None]:
+        """What every row holds: index among the MoE layers and expert id; None for padding."""
+        held: list[tuple[int, int] | None] = [None] * (self.shards * self.rows_per_shard)
+        for layer, expert, row in self.rows():
+            held[row] = layer, expert
+        return held
 
 
 class TunedWindow(NamedTuple):
@@ -171,12 +165,15 @@ class TunedExperts(nnx.Module):
     ) -> "TunedExperts":
         """Float32 copies of the selected base experts, on the devices that own them.
 
+        Args:
+            gate_up, down: base experts, placed as the layout says.
+
         Padding rows are zero.
         """
-        # Source of each row: layer, expert, and whether there is one.
+        # Source of each row: layer, place in its stack, and whether there is one.
         sources = np.zeros((layout.shards * layout.rows_per_shard, 3), np.int32)
         for layer, expert, row in layout.rows():
-            sources[row] = layer, expert, 1
+            sources[row] = layer, layout.placement.positions[layer][expert], 1
         source = jnp.asarray(sources)
 
         def read(bank: Array, source: Array, shard: Array | int) -> Array:

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,23 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
-from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
+from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.experts.placement import Placement, expected_loads, place_experts
+from esft_jax.experts.scores import load_scores
 from esft_jax.experts.select import select_experts
+from esft_jax.files import write_text_atomic
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
 from esft_jax.hf.source import Source
-from esft_jax.mesh import any_process, on_first_process, place_batch
+from esft_jax.mesh import EXPERT, any_process, on_first_process, place_batch
 from esft_jax.model.transformer import Transformer
+from esft_jax.model.tuned import TunedLayout
 from esft_jax.training.checkpoint import Checkpoints, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
@@ -75,14 +80,17 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         say(_describe("valid", setup.valid_set))
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     on_first_process(lambda: setup.run.create(setup.config), "run folder")
-    experts = None
+    experts = loads = None
     if base is not None and setup.config.method == "esft":
         experts = _choose_experts(setup, base, say)
+        loads = _expected_loads(setup)
     if base is None:
-        run = _Run(setup, random_model(setup), None, experts)
+        run = _Run(setup, random_model(setup), None, experts, loads)
     else:
-        run = _Run(setup, base.model, base.source, experts)
+        run = _Run(setup, base.model, base.source, experts, loads)
     del base  # the run takes over its arrays
+    if loads is not None and run.layout is not None:
+        say(_describe_placement(run.layout, loads))
     say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
     if run.step_bytes is not None:
         mebibytes = run.step_bytes / 2**20
@@ -138,6 +146,26 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
     return experts
 
 
+def _expected_loads(setup: Setup) -> Float[np.ndarray, "L E"] | None:
+    """What the scores say of the experts' shares of tokens, where it decides where they lie."""
+    if setup.config.expert_cfg is not None or setup.mesh.shape[EXPERT] == 1:
+        return None
+    return load_scores(setup.run.scores).token
+
+
+def _describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) -> str:
+    def busiest(placement: Placement) -> float:
+        return expected_loads(placement, layout.selected, layout.shards, loads).max()
+
+    before = place_experts(layout.selected, layout.num_experts, layout.shards)
+    rows = np.bincount([row // layout.rows_per_shard for *_, row in layout.rows()])
+    return (
+        f"placement on {layout.shards} devices: {rows.min()} to {rows.max()} tuned experts each; "
+        f"expected tokens of the busiest in any layer {busiest(before):.2f} times the mean, "
+        f"now {busiest(layout.placement):.2f}"
+    )
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Where the loop ended: the parameters to keep, or None if a signal stopped it early."""
@@ -156,21 +184,23 @@ class _Run:
         model: Transformer,
         source: Source | None,
         experts: ExpertConfig | None,
+        loads: Float[np.ndarray, "L E"] | None,
     ):
         self.setup, self.source, self.experts = setup, source, experts
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_set = setup.train_set, setup.valid_set
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if experts is not None:
-            attach_tuned_experts(model, experts)
+            attach_tuned_experts(model, experts, loads)
         self.graph, tuned, self.frozen = partition(model, experts)
         self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
-        layout = model.tuned_experts.layout if model.tuned_experts else None
-        self.tuned_rows = layout and hashlib.sha256(repr(layout.rows()).encode()).hexdigest()
+        self.layout = model.tuned_experts.layout if model.tuned_experts else None
+        rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
-        self.checkpoints = Checkpoints(self.folder.checkpoints, self._facts())
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self._facts(), rows)
         self.best_loss: float | None = None
+        self.skipped = 0
 
     def _compile(self, tuned: nnx.State) -> None:
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
@@ -193,8 +223,6 @@ class _Run:
             "base_fingerprint": self.source.fingerprint if self.source else None,
             "experts": experts,
             "data_sha256": self.train_set.stats.sha256,
-            "expert_shards": self.setup.mesh.shape["expert"],
-            "tuned_rows": self.tuned_rows,
         }
 
     def train(self) -> _Outcome:
@@ -216,16 +244,20 @@ class _Run:
             _stop_signal() as stopped,
         ):
             logged, since = first, time.perf_counter()
+            skipped: list[jax.Array] = []  # counted so far, by step since the last logged one
             for step in range(first + 1, config.steps + 1):
                 last = step == config.steps
                 self.state, metrics = self.train_step(self.state, self.frozen, next(iterator))
+                skipped.append(metrics["skipped"])
                 log.advance()
                 if last or step % config.log_every == 0:
                     scalars = self._scalars(step, metrics)  # waits for the step
+                    self._check_skipped(step, jax.device_get(skipped))
+                    skipped.clear()
                     elapsed = time.perf_counter() - since
                     scalars["tokens_per_second"] = (step - logged) * self._step_tokens / elapsed
                     log.write(step, scalars)
-                    _finite("loss", step, scalars["loss"])
+                    self.checkpoints.check()
                     logged, since = step, time.perf_counter()
                 if self.valid_set is not None and (last or step % config.eval_every == 0):
                     loss = _finite("validation loss", step, self.evaluate())
@@ -253,7 +285,31 @@ class _Run:
         self.state, position = self.checkpoints.restore(abstract_state(self.state, self.shardings))
         iterator.set_state(position["data"])
         self.best_loss = position["best_loss"]
+        self.skipped = int(self.state.skipped)
         return int(self.state.step)
+
+    def _check_skipped(self, last: int, counts: Sequence[int]) -> None:
+        """Write down the batches of skipped updates, and end a run that has too many.
+
+        Args:
+            counts: updates skipped until each of the steps that end with `last`.
+        """
+        for step, count in enumerate(counts, last - len(counts) + 1):
+            if count == self.skipped:
+                continue
+            self.skipped, config = int(count), self.config.train
+            rows = batch_rows(self.train_set, config.batch_size, self.config.seed)[step - 1]
+            examples = self.train_set.places(rows)
+            listed = self.folder.skipped / f"{step}.txt"
+            if jax.process_index() == 0:
+                write_text_atomic(listed, "".join(f"{place}\n" for place in examples))
+            if count > config.max_skipped:
+                raise InputError(
+                    f"step {step}: loss or gradients are not finite, in {count} updates of this "
+                    f"run; train.max_skipped allows {config.max_skipped}. The batch: {examples[0]} "
+                    f"and {len(examples) - 1} more examples, listed in {listed} "
+                    "(a lower optimizer.learning_rate, or other data)"
+                )
 
     @property
     def _step_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """Metrics of a run: a progress bar, JSON lines, TensorBoard."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from esft_jax.errors import InputError
 from esft_jax.files import write_text_atomic
 from esft_jax.training.run_folder import RunFolder
 
@@ -19,6 +21,9 @@ _SHOWN = ("loss", "valid_loss", "tokens_per_second")
 
 class MetricsLog:
     """Writes scalars by step. Only process 0 writes or shows anything.
+
+    Raises:
+        InputError: a file cannot be written, for one when a disk is full.
 
     Lines past `start`, left by a run that was stopped after its last checkpoint, are removed, so
     that a step never stands twice in the file.
@@ -37,11 +42,15 @@ class MetricsLog:
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Record scalars, and show them beside the progress bar."""
+        """Record scalars, but those that are not finite, and show them beside the progress bar."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        try:
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self._file.name}: cannot be written: {error.strerror}") from error
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
         self._shown |= {name: f"{scalars[name]:.4g}" for name in _SHOWN if name in scalars}

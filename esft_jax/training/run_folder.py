@@ -11,6 +11,7 @@ from esft_jax.errors import InputError
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
     "mesh.data",
+    "mesh.expert",
     "mesh.cpu_devices",
     "train.steps",
     "train.eval_every",
@@ -18,6 +19,7 @@ _CHANGEABLE = {
     "train.log_every",
     "train.remat",
     "train.verify_frozen",
+    "train.max_skipped",
 }
 
 
@@ -29,6 +31,7 @@ class RunFolder:
     expert_cfg.json    the selected experts
     checkpoints/       `last` to resume from, `best` by validation loss
     metrics.jsonl      one line per logged step; `tensorboard/` holds the same
+    skipped/           for every skipped update, the examples of its batch
     adapter/           the result of `esft`: the trained experts
     model/             the result of `full`: a Hugging Face folder
     evaluation/        completions and scores by `evaluate`
@@ -42,6 +45,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.skipped = self.path / "skipped"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"

@@ -19,12 +19,14 @@ class TrainState:
     """What a run changes.
 
     Attributes:
-        step: updates done.
+        step: batches seen.
+        skipped: of these, the ones whose loss or gradients were not finite: no update was made.
         tuned: trained parameters, float32.
         opt_state: the optimizer's state; it holds arrays for tuned parameters only.
     """
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     tuned: nnx.State
     opt_state: optax.OptState
 
@@ -34,7 +36,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first update."""
     opt_state = optimizer.init({TUNED: tuned, FROZEN: frozen})
-    return TrainState(jnp.zeros((), jnp.int32), tuned, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), tuned, opt_state)
 
 
 def place_state(
@@ -68,6 +70,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
 
     places: dict[str, Any] = {
         "step": replicated,
+        "skipped": replicated,
         "tuned": tuned,
         "opt_state": jax.tree_util.tree_map_with_path(sharding, state.opt_state),
     }

@@ -68,6 +68,7 @@ def make_train_step(
     """A pure function `(state, frozen, batch) -> (state, metrics)`; see `jit_train_step`.
 
     The loss is the mean over the tokens of the whole batch, however they fall on micro-batches.
+    Where it or a gradient is not finite, parameters and optimizer stay as they are.
     Gradients are taken with respect to the tuned partition alone.
     """
 
@@ -108,11 +109,23 @@ def make_train_step(
             state.opt_state,
             {TUNED: state.tuned, FROZEN: frozen},
         )
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": total_weight}
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        skipped = state.skipped + ~finite
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "target_tokens": total_weight,
+            "skipped": skipped,
+        }
         if balance_weight:
             metrics["balance_loss"] = balance
-        tuned = optax.apply_updates(state.tuned, updates[TUNED])
-        return TrainState(state.step + 1, tuned, opt_state), metrics
+        tuned, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.tuned, updates[TUNED]), opt_state),
+            (state.tuned, state.opt_state),
+        )
+        return TrainState(state.step + 1, skipped, tuned, opt_state), metrics
 
     return step
 

@@ -30,7 +30,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("selected", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_selected_expert_has_its_own_row(selected, shards):
-    layout = TunedLayout(selected, 8, shards)
+    layout = TunedLayout.place(selected, 8, shards)
     local, size = 8 // shards, layout.rows_per_shard
     chosen = [(layer, expert) for layer, ids in enumerate(selected) for expert in ids]
     row_of = {(layer, expert): row for layer, expert, row in layout.rows()}
@@ -58,13 +58,13 @@ def test_every_selected_expert_has_its_own_row(selected, shards):
 
 
 def test_experts_stay_with_their_base_where_there_is_room():
-    layout = TunedLayout(((0, 1, 5), (2, 6)), 8, 2)
+    layout = TunedLayout.place(((0, 1, 5), (2, 6)), 8, 2)
     owners = {(layer, expert): row // 3 for layer, expert, row in layout.rows()}
     assert owners == {(0, 0): 0, (0, 1): 0, (0, 5): 1, (1, 2): 0, (1, 6): 1}
 
 
 def test_a_window_is_cut_from_the_devices_slice():
-    layout = TunedLayout(((0, 1, 5), (), (4,)), 8, 2)
+    layout = TunedLayout.place(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
     carried = (bank[None], bank[None])
     window, _ = layer_window(bank, bank, carried, layout, jnp.int32(2), 1)

@@ -11,11 +11,13 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
     value = np.arange(1 << 20, dtype=np.float32)
 
     def start(factor: float) -> TrainState:
-        return TrainState(jnp.array(5), {"w": factor * jnp.array(value)}, (jnp.array(value) + 1,))
+        return TrainState(
+            jnp.array(5), jnp.array(0), {"w": factor * jnp.array(value)}, (jnp.array(value) + 1,)
+        )
 
     update = jax.jit(lambda state: jax.tree.map(lambda x: -x, state), donate_argnums=0)
     state = update(update(start(1.0)))
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, {}, None)
     checkpoints.save(5, state, {"next_index": 5}, None)
     checkpoints.save_best(5, state)
     for _ in range(5):
@@ -26,7 +28,7 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     checkpoints.close()
-    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints = Checkpoints(tmp_path, {}, None)
     restored, position = checkpoints.restore(abstract)
     assert int(restored.step) == 5 and position["data"] == {"next_index": 5}
     np.testing.assert_array_equal(restored.tuned["w"], value)

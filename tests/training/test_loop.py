@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from esft_jax.config import RunConfig, load_config
+from esft_jax.data.pipeline import PackedDataset
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.adapter import apply_adapter, load_adapter
@@ -178,10 +180,11 @@ def _rebuilt(config: RunConfig, changes: dict) -> dict:
     }
 
 
-def test_a_checkpoint_of_another_expert_layout_is_refused(finished) -> None:
+def test_a_checkpoint_of_other_facts_is_refused(finished) -> None:
     _, result = finished
-    checkpoint = loop.Checkpoints(result.folder / "checkpoints", {"expert_shards": 4})
-    with pytest.raises(InputError, match="expert_shards = 2; this run has 4"):
+    facts = {"base_fingerprint": "another"}
+    checkpoint = loop.Checkpoints(result.folder / "checkpoints", facts, None)
+    with pytest.raises(InputError, match="base_fingerprint = .*; this run has 'another'"):
         checkpoint.restore(None)
 
 
@@ -231,3 +234,59 @@ def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path
     assert experts == {"model.layers.1", "model.layers.3"}
     untouched = 3 * 8 - 3  # base experts that no gradient reaches
     assert result.total - result.trained == untouched * 3 * 32 * 16
+
+
+def test_a_run_moves_to_smaller_meshes(finished, tmp_path) -> None:
+    config, _ = finished
+
+    def at(steps: int, output: str, **mesh: int) -> RunConfig:
+        train = dataclasses.replace(config.train, steps=steps, batch_size=8)
+        mesh = dataclasses.replace(config.mesh, **mesh)
+        return dataclasses.replace(config, output=str(tmp_path / output), train=train, mesh=mesh)
+
+    run(at(6, "stays", data=2, expert=4))
+    for steps, data, expert in [(2, 2, 4), (4, 2, 2), (6, 1, 2)]:
+        moved = at(steps, "moves", data=data, expert=expert)
+        shutil.rmtree(tmp_path / "moves" / "adapter", ignore_errors=True)
+        run(moved)
+    expected = adapter_tensors(at(6, "stays"))
+    for name, tensor in adapter_tensors(moved).items():
+        np.testing.assert_allclose(tensor, expected[name], atol=1e-5)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> list[str]:
+    """A loss that is not a number: where its example was read, once a batch had it."""
+    gather = PackedDataset.gather
+    where: list[str] = []
+
+    def gather_nan(dataset: PackedDataset, rows, size=None):
+        batch = gather(dataset, rows, size)
+        for b, row in enumerate(rows):
+            if row == 3:
+                batch["loss_weights"][b] *= np.nan
+                where[:] = dataset.places([row])
+        return batch
+
+    monkeypatch.setattr(PackedDataset, "gather", gather_nan)
+    return where
+
+
+def test_updates_that_are_not_finite_are_skipped_and_listed(make_config, poisoned) -> None:
+    train = {"steps": 8, "batch_size": 4, "log_every": 4, "save_every": 4}
+    config = make_config(train=train, data=make_config().data.__dict__ | {"valid": ()})
+    result = run(config)
+    lines = [json.loads(s) for s in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    listed = {int(p.stem): p.read_text().splitlines() for p in result.folder.glob("skipped/*")}
+    assert lines[-1]["skipped"] == len(listed) > 0
+    for examples in listed.values():
+        assert poisoned[0] in examples and len(examples) < 20  # of 40
+    assert all(np.isfinite(x).all() for x in adapter_tensors(config).values())
+
+
+def test_too_many_skipped_updates_end_the_run_with_the_batch_named(make_config, poisoned) -> None:
+    train = {"steps": 8, "batch_size": 4, "log_every": 4, "max_skipped": 0}
+    config = make_config(train=train, data=make_config().data.__dict__ | {"valid": ()})
+    with pytest.raises(InputError, match=r"step \d+: .*not finite, in 1 updates.*skipped/\d+.txt"):
+        run(config)
+    assert not os.path.exists(f"{config.output}/adapter")

@@ -1,0 +1,145 @@
+"""Several processes of one run on this machine, by JAX's own runtime (gloo)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+DEVICES, STEPS = 8, 20
+
+
+def start(config: Path, output: Path, processes: int, *overrides: str) -> list[subprocess.Popen]:
+    """The processes of a run, each with its share of eight devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    started = []
+    for process in range(processes):
+        command = [sys.executable, "-m", "esft_jax.train", "--config", str(config)]
+        if processes > 1:
+            command += ["--distributed", "--coordinator", f"localhost:{port}"]
+            command += ["--processes", str(processes), "--process", str(process)]
+            command += ["--peer-timeout", "10"]
+        command += [f"output={output}", f"mesh.cpu_devices={DEVICES // processes}", *overrides]
+        started.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[str]:
+    """Output of every process; all must end well."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n\n".join(outputs)
+    return outputs
+
+
+def metrics(output: Path, name: str) -> np.ndarray:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return np.array([line[name] for line in lines if name in line])
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "run.json"
+    content = {
+        "model": str(base),
+        "output": "unset",
+        "dtype": "float32",
+        "mesh": {"data": 2, "expert": 4},
+        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
+        "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
+        "select": {"top_p": 0.3},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 8,
+            "eval_every": 10,
+            "save_every": 5,
+            "log_every": 1,
+            "verify_frozen": True,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process with eight devices."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(config, output, 1))
+    return output
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_together_make_the_run_of_one(
+    processes: int, config: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    first, *others = finish(start(config, output, processes))
+    assert f"step {STEPS} of {STEPS}" in first
+    for text in others:
+        assert "step" not in text and "experts" not in text, text
+    for name in ("loss", "valid_loss", "target_tokens", "grad_norm"):
+        np.testing.assert_allclose(metrics(output, name), metrics(alone, name), rtol=0, atol=1e-5)
+    chosen = [json.loads((folder / "expert_cfg.json").read_text()) for folder in (output, alone)]
+    assert chosen[0] == chosen[1]
+    mine, theirs = (load_file(f / "adapter" / "model.safetensors") for f in (output, alone))
+    for name, tensor in mine.items():
+        np.testing.assert_allclose(tensor, theirs[name], atol=1e-5)
+
+
+def wait_for(output: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    path = output / "metrics.jsonl"
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        assert all(process.poll() is None for process in processes), "a process ended early"
+        time.sleep(0.1)
+    pytest.fail(f"no step {step} within two minutes")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="dead"),
+        pytest.param(signal.SIGSTOP, id="stalled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_process_ends_the_run_and_another_count_continues_it(
+    number: int, config: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    processes = start(config, output, 2, "train.log_every=1")
+    wait_for(output, 8, processes)
+    processes[1].send_signal(number)
+    began = time.monotonic()
+    try:
+        text = processes[0].communicate(timeout=60)[0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode not in (0, 2), text
+    assert time.monotonic() - began < 40
+    processes[1].communicate()
+    # One process, on another mesh, takes it from the last checkpoint.
+    resumed = start(config, output, 1, "mesh.data=4", "mesh.expert=2")
+    finish(resumed)
+    np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
