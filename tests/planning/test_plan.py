@@ -1,7 +1,10 @@
 """`plan`: the step is the one that `train` runs, and what is said about it."""
 
 import dataclasses
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -130,6 +133,27 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     memory = dataclasses.replace(fitting.memory, available=1, needed=None)
     method, *_ = suggestions(full, dataclasses.replace(fitting, memory=memory))
     assert method.startswith("method=esft:") and "1 of 8 experts in each layer, assumed" in method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed: pip install libtpu")
+    path, output = tmp_path / "run.yaml", tmp_path / "plan.json"
+    save_config(make_config(), path)
+    # A process of its own: the compiler ends it when something is wrong.
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", topology, "--json", output]
+    done = subprocess.run([*command, "--config", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(output.read_text())
+    assert found["mesh"] == {"data": 2, "expert": 4} and found["fits"]
+    assert found["operations"] > found["model_operations"] > 0
+    # The tokens of a group, bfloat16, to each of its devices: in every layer, forward and backward.
+    tokens = 3 * 64 * 32 * 2
+    assert found["received"]["all-gather"] > 2 * 3 * 2 * tokens
+    roofline = found["roofline"]
+    assert 0 < roofline["overlapped"] < roofline["serial"] < 1e-3
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pods").glob("*.yaml")), ids=str)
