@@ -17,15 +17,14 @@ Every case is a process of its own. Prints Markdown, writes JSON.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,24 +33,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental.pallas.tpu import get_tpu_info
-from jax.extend.core import jaxprs_in_params
-from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from measuring import machine, print_table, write_report
 
-from esft_jax.config import OptimizerConfig
+from esft_jax.config import RunConfig
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import FROZEN, TUNED, attach_tuned_experts, partition
-from esft_jax.mesh import EXPERT, batch_sharding, make_mesh, param_shardings
+from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.mesh import make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.remat import Remat
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
-from esft_jax.topology import ahead_of_time_devices, lowering_platform
+from esft_jax.planning.operations import Routing, count_operations, model_operations
+from esft_jax.planning.program import StepShapes, compile_step, run_parts, step_shapes
+from esft_jax.topology import ahead_of_time_devices
 from esft_jax.training.optimizer import make_optimizer
-from esft_jax.training.state import TrainState, init_state, state_shardings
-from esft_jax.training.step import jit_train_step, make_train_step
 
 METHODS = ("esft", "full-bf16", "full-fp32", "masked")
 SLICES = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4", "v5p:2x2x1", "v5p:2x2x2")
@@ -59,65 +54,44 @@ CASE = ("slice", "method", "remat")
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class Program:
-    """A step, and all that goes into it as shapes with their places on the mesh."""
-
-    step: Any
-    state: TrainState
-    frozen: nnx.State
-    batch: dict[str, jax.ShapeDtypeStruct]
-
-
-def abstract_program(
-    config: ModelConfig,
-    mesh: Mesh,
-    method: str,
-    experts: ExpertConfig,
-    rows: int,
-    length: int,
-    remat: Remat,
-) -> Program:
-    """The step of a method; nothing is allocated."""
-    chosen = experts if method == "esft" else None
-    state_type = jnp.dtype(jnp.float32 if method in ("esft", "full-fp32") else jnp.bfloat16)
-    optimizer = make_optimizer(OptimizerConfig(), steps=1)
-    graph: Any = None
-
-    def build() -> tuple[TrainState, nnx.State]:
-        nonlocal graph
-        model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, mesh=mesh)
-        if chosen is not None:
-            attach_tuned_experts(model, chosen)
-        if method == "masked":
-            graph, tuned, frozen = nnx.split(model, lambda path, _: "experts" in path, ...)
-        else:
-            graph, tuned, frozen = partition(model, chosen)
-        tuned = jax.tree.map(lambda p: p.astype(state_type), tuned)
-        return init_state(optimizer, tuned, frozen), frozen
-
-    if method == "masked":
-        optimizer = _masked(optimizer, config, experts)
-    state, frozen = jax.eval_shape(build)
-
-    def place(tree: Any, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
-
-    places = state_shardings(state, mesh)
-    int32, sharding = jnp.dtype(jnp.int32), batch_sharding(mesh)
-    types = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), int32)
-    types["loss_weights"] = jnp.dtype(jnp.float32)
-    return Program(
-        jit_train_step(make_train_step(graph, optimizer, remat=remat), places),
-        place(state, places),
-        place(frozen, param_shardings(frozen, mesh)),
-        {
-            name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-            for name, dtype in types.items()
-        },
+def method_config(method: str, model: Path, rows: int, length: int, remat: Remat) -> RunConfig:
+    """The run whose step a method is; `rows` in all."""
+    return RunConfig(
+        model=str(model),
+        output="none",
+        data={"train": ("none",), "sequence_length": length},
+        method="full" if method.startswith("full") else "esft",
+        train={"batch_size": rows, "remat": remat},
     )
+
+
+def method_shapes(
+    method: str, config: RunConfig, model: ModelConfig, mesh: Mesh, experts: ExpertConfig
+) -> StepShapes:
+    """What the step of a method is given."""
+    chosen = experts if method == "esft" else None
+
+    def parts() -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        if method != "masked":
+            graph, tuned, frozen = run_parts(config, model, mesh, chosen)
+        else:
+            whole = Transformer(model, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, mesh=mesh)
+            graph, tuned, frozen = nnx.split(whole, lambda path, _: "experts" in path, ...)
+        if method in ("full-bf16", "masked"):
+            tuned = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tuned)
+        return graph, tuned, frozen
+
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    if method == "masked":
+        optimizer = _masked(optimizer, model, experts)
+    return step_shapes(config, mesh, parts, optimizer)
+
+
+def trained_experts(method: str, model: ModelConfig, experts: ExpertConfig) -> ExpertConfig | None:
+    """What has gradients; None for all."""
+    if method == "masked":
+        return ExpertConfig(dict.fromkeys(model.moe_layers, tuple(range(model.router.num_experts))))
+    return experts if method == "esft" else None
 
 
 def _masked(
@@ -136,243 +110,36 @@ def _masked(
     return optax.chain(optimizer, optax.stateless(lambda updates, _: drop(updates)))
 
 
-@dataclass
-class Work:
-    """Floating-point operations of one chip in a step, read from the traced program.
-
-    XLA's own cost analysis counts the body of a loop once, and kernels not at all.
-
-    Attributes:
-        products: matrix products outside kernels, each as often as it runs.
-        experts: the grouped kernels, by the rows and widths that their grids cover.
-        experts_exact: the same without the padding of rows and widths to blocks.
-        attention: the kernels of attention, by the blocks of scores that they compute.
-    """
-
-    products: float = 0.0
-    experts: float = 0.0
-    experts_exact: float = 0.0
-    attention: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.products + self.experts + self.attention
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the grouped kernels of one chip meet in one layer, for a balanced router.
-
-    Attributes:
-        sizes: rows of each expert of the chip.
-        tuned: tuned experts per chip and layer, on average.
-    """
-
-    sizes: np.ndarray
-    tuned: float
-
-    def charged(self, tile: int) -> float:
-        """Rows that are multiplied, pieces of tiles included, per row."""
-        sizes = jnp.asarray(self.sizes, jnp.int32)
-        begins, rows = jnp.cumsum(sizes) - sizes, int(self.sizes.sum())
-        visits, count = plan_visits(begins, sizes, rows, tile // PIECES)
-        return float(visits.pieces[: int(count)].sum()) * (tile // PIECES) / rows
-
-
-def count_work(jaxpr: Any, routing: Routing, devices: int) -> Work:
-    """Walk a traced program, without what nobody reads. Outside `shard_map` shapes are global and
-    split over all devices. Pieces of assignments (`esft_jax.model.experts`) are one, as with a
-    balanced router.
-    """
-    work = Work()
-
-    def walk(jaxpr: Any, share: float, trips: int) -> None:
-        used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        for equation in used.eqns:
-            name = equation.primitive.name
-            if name == "dot_general":
-                work.products += trips * share * _product_flops(equation)
-            elif name == "pallas_call":
-                _add_kernel(work, equation, routing, trips)
-            else:
-                inner_share = 1.0 if name == "shard_map" else share
-                inner_trips = trips * (equation.params["length"] if name == "scan" else 1)
-                for inner in jaxprs_in_params(equation.params):
-                    walk(inner, inner_share, inner_trips)
-
-    walk(jaxpr, 1 / devices, 1)
-    return work
-
-
-def _product_flops(equation: Any) -> float:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    depth = np.prod([equation.invars[0].aval.shape[i] for i in contracted])
-    return 2.0 * np.prod(equation.outvars[0].aval.shape) * depth
-
-
-def _add_kernel(work: Work, equation: Any, routing: Routing, trips: int) -> None:
-    name = equation.params["name"]
-    if name.startswith("splash"):
-        work.attention += trips * _attention_flops(equation)
-        return
-    operands = equation.params["grid_mapping"].block_mappings
-    arrays = [operand.array_aval.shape for operand in operands]
-    blocks = [operand.transformed_block_aval.shape for operand in operands]
-    charged = routing.charged(blocks[0][0])
-    if name == "grouped_matmul":  # rows, banks, products
-        rows = routing.sizes.sum()
-        exact = arrays[0][1] * arrays[-1][1]
-        covered = arrays[0][1] * _padded(arrays[-1][1], blocks[-1][1])
-    else:  # rows, their gradients, gradients of the matrices
-        rows = routing.sizes.mean() * routing.tuned
-        exact = arrays[0][1] * arrays[1][1]
-        covered = _padded(arrays[0][1], blocks[0][1]) * _padded(arrays[1][1], blocks[1][1])
-    work.experts += trips * 2.0 * charged * rows * covered
-    work.experts_exact += trips * 2.0 * rows * exact
-
-
-def _attention_flops(equation: Any) -> float:
-    """Of a splash attention kernel, which computes the blocks on and below the diagonal."""
-    # Products in which a score, or its gradient, meets the width of queries and that of values.
-    by_kind = {"_fwd_": (1, 1), "_dq_": (2, 1), "_dkv_": (2, 2)}
-    of_query, of_value = next(n for kind, n in by_kind.items() if kind in equation.params["name"])
-    operands = (v.aval for v in equation.invars)  # what says which blocks to visit comes first
-    query, _, value = [a.shape for a in operands if jnp.issubdtype(a.dtype, jnp.floating)][:3]
-    block = equation.params["grid_mapping"].block_mappings[0].transformed_block_aval.shape[0]
-    blocks = query[-2] // block
-    scores = np.prod(query[:-2]) * block**2 * blocks * (blocks + 1) / 2
-    return 2.0 * scores * (of_query * query[-1] + of_value * value[-1])
-
-
-def _padded(width: int, block: int) -> int:
-    return -(-width // block) * block
-
-
-def model_work(
-    config: ModelConfig, method: str, experts: ExpertConfig, tokens: int, length: int
-) -> float:
-    """Operations of one chip in a step by arithmetic, nothing computed twice.
-
-    Every layer runs forward; from the lowest trained one up, the gradients of the activations take
-    as much again, and so do the gradients of weights that are trained. Attention is causal: half of
-    all scores, whose gradients take twice as much.
-    """
-    full = method.startswith("full")
-    size, heads, width = config.hidden_size, config.num_heads, config.qk_head_dim
-    query = size * heads * width
-    if config.q_lora_rank is not None:
-        query = config.q_lora_rank * (size + heads * width)
-    attention = query + size * (config.kv_lora_rank + config.qk_rope_head_dim)
-    attention += heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    attention += heads * config.v_head_dim * size
-    scores = heads * (width + config.v_head_dim) * length / 2
-    expert = 3 * size * config.expert_width
-    shared = config.num_shared_experts * expert + size * config.router.num_experts
-    total = size * config.vocab_size * (2.0 + full)
-    first = {"esft": min(experts.experts), "masked": config.first_dense_layers}.get(method, 0)
-    for layer in range(config.num_layers):
-        passes = 1 + (layer >= first)
-        total += attention * (passes + full) + scores * (3 if layer >= first else 1)
-        if layer not in config.moe_layers:
-            total += 3 * size * config.dense_width * (passes + full)
-            continue
-        chosen = len(experts.experts.get(layer, ())) / config.router.num_experts
-        trained = chosen if method == "esft" else 1
-        total += config.router.top_k * expert * (passes + trained) + shared * (passes + full)
-    return 2 * tokens * total
-
-
 def compile_case(
     options: argparse.Namespace, slice_name: str, method: str, remat: Remat
 ) -> dict[str, Any]:
     """Compile one method for one slice: bytes per chip, operations per chip and step, seconds."""
-    config = ModelConfig.load(options.model)
+    model, experts = ModelConfig.load(options.model), ExpertConfig.load(options.experts)
     devices = ahead_of_time_devices(slice_name)
     mesh = make_mesh(expert=options.split or len(devices), devices=devices)
-    experts = ExpertConfig.load(options.experts)
-    program = abstract_program(
-        config, mesh, method, experts, len(devices) * options.rows, options.length, remat
-    )
-    begin = time.perf_counter()
-    traced = program.step.trace(program.state, program.frozen, program.batch)
-    lowered = traced.lower(lowering_platforms=(lowering_platform(devices),))
-    tracing = time.perf_counter() - begin
-    size = {
-        "frozen": _local_bytes(program.frozen),
-        "tuned": _local_bytes(program.state.tuned),
-        "moments": _local_bytes(program.state.opt_state),
-    }
+    rows = len(devices) * options.rows
+    config = method_config(method, options.model, rows, options.length, remat)
+    shapes = method_shapes(method, config, model, mesh, experts)
     case: dict[str, Any] = {"slice": slice_name, "method": method, "remat": remat}
-    case |= {"chips": len(devices), "bytes": size, "tracing_seconds": tracing}
-
-    if devices[0].platform == "tpu":
-        case["operations"] = count_operations(options, config, method, experts, traced, mesh)
-    size["available"] = _memory(mesh)
-    if sum(size[name] for name in ("frozen", "tuned", "moments")) > size["available"]:
-        return case | {"fits": False}  # without asking the compiler
     begin = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        short = re.search(r"required .*\(([\d.]+)G\) exceeds .* HBM \(([\d.]+)G\)", str(error))
-        if short is None:
-            raise
-        size["needed"], size["available"] = (float(short[i]) * 2**30 for i in (1, 2))
-        return case | {"fits": False}
-    memory = compiled.memory_analysis()
-    size["temporary"] = memory.temp_size_in_bytes
-    size["needed"] = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    # The compiler for GPUs refuses nothing.
-    fits = size["needed"] <= size["available"]
-    return case | {"fits": fits, "compile_seconds": time.perf_counter() - begin}
-
-
-def count_operations(
-    options: argparse.Namespace,
-    config: ModelConfig,
-    method: str,
-    experts: ExpertConfig,
-    traced: Any,
-    mesh: Mesh,
-) -> dict[str, float]:
-    """Operations per chip and step: as traced, and by arithmetic."""
-    shards, num_experts = mesh.shape[EXPERT], config.router.num_experts
-    assignments = shards * options.rows * options.length * config.router.top_k
-    drawn = np.random.default_rng(0).multinomial(assignments, np.full(num_experts, 1 / num_experts))
-    trained = (
-        num_experts if method != "esft" else experts.num_experts_selected / len(config.moe_layers)
-    )
-    routing = Routing(drawn[: num_experts // shards], trained / shards)
-    work = count_work(traced.jaxpr.jaxpr, routing, mesh.size)
-    tokens = options.rows * options.length
-    return {
-        "total": work.total,
-        "model": model_work(config, method, experts, tokens, options.length),
-        "experts": work.experts,
-        "experts_exact": work.experts_exact,
-    }
-
-
-def _memory(mesh: Mesh) -> int:
-    """Bytes of one device."""
-    if mesh.devices.flat[0].platform == "gpu":
-        return 80 * 2**30
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        chip = get_tpu_info()
-    return chip.hbm_capacity_bytes * chip.num_cores
-
-
-def _local_bytes(tree: Any) -> int:
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    traced = shapes.trace(config)
+    case |= {"chips": len(devices), "tracing_seconds": time.perf_counter() - begin}
+    if devices[0].platform == "tpu":
+        trained = trained_experts(method, model, experts)
+        tokens = options.rows * options.length
+        routing = Routing.balanced(model, mesh, trained, tokens)
+        work = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
+        case["operations"] = {
+            "total": work.total,
+            "model": tokens * model_operations(model, trained, options.length),
+            "experts": work.experts,
+            "experts_exact": work.experts_exact,
+        }
+    begin = time.perf_counter()
+    memory, text = compile_step(shapes, traced)
+    if text is not None:
+        case["compile_seconds"] = time.perf_counter() - begin
+    return case | {"bytes": dataclasses.asdict(memory), "fits": memory.fits}
 
 
 def run_cases(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -391,7 +158,7 @@ def run_cases(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator
 def report(cases: list[dict[str, Any]]) -> None:
     def gigabytes(case: dict[str, Any], *names: str) -> str:
         size = case["bytes"]
-        return f"{sum(size[n] for n in names) / 1e9:.2f}" if names[0] in size else ""
+        return "" if size[names[0]] is None else f"{sum(size[n] for n in names) / 1e9:.2f}"
 
     rows = []
     for case in cases:

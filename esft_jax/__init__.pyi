@@ -26,5 +26,7 @@ from .hf.load import load_model as load_model
 from .mesh import make_mesh as make_mesh
 from .model import ModelConfig as ModelConfig
 from .model import Transformer as Transformer
+from .planning.analysis import make_plan as make_plan
+from .planning.analysis import open_case as open_case
 from .training.loop import run_training as run_training
 from .training.setup import open_setup as open_setup

@@ -19,6 +19,7 @@ VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
     "score": "measure how relevant each expert is to a task",
     "select": "choose the experts to train from their scores",
+    "plan": "see whether a run fits a TPU slice or GPUs, without having them",
     "train": "train the chosen experts, or the whole model",
     "evaluate": "let a model complete task prompts, and judge the completions",
     "generate": "let a model complete one prompt",
@@ -27,9 +28,9 @@ VERBS = {
 
 
 def command(
-    main: Callable[[Sequence[str] | None], None],
+    main: Callable[[Sequence[str] | None], int | None],
 ) -> Callable[[Sequence[str] | None], int]:
-    """Turn the body of a command into a `main` that returns an exit code.
+    """Turn the body of a command into a `main` that returns an exit code: the body's, or 0.
 
     Bad input is one line on stderr and code 2, an interrupt is code 130; any other exception is a
     defect of ours and keeps its traceback.
@@ -38,19 +39,22 @@ def command(
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            main(argv)
+            return main(argv) or 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
-        return 0
 
     return run
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `open_config` reads: `--config FILE`, `key=value` overrides, `--distributed`."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, distributed: bool = True) -> None:
+    """Add what `open_config` reads: `--config FILE`, `key=value` overrides, `--distributed`.
+
+    Args:
+        distributed: the command can run on several hosts together.
+    """
     parser.add_argument("--config", metavar="FILE", required=True, help="run configuration (YAML)")
     parser.add_argument(
         "overrides",
@@ -58,6 +62,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="replaces a value of the configuration, such as train.steps=100",
     )
+    if not distributed:
+        return
     group = parser.add_argument_group("several processes")
     group.add_argument(
         "--distributed",

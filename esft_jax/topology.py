@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
 
 from esft_jax.errors import InputError
+from esft_jax.mesh import split_cpu
 
 # A v4 chip has two cores, which work as one device only when asked to.
 _CONFIG = {"v4": {"chip_config_name": "megacore"}}
@@ -41,10 +43,46 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+# The compiler ends the process when it is asked for a slice with too many or too few dimensions.
+_TOPOLOGY = re.compile(r"(cpu|h100):N|(v5e|v6e):NxN|(v4|v5p|tpu7x):NxNxN".replace("N", r"[1-9]\d*"))
+
+
 def ahead_of_time_devices(name: str) -> list[jax.Device]:
-    """Devices of a TPU slice (`v5e:2x4`) or of a host with H100 GPUs (`h100:8`)."""
+    """Devices of a TPU slice (`v5e:2x4`), of a host with H100 GPUs (`h100:8`), or of a CPU that is
+    split (`cpu:8`).
+
+    Raises:
+        InputError: no such topology, or its compiler is not installed.
+    """
+    if not _TOPOLOGY.fullmatch(name):
+        raise InputError(
+            f"topology: {name!r}; expected a TPU slice such as v5e:2x4 (or v6e) or v5p:2x2x1 (or "
+            "v4, tpu7x), h100:COUNT or cpu:COUNT"
+        )
     kind, _, count = name.partition(":")
-    return h100_devices(int(count)) if kind == "h100" else tpu_devices(name)
+    match kind:
+        case "cpu":
+            return cpu_devices(int(count))
+        case "h100":
+            return h100_devices(int(count))
+    try:
+        return tpu_devices(name)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"topology: {name!r} is no slice of TPUs: {reason}") from None
+
+
+def cpu_devices(count: int) -> list[jax.Device]:
+    """Parts of this machine's CPU.
+
+    Raises:
+        InputError: JAX has split it into fewer already.
+    """
+    split_cpu(count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(f"topology: cpu:{count}; JAX has split this CPU into {len(devices)}")
+    return devices[:count]
 
 
 def lowering_platform(devices: list[jax.Device]) -> str:

@@ -1,5 +1,6 @@
 """Base weights from disk into a sharded `Transformer`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from esft_jax.mesh import param_shardings
 from esft_jax.model.transformer import Transformer
 
 # What a hub download fetches: never pickled weights, never code.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ def load_model(
     return load_base(path, dtype, mesh).model
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     """A local folder, downloaded from the hub if `path` is a name there.
+
+    Args:
+        files: what a download fetches.
 
     Raises:
         InputError: it is neither.
@@ -116,7 +120,7 @@ def local_folder(path: str | Path) -> Path:
     if isinstance(path, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: neither a folder nor found on the hub: {reason}") from None

@@ -34,9 +34,10 @@ from esft_jax.model.tuned import TunedLayout
 from esft_jax.training.checkpoint import Checkpoints, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
+from esft_jax.training.program import trace_step
 from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
 from esft_jax.training.state import place_state
-from esft_jax.training.step import jit_train_step, make_eval_step, make_train_step
+from esft_jax.training.step import make_eval_step
 
 
 @dataclass(frozen=True)
@@ -202,20 +203,11 @@ class _Run:
         self.skipped = 0
 
     def _compile(self, tuned: nnx.State) -> None:
-        train = self.config.train
-        optimizer = make_optimizer(self.config.optimizer, train.steps)
+        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
         self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
-        step = make_train_step(
-            self.graph,
-            optimizer,
-            micro_batches=train.micro_batches,
-            remat=train.remat,
-            balance_weight=train.balance_loss,
-        )
-        example = place_batch(self._empty_batch(train.batch_size), self.mesh)
-        jitted = jit_train_step(step, self.shardings)
         begin = time.perf_counter()
-        self.train_step = jitted.lower(self.state, self.frozen, example).compile()
+        traced = trace_step(self.config, self.graph, optimizer, self.state, self.frozen, self.mesh)
+        self.train_step = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - begin
         # Not every backend reports it.
         memory = self.train_step.memory_analysis()
@@ -223,9 +215,6 @@ class _Run:
             memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None
         )
         self.eval_step = jax.jit(make_eval_step(self.graph))
-
-    def _empty_batch(self, batch_size: int) -> dict[str, np.ndarray]:
-        return self.train_set.gather([], size=batch_size // jax.process_count())
 
     def _facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""

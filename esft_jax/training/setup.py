@@ -56,15 +56,8 @@ def open_setup(config: RunConfig) -> Setup:
     folder = local_folder(config.model)
     model_config = ModelConfig.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    _check_fit(config, model_config, mesh)
-    experts = None
-    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
-    if config.method == "esft" and chosen.exists():
-        experts = ExpertConfig.load(chosen)
-        try:
-            experts.validate(model_config.moe_layers, model_config.router.num_experts)
-        except InputError as error:
-            raise InputError(f"{chosen}: {error}") from None
+    check_fit(config, model_config, mesh)
+    experts = given_experts(config, model_config)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model_config.vocab_size)
     length = config.data.sequence_length
@@ -73,7 +66,30 @@ def open_setup(config: RunConfig) -> Setup:
     return Setup(config, run, folder, model_config, tokenizer, mesh, train_set, valid_set, experts)
 
 
-def _check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
+    """The experts to train, if they are chosen already; see `Setup.experts`.
+
+    Raises:
+        InputError: the file does not fit the model.
+    """
+    run = RunFolder(config.output)
+    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
+    if config.method != "esft" or not chosen.exists():
+        return None
+    experts = ExpertConfig.load(chosen)
+    try:
+        experts.validate(model.moe_layers, model.router.num_experts)
+    except InputError as error:
+        raise InputError(f"{chosen}: {error}") from None
+    return experts
+
+
+def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that a model and its batches can be split over a mesh.
+
+    Raises:
+        InputError: naming the key that is wrong.
+    """
     if model.router.num_experts % mesh.shape[EXPERT]:
         raise InputError(
             f"mesh.expert: {mesh.shape[EXPERT]} does not divide the model's "

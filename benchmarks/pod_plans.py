@@ -1,0 +1,99 @@
+"""The table of `docs/pods.md`: what each configuration of `configs/pods` is on its slice.
+
+    pip install libtpu 'esft-jax[cuda]'
+    python benchmarks/pod_plans.py
+
+Runs `esft_jax.plan` for each, one after the other. Prints Markdown, writes JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import machine, print_table, write_report
+
+ROOT = Path(__file__).parents[1]
+PODS = {
+    "v5e-8": "v5e:2x4",
+    "v5e-64": "v5e:8x8",
+    "v5p-16": "v5p:2x2x2",
+    "v6e-8": "v6e:2x4",
+    "h100x8": "h100:8",
+}
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def make_plan(name: str, model: Path, output: Path) -> dict[str, Any]:
+    """The plan of one configuration, by the command."""
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", PODS[name], "--json", output]
+    command += ["--config", ROOT / "configs" / "pods" / f"{name}.yaml", f"model={model}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):  # it fits, or it does not
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    (plan,) = json.loads(output.read_text())
+    return plan
+
+
+def row(name: str, plan: dict[str, Any]) -> list[str]:
+    """What the table says of a plan."""
+    memory, devices = plan["memory"], plan["mesh"]["data"] * plan["mesh"]["expert"]
+    operations = [plan["operations"], plan["model_operations"]]
+    words = [name, plan["topology"], str(devices), "yes" if plan["fits"] else "no"]
+    sizes = [memory["frozen"], memory["tuned"] + memory["moments"], memory["temporary"]]
+    sizes += [memory["needed"], memory["available"]]
+    received = [plan["received"].get(kind, 0) for kind in KINDS] if plan["received"] else [None] * 5
+    roofline = plan["roofline"] or {"overlapped": None, "serial": None}
+    return [
+        *words,
+        *(_number(size, 1e9) for size in sizes),
+        *(_number(count, 1e9, 1) for count in operations),
+        *(_number(size, 1e9, 1) for size in received),
+        *(_number(roofline[name], 1) for name in ("overlapped", "serial")),
+        f"{plan['seconds']:.0f}",
+    ]
+
+
+def _number(value: float | None, unit: float, digits: int = 2) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def report(plans: dict[str, dict[str, Any]]) -> None:
+    print_table(
+        ("configuration", "topology", "devices", "fits"),
+        (
+            "frozen GB",
+            "tuned and moments GB",
+            "temporaries GB",
+            "needed GB",
+            "available GB",
+            "GFLOP per token",
+            "of the model",
+            *(f"{kind} GB" for kind in KINDS),
+            "roofline s",
+            "without overlap s",
+            "plan took s",
+        ),
+        [row(name, plan) for name, plan in plans.items()],
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description="Plan the configurations of configs/pods.")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "deepseek-v2-lite")
+    parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS))
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "pod_plans.json")
+    options = parser.parse_args(arguments)
+    plans: dict[str, dict[str, Any]] = {}
+    for name in options.pods:
+        plans[name] = make_plan(name, options.model, options.output.with_name(f"{name}.json"))
+        write_report(options.output, {"machine": machine(os.cpu_count() or 1), "plans": plans})
+    report(plans)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,128 @@
+"""Compile the training step of a run for devices that nobody needs to own: does it fit?
+
+No weights, data or tokenizer are read. Exits with 0 if the step fits, with 1 if it does not.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from esft_jax.cli import add_config_arguments, command
+from esft_jax.config import RunConfig, load_config
+from esft_jax.files import write_text_atomic
+from esft_jax.planning.analysis import Plan, make_plan, open_case
+from esft_jax.planning.suggest import suggestions
+
+
+@command
+def main(argv: Sequence[str] | None) -> int:
+    """Run `python -m esft_jax.plan`; None stands for the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_arguments(parser, distributed=False)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="a TPU slice such as v5e:4x4 (v4, v5e, v5p, v6e, tpu7x), h100:COUNT, or cpu:COUNT",
+    )
+    parser.add_argument(
+        "--experts-per-layer",
+        metavar="N",
+        type=int,
+        help="experts to assume where none are chosen yet (default: a tenth of them)",
+    )
+    parser.add_argument(
+        "--compare", choices=["full"], help="add a column for full fine-tuning, float32 states"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, too")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    # An accelerator that happens to be here is not asked, nor taken from those who use it.
+    jax.config.update("jax_platforms", "cpu")
+    case = open_case(config, args.topology, args.experts_per_layer)
+    cases = [case]
+    if args.compare:
+        cases.append(open_case(_full(config), args.topology))
+    console = Console()
+    console.print(f"{config.model} on {args.topology}: {case.described}; compiling ...")
+    plans = [make_plan(case) for case in cases]
+    if args.json:
+        write_text_atomic(args.json, json.dumps([plan.to_json() for plan in plans], indent=2))
+    console.print(_table(plans))
+    plan = plans[0]
+    if plan.memory.fits:
+        return 0
+    console.print("It does not fit. What would help:")
+    for text in suggestions(case, plan):
+        console.print(f"- {text}", soft_wrap=True, highlight=False)
+    return 1
+
+
+def _full(config: RunConfig) -> RunConfig:
+    train = dataclasses.replace(config.train, verify_frozen=False)
+    return dataclasses.replace(config, method="full", expert_cfg=None, train=train)
+
+
+def _table(plans: Sequence[Plan]) -> Table:
+    data, expert = plans[0].mesh.values()
+    table = Table(title=f"{plans[0].topology}, mesh {data} x {expert}; GB are 10^9 bytes")
+    table.add_column("of one device")
+    for plan in plans:
+        table.add_column(plan.method, justify="right")
+    rows = [_rows(plan) for plan in plans]
+    for name in dict.fromkeys(name for each in rows for name in each):
+        table.add_row(name, *(each.get(name, "") for each in rows))
+        if name in ("fits", "operations by arithmetic, GFLOP per token", _NETWORK):
+            table.add_section()
+    return table
+
+
+_NETWORK = "received from other devices, GB per step"
+
+
+def _rows(plan: Plan) -> dict[str, str]:
+    memory = plan.memory
+    needed = memory.needed
+    left = None if needed is None or memory.available is None else memory.available - needed
+    rows = {
+        "frozen weights, GB": _gigabytes(memory.frozen),
+        "tuned weights, float32, GB": _gigabytes(memory.tuned),
+        "moments, GB": _gigabytes(memory.moments),
+        "activations and other temporaries, GB": _gigabytes(memory.temporary),
+        "needed, by the compiler, GB": _gigabytes(needed),
+        "available, GB": _gigabytes(memory.available),
+        "headroom, GB": _gigabytes(left),
+        "fits": "yes" if memory.fits else "no",
+        "tokens per step": f"{plan.tokens:,}",
+    }
+    if plan.operations is not None:
+        rows["operations as compiled, GFLOP per token"] = f"{plan.operations / 1e9:.2f}"
+    rows["operations by arithmetic, GFLOP per token"] = f"{plan.model_operations / 1e9:.2f}"
+    if plan.received is not None:
+        rows |= {f"{kind}, GB": _gigabytes(size) for kind, size in sorted(plan.received.items())}
+        rows[_NETWORK] = _gigabytes(sum(plan.received.values()))
+    if plan.roofline is not None:
+        roofline = plan.roofline
+        rows |= {
+            "roofline: compute, s": f"{roofline.compute:.3f}",
+            "roofline: weights and moments, s": f"{roofline.memory:.3f}",
+            "roofline: network, s": f"{roofline.network:.3f}",
+            "roofline estimate of a step, at least, s": f"{roofline.overlapped:.3f}",
+            "the same without any overlap, s": f"{roofline.serial:.3f}",
+        }
+    rows["tracing and compiling took, s"] = f"{plan.seconds:.0f}"
+    return rows
+
+
+def _gigabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

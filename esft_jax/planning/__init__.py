@@ -1,0 +1,1 @@
+"""Whether a training step fits a slice that nobody needs to own, and what it costs there."""

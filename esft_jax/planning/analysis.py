@@ -1,0 +1,201 @@
+"""A step on a topology: its memory, operations, traffic and least time."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jax.sharding import Mesh
+
+from esft_jax.config import RunConfig
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.hf.load import local_folder
+from esft_jax.mesh import make_mesh
+from esft_jax.model.config import ModelConfig
+from esft_jax.planning.collectives import received_bytes
+from esft_jax.planning.operations import Routing, count_operations, model_operations
+from esft_jax.planning.program import (
+    StepMemory,
+    StepShapes,
+    compile_step,
+    local_bytes,
+    run_parts,
+    step_shapes,
+)
+from esft_jax.planning.roofline import PEAKS, Roofline
+from esft_jax.topology import ahead_of_time_devices
+from esft_jax.training.setup import check_fit, given_experts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step is on a topology.
+
+    Attributes:
+        topology: such as `v5e:2x4`.
+        mesh: devices along `data` and `expert`.
+        method: `esft` or `full`.
+        experts: what is trained, in words.
+        tokens: of one device in a step.
+        memory: bytes of one device.
+        operations: floating-point operations per token as compiled, loops, kernels and what is
+            computed again included; None where they cannot be counted, which is only on TPUs.
+        model_operations: the same by arithmetic, nothing computed twice.
+        received: bytes that one device receives from others in a step, by kind of collective; None
+            if nothing was compiled.
+        roofline: least time of a step; None for unknown hardware, or if nothing was compiled.
+        seconds: spent on tracing and compiling.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    method: str
+    experts: str
+    tokens: int
+    memory: StepMemory
+    operations: float | None
+    model_operations: float
+    received: dict[str, float] | None
+    roofline: Roofline | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, and what follows from it, for a JSON file."""
+        values = dataclasses.asdict(self)
+        values["fits"] = self.memory.fits
+        if self.roofline is not None:
+            values["roofline"] |= {
+                "overlapped": self.roofline.overlapped,
+                "serial": self.roofline.serial,
+            }
+        return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be planned: a configuration on a mesh, with the experts that it trains.
+
+    Attributes:
+        experts: None for full fine-tuning.
+        described: them, in words.
+    """
+
+    config: RunConfig
+    topology: str
+    model: ModelConfig
+    mesh: Mesh
+    experts: ExpertConfig | None
+    described: str
+
+    @property
+    def tokens(self) -> int:
+        """Of one device in a step."""
+        return self.config.train.batch_size * self.config.data.sequence_length // self.mesh.size
+
+    def shapes(self, mesh: Mesh | None = None) -> StepShapes:
+        """What its step is given; on another mesh of the same devices, if one is named."""
+        mesh = mesh or self.mesh
+        return step_shapes(
+            self.config, mesh, partial(run_parts, self.config, self.model, mesh, self.experts)
+        )
+
+    def state_bytes(self, mesh: Mesh) -> int:
+        """Weights and moments of one device on another mesh."""
+        shapes = self.shapes(mesh)
+        return local_bytes((shapes.frozen, shapes.state.tuned, shapes.state.opt_state))
+
+
+def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = None) -> Case:
+    """Check a configuration on a topology; of its files, only the model's `config.json` is read.
+
+    Args:
+        experts_per_layer: how many experts `esft` is assumed to train in every layer, where none
+            are chosen yet; default: a tenth of them.
+
+    Raises:
+        InputError: naming what does not fit together.
+    """
+    model = ModelConfig.load(local_folder(config.model, files=("config.json",)))
+    devices = ahead_of_time_devices(topology)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, devices)
+    if mesh.size < len(devices):
+        raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
+    check_fit(config, model, mesh)
+    experts, described = trained_experts(config, model, experts_per_layer)
+    return Case(config, topology, model, mesh, experts, described)
+
+
+def trained_experts(
+    config: RunConfig, model: ModelConfig, per_layer: int | None = None
+) -> tuple[ExpertConfig | None, str]:
+    """The experts that a run trains, given or assumed (see `open_case`), and the same in words."""
+    if config.method == "full":
+        return None, "all parameters"
+    total = model.router.num_experts
+    given = given_experts(config, model)
+    if given is not None:
+        if per_layer is not None:
+            raise InputError("--experts-per-layer: the run has its experts already")
+        chosen = given.num_experts_selected
+        return given, f"{chosen} of {total * len(model.moe_layers)} experts, as chosen"
+    per_layer = max(1, total // 10) if per_layer is None else per_layer
+    if not 1 <= per_layer <= total:
+        raise InputError(f"--experts-per-layer: {per_layer}; expected 1 to {total}")
+    ids = tuple(i * total // per_layer for i in range(per_layer))
+    select = config.select
+    experts = ExpertConfig(
+        dict.fromkeys(model.moe_layers, ids), select.shared_experts, select.non_expert_modules
+    )
+    return experts, f"{per_layer} of {total} experts in each layer, assumed"
+
+
+def make_plan(case: Case) -> Plan:
+    """Trace and compile the step of a case."""
+    begin = time.perf_counter()
+    config, model, mesh, experts = case.config, case.model, case.mesh, case.experts
+    shapes = case.shapes()
+    traced = shapes.trace(config)
+    operations = None
+    if mesh.devices.flat[0].platform == "tpu":
+        micro_batch = case.tokens // config.train.micro_batches
+        routing = Routing.balanced(model, mesh, experts, micro_batch)
+        found = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
+        operations = found.total / case.tokens
+    by_arithmetic = model_operations(model, experts, config.data.sequence_length)
+    memory, text = compile_step(shapes, traced)
+    received = roofline = None
+    if text is not None:
+        received = received_bytes(text, mesh.size)
+        roofline = _roofline(case, memory, operations or by_arithmetic, sum(received.values()))
+    return Plan(
+        topology=case.topology,
+        mesh=dict(mesh.shape),
+        method=config.method,
+        experts=case.described,
+        tokens=case.tokens,
+        memory=memory,
+        operations=operations,
+        model_operations=by_arithmetic,
+        received=received,
+        roofline=roofline,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _roofline(
+    case: Case, memory: StepMemory, operations: float, received: float
+) -> Roofline | None:
+    peaks = PEAKS.get(case.topology.partition(":")[0])
+    if peaks is None:
+        return None
+    # Every micro-batch reads all weights forward and backward; the optimizer reads and writes
+    # masters and moments.
+    weights = memory.frozen + memory.tuned
+    moved = 2 * case.config.train.micro_batches * weights + 2 * (memory.tuned + memory.moments)
+    return Roofline(
+        compute=operations * case.tokens / peaks.flops,
+        memory=moved / peaks.memory,
+        network=received / peaks.network,
+    )

@@ -1,0 +1,188 @@
+"""What a compiled step moves between devices, read from the text of its program (HLO)."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# The type is lazy: layouts hold parentheses, but no lower-case word before one.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CALLEES = re.compile(
+    r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|\b(?:branch|called)_computations=\{([^}]*)\}"
+)
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    """`type operation(rest`: operands and attributes are the rest."""
+
+    type: str
+    operation: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.rest)
+        return found and found[1]
+
+
+@dataclass
+class _Computation:
+    instructions: dict[str, _Instruction] = field(default_factory=dict)
+    root: str = ""
+
+
+def received_bytes(text: str, devices: int) -> dict[str, float]:
+    """Bytes that one device receives in a step, by kind of collective.
+
+    Each counts as often as its loop runs, where that is known, else once: the loop over pieces of
+    assignments, which is not, runs once for a balanced router. A ring is assumed: to gather or
+    scatter N bytes over n devices, each receives N (n - 1) / n; to reduce them everywhere, twice
+    that.
+
+    Args:
+        text: `jax.stages.Compiled.as_text()`.
+        devices: of the whole program; a collective that names no groups is over all of them.
+    """
+    computations, entry = _read(text)
+    chains = set[str]()
+
+    def of_instruction(instruction: _Instruction, computation: str) -> dict[str, float]:
+        operation, kind = instruction.operation, instruction.operation.removesuffix("-start")
+        if kind in _KINDS:
+            # TPU: fusions that overlap one with computation repeat it, as links of a chain.
+            if chain := instruction.attribute(r"channel_id=(\d+),.*\bchain_id="):
+                if chain in chains:
+                    return {}
+                chains.add(chain)
+            if computation.startswith("all-reduce-scatter"):  # TPU: each keeps its part only
+                return {"reduce-scatter": _received("all-reduce", instruction, devices) / 2}
+            return {kind: _received(kind, instruction, devices)}
+        if operation == "while":
+            body = instruction.attribute(r"\bbody=%?([\w.\-]+)") or ""
+            times = _trips(instruction, computations)
+            return {kind: times * size for kind, size in total(body).items()}
+        if operation.endswith(("-done", "-update")):  # these name what `-start` has called
+            return {}
+        return _sum(
+            total(name)
+            for callee, branches in _CALLEES.findall(instruction.rest)
+            for name in ([callee] if callee else re.findall(r"[\w.\-]+", branches))
+        )
+
+    @cache
+    def total(name: str) -> dict[str, float]:
+        instructions = computations[name].instructions.values()
+        return _sum(of_instruction(instruction, name) for instruction in instructions)
+
+    return total(entry)
+
+
+def _read(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            computations[name] = _Computation()
+            entry = name if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            root, own, *parts = found.groups()
+            computations[name].instructions[own] = _Instruction(*parts)
+            if root:
+                computations[name].root = own
+    return computations, entry
+
+
+def _trips(loop: _Instruction, computations: dict[str, _Computation]) -> int:
+    """How often a loop runs; 1 if that is decided at run time.
+
+    The compiler says so, or the loop counts from 0 to a constant, as those of `jax.lax.scan` do.
+    """
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition, body = (
+        computations[loop.attribute(rf"\b{part}=%?([\w.\-]+)") or ""]
+        for part in ("condition", "body")
+    )
+    compare = condition.instructions[condition.root]
+    if "direction=LT" not in compare.rest:
+        return 1
+    counter, limit = (condition.instructions[name] for name in compare.operands)
+    index, end = counter.attribute(r"index=(\d+)"), _constant(limit)
+    if index is None or end is None:
+        return 1
+    # Loops that the compiler makes of matrix products take two steps at once.
+    step = None
+    results = body.instructions[body.root].operands
+    following = body.instructions.get(results[int(index)] if results else "")
+    if following is not None and following.operation == "add":
+        steps = map(_constant, (body.instructions[name] for name in following.operands))
+        step = next((size for size in steps if size), None)
+    return math.ceil(end / (step or 1))
+
+
+def _constant(instruction: _Instruction) -> int | None:
+    found = re.match(r"(\d+)\)", instruction.rest)
+    return int(found[1]) if found and instruction.operation == "constant" else None
+
+
+def _received(kind: str, instruction: _Instruction, devices: int) -> float:
+    size, group = _bytes(instruction.type), _group_size(instruction.rest, devices)
+    started = instruction.operation.endswith("-start")
+    match kind:
+        case "all-gather":
+            # What starts one has its operand, a part of the result, in its type.
+            whole = size * group / (group + 1) if started else size
+            return whole * (group - 1) / group
+        case "all-reduce":
+            return 2 * size * (group - 1) / group
+        case "reduce-scatter":
+            part = size / (group + 1) if started else size
+            return part * (group - 1)
+        case "collective-permute":
+            return size / 2 if started else size
+    return size * (group - 1) / group
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return listed[1].count(",") + 1
+    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(shape[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # some name a part of an axis
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices
+
+
+def _bytes(type_: str) -> float:
+    total = 0.0
+    for name, bits, shape in _ARRAY.findall(type_.replace("u32[]", "")):  # these synchronise
+        elements = math.prod(int(size) for size in shape.split(",") if size)
+        total += elements * (8 if name == "pred" else int(bits)) / 8
+    return total
+
+
+def _sum(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in parts:
+        for kind, size in part.items():
+            found[kind] = found.get(kind, 0) + size
+    return found

@@ -1,0 +1,195 @@
+"""Floating-point operations of a step: as traced, and by arithmetic.
+
+XLA's own cost analysis counts the body of a loop once, and kernels not at all.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import Mesh
+
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.mesh import EXPERT
+from esft_jax.model.config import ModelConfig
+from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
+
+
+@dataclass
+class Operations:
+    """Floating-point operations of one chip in a step, read from the traced program.
+
+    Attributes:
+        products: matrix products outside kernels, each as often as it runs.
+        experts: the grouped kernels, by the rows and widths that their grids cover.
+        experts_exact: the same without the padding of rows and widths to blocks.
+        attention: the kernels of attention, by the blocks of scores that they compute.
+    """
+
+    products: float = 0.0
+    experts: float = 0.0
+    experts_exact: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All that is computed."""
+        return self.products + self.experts + self.attention
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the grouped kernels of one chip meet in one layer, for a balanced router.
+
+    Attributes:
+        sizes: rows of each expert of the chip.
+        tuned: tuned experts per chip and layer, on average.
+    """
+
+    sizes: np.ndarray
+    tuned: float
+
+    @classmethod
+    def balanced(
+        cls, model: ModelConfig, mesh: Mesh, experts: ExpertConfig | None, tokens: int
+    ) -> "Routing":
+        """Assignments drawn evenly.
+
+        Args:
+            experts: those that are trained; None for all.
+            tokens: of one chip, in one micro-batch.
+        """
+        shards, num_experts = mesh.shape[EXPERT], model.router.num_experts
+        drawn = np.random.default_rng(0).multinomial(
+            shards * tokens * model.router.top_k, np.full(num_experts, 1 / num_experts)
+        )
+        tuned = float(num_experts)
+        if experts is not None:
+            tuned = experts.num_experts_selected / len(model.moe_layers)
+        return cls(drawn[: num_experts // shards], tuned / shards)
+
+    def charged(self, tile: int) -> float:
+        """Rows that are multiplied, pieces of tiles included, per row."""
+        sizes = jnp.asarray(self.sizes, jnp.int32)
+        begins, rows = jnp.cumsum(sizes) - sizes, int(self.sizes.sum())
+        visits, count = plan_visits(begins, sizes, rows, tile // PIECES)
+        return float(visits.pieces[: int(count)].sum()) * (tile // PIECES) / rows
+
+
+def count_operations(jaxpr: Any, routing: Routing, devices: int) -> Operations:
+    """Walk a program traced for TPUs, without what nobody reads.
+
+    Outside `shard_map` shapes are global and split over all devices. Pieces of assignments
+    (`esft_jax.model.experts`) are one, as with a balanced router.
+    """
+    found = Operations()
+
+    def walk(jaxpr: Any, share: float, trips: int) -> None:
+        used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        for equation in used.eqns:
+            name = equation.primitive.name
+            if name == "dot_general":
+                found.products += trips * share * _product(equation)
+            elif name == "pallas_call":
+                _add_kernel(found, equation, routing, trips)
+            else:
+                inner_share = 1.0 if name == "shard_map" else share
+                inner_trips = trips * (equation.params["length"] if name == "scan" else 1)
+                for inner in jaxprs_in_params(equation.params):
+                    walk(inner, inner_share, inner_trips)
+
+    walk(jaxpr, 1 / devices, 1)
+    return found
+
+
+def _product(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    depth = np.prod([equation.invars[0].aval.shape[i] for i in contracted])
+    return 2.0 * np.prod(equation.outvars[0].aval.shape) * depth
+
+
+def _add_kernel(found: Operations, equation: Any, routing: Routing, trips: int) -> None:
+    name = equation.params["name"]
+    if name.startswith("splash"):
+        found.attention += trips * _attention(equation)
+        return
+    operands = equation.params["grid_mapping"].block_mappings
+    arrays = [operand.array_aval.shape for operand in operands]
+    blocks = [operand.transformed_block_aval.shape for operand in operands]
+    charged = routing.charged(blocks[0][0])
+    if name == "grouped_matmul":  # rows, banks, products
+        rows = routing.sizes.sum()
+        exact = arrays[0][1] * arrays[-1][1]
+        covered = arrays[0][1] * _padded(arrays[-1][1], blocks[-1][1])
+    else:  # rows, their gradients, gradients of the matrices
+        rows = routing.sizes.mean() * routing.tuned
+        exact = arrays[0][1] * arrays[1][1]
+        covered = _padded(arrays[0][1], blocks[0][1]) * _padded(arrays[1][1], blocks[1][1])
+    found.experts += trips * 2.0 * charged * rows * covered
+    found.experts_exact += trips * 2.0 * rows * exact
+
+
+def _attention(equation: Any) -> float:
+    """Of a splash attention kernel, which computes the blocks on and below the diagonal."""
+    # Products in which a score, or its gradient, meets the width of queries and that of values.
+    by_kind = {"_fwd_": (1, 1), "_dq_": (2, 1), "_dkv_": (2, 2)}
+    of_query, of_value = next(n for kind, n in by_kind.items() if kind in equation.params["name"])
+    operands = (v.aval for v in equation.invars)  # what says which blocks to visit comes first
+    query, _, value = [a.shape for a in operands if jnp.issubdtype(a.dtype, jnp.floating)][:3]
+    block = equation.params["grid_mapping"].block_mappings[0].transformed_block_aval.shape[0]
+    blocks = query[-2] // block
+    scores = np.prod(query[:-2]) * block**2 * blocks * (blocks + 1) / 2
+    return 2.0 * scores * (of_query * query[-1] + of_value * value[-1])
+
+
+def _padded(width: int, block: int) -> int:
+    return -(-width // block) * block
+
+
+def model_operations(config: ModelConfig, experts: ExpertConfig | None, length: int) -> float:
+    """Operations per trained token by arithmetic, nothing computed twice.
+
+    Every layer runs forward; from the lowest trained one up, the gradients of the activations take
+    as much again, and so do the gradients of weights that are trained. Attention is causal: half of
+    all scores, whose gradients take twice as much.
+
+    Args:
+        experts: what is trained; None for all.
+        length: tokens per row.
+    """
+    rest = experts is None or experts.non_expert_modules
+    shared_learn = experts is None or experts.shared_experts
+    first = _lowest_trained(config, experts)
+    size, heads, width = config.hidden_size, config.num_heads, config.qk_head_dim
+    query = size * heads * width
+    if config.q_lora_rank is not None:
+        query = config.q_lora_rank * (size + heads * width)
+    attention = query + size * (config.kv_lora_rank + config.qk_rope_head_dim)
+    attention += heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    attention += heads * config.v_head_dim * size
+    scores = heads * (width + config.v_head_dim) * length / 2
+    expert, router = 3 * size * config.expert_width, size * config.router.num_experts
+    total = size * config.vocab_size * (2.0 + rest)
+    for layer in range(config.num_layers):
+        passes = 1 + (layer >= first)
+        total += attention * (passes + rest) + scores * (3 if layer >= first else 1)
+        if layer not in config.moe_layers:
+            total += 3 * size * config.dense_width * (passes + rest)
+            continue
+        trained = 1.0
+        if experts is not None:
+            trained = len(experts.experts.get(layer, ())) / config.router.num_experts
+        total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
+        total += config.num_shared_experts * expert * (passes + shared_learn)
+    return 2 * total
+
+
+def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:
+    if experts is None or experts.non_expert_modules:
+        return 0
+    if experts.shared_experts:
+        return config.first_dense_layers
+    return min(layer for layer, ids in experts.experts.items() if ids)

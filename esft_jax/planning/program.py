@@ -1,0 +1,225 @@
+"""The step of a run from shapes alone, and what the compiler says of its memory."""
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from esft_jax.config import RunConfig
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.mesh import param_shardings
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.transformer import Transformer
+from esft_jax.topology import lowering_platform
+from esft_jax.training.optimizer import make_optimizer
+from esft_jax.training.program import trace_step
+from esft_jax.training.state import TrainState, init_state, state_shardings
+
+# Structure, tuned partition and frozen partition of a model.
+Parts = tuple[nnx.GraphDef, nnx.State, nnx.State]
+
+
+@dataclass(frozen=True)
+class StepShapes:
+    """What a step is given, as shapes with their places on the mesh."""
+
+    mesh: Mesh
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: nnx.State
+
+    def trace(self, config: RunConfig) -> jax.stages.Traced:
+        """The update that `train` would run with this configuration."""
+        return trace_step(config, self.graph, self.optimizer, self.state, self.frozen, self.mesh)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one device.
+
+    Attributes:
+        frozen: weights that are not trained.
+        tuned: float32 masters of those that are.
+        moments: the optimizer's state.
+        temporary: activations, gradients and gathered weights, as the compiler lays them out; None
+            where it refused or was not asked.
+        needed: all together, by the compiler; None where it was not asked, for weights and moments
+            alone exceed what there is.
+        available: what the device has; None where nobody knows, as for a CPU.
+    """
+
+    frozen: int
+    tuned: int
+    moments: int
+    temporary: int | None
+    needed: int | None
+    available: int | None
+
+    @property
+    def state(self) -> int:
+        """Weights and moments."""
+        return self.frozen + self.tuned + self.moments
+
+    @property
+    def working(self) -> int | None:
+        """All the rest, if the compiler was asked: temporaries, the batch, the program."""
+        return None if self.needed is None else self.needed - self.state
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step can run; for all we know, on a device of unknown memory."""
+        needed = self.state if self.needed is None else self.needed
+        return self.available is None or needed <= self.available
+
+
+def run_parts(
+    config: RunConfig, model: ModelConfig, mesh: Mesh, experts: ExpertConfig | None
+) -> Parts:
+    """What `train` splits its model into, for `jax.eval_shape`.
+
+    Args:
+        experts: those that `esft` trains; None for full fine-tuning.
+    """
+    transformer = Transformer(
+        model,
+        rngs=nnx.Rngs(0),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32 if config.init == "random" else None,
+        mesh=mesh,
+    )
+    if experts is not None:
+        attach_tuned_experts(transformer, experts)
+    return partition(transformer, experts)
+
+
+def step_shapes(
+    config: RunConfig,
+    mesh: Mesh,
+    parts: Callable[[], Parts],
+    optimizer: optax.GradientTransformation | None = None,
+) -> StepShapes:
+    """The state of a run and its frozen weights; nothing is allocated.
+
+    Args:
+        parts: makes the model, such as `run_parts`.
+        optimizer: default: that of the configuration.
+    """
+    if optimizer is None:
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+    graph: Any = None
+
+    def build() -> tuple[TrainState, nnx.State]:
+        nonlocal graph
+        graph, tuned, frozen = parts()
+        return init_state(optimizer, tuned, frozen), frozen
+
+    def place(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
+
+    state, frozen = jax.eval_shape(build)
+    return StepShapes(
+        mesh,
+        graph,
+        optimizer,
+        place(state, state_shardings(state, mesh)),
+        place(frozen, param_shardings(frozen, mesh)),
+    )
+
+
+def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMemory, str | None]:
+    """Compile a step for the devices of its mesh: its memory, and the compiled program (HLO).
+
+    There is no program if weights and moments alone are too large, for then the compiler is not
+    asked, or if the compiler refuses it. That for TPUs refuses what does not fit; those for GPUs
+    and CPUs refuse nothing.
+    """
+    device = shapes.mesh.devices.flat[0]
+    state = shapes.state
+    before = StepMemory(
+        frozen=local_bytes(shapes.frozen),
+        tuned=local_bytes(state.tuned),
+        moments=local_bytes(state.opt_state),
+        temporary=None,
+        needed=None,
+        available=device_memory(device),
+    )
+    if not before.fits:
+        return before, None
+    lowered = traced.lower(lowering_platforms=(lowering_platform([device]),))
+    try:
+        compiled, text = _compile(lowered, device.platform)
+    except jax.errors.JaxRuntimeError as error:
+        return dataclasses.replace(before, needed=_refusal(error)[0]), None
+    memory: Any = compiled.memory_analysis()
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    temporary = memory.temp_size_in_bytes
+    return dataclasses.replace(before, temporary=temporary, needed=needed), text
+
+
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+    """A compiled program, and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text() or ""
+    # JAX cannot read back every program of that compiler, which may be the newer of the two.
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (written,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, written.read_text()
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes of a device that a program may take; None for a CPU.
+
+    A TPU keeps a part of its memory for itself, and only its compiler says how much: by refusing a
+    program that no chip holds.
+    """
+    match device.platform:
+        case "tpu":
+            place = SingleDeviceSharding(device)
+            large = jax.ShapeDtypeStruct((2**42,), jnp.int8, sharding=place)
+            traced = jax.jit(jnp.negative).trace(large)
+            try:
+                traced.lower(lowering_platforms=("tpu",)).compile()
+            except jax.errors.JaxRuntimeError as error:
+                return _refusal(error)[1]
+        case "gpu":
+            return 80 * 2**30  # an H100, the only one that can be compiled for
+    return None
+
+
+def _refusal(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
+    """Bytes that a program needs and may take, by the compiler for TPUs; else raises the error."""
+    found = re.search(r"required .*\(([\d.]+)([MGT])\) exceeds .*\(([\d.]+)([MGT])\)", str(error))
+    if found is None:
+        raise error
+    sizes = (float(found[i]) * 2 ** (20 + 10 * "MGT".index(found[i + 1])) for i in (1, 3))
+    needed, available = map(int, sizes)
+    return needed, available
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of shapes with shardings."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,58 @@
+"""Peaks of accelerators, and the least time that a step can take by them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the maker says of one device, as JAX counts devices.
+
+    Attributes:
+        flops: bfloat16 operations per second, dense.
+        memory: bytes per second of its memory.
+        network: bytes per second that it receives over all its links to others together.
+    """
+
+    flops: float
+    memory: float
+    network: float
+
+
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, of whose bidirectional interconnect
+# bandwidth per chip one direction counts. That of v4 (6 links of 45 GB/s) is from
+# jax-ml.github.io/scaling-book/tpus. A chip of tpu7x is two devices.
+# H100 SXM: NVIDIA's data sheet, half of its operations with sparsity and of its NVLink bandwidth.
+PEAKS = {
+    "v4": Peaks(275e12, 1200e9, 270e9),
+    "v5e": Peaks(197e12, 819e9, 200e9),
+    "v5p": Peaks(459e12, 2765e9, 600e9),
+    "v6e": Peaks(918e12, 1638e9, 400e9),
+    "tpu7x": Peaks(2307e12 / 2, 7380e9 / 2, 600e9),
+    "h100": Peaks(989e12, 3350e9, 450e9),
+}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Least seconds of a step for each of its resources, were it used at its peak.
+
+    Attributes:
+        compute: operations.
+        memory: weights and moments, read and written as often as they must be. Activations are
+            left out.
+        network: bytes received from other devices.
+    """
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def overlapped(self) -> float:
+        """The step, were all of them in use at all times."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def serial(self) -> float:
+        """The step, were they in use one after the other."""
+        return self.compute + self.memory + self.network

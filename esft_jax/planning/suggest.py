@@ -1,0 +1,103 @@
+"""What would make a step fit, with the numbers that say so."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from esft_jax.mesh import EXPERT, make_mesh
+from esft_jax.planning.analysis import Case, Plan, trained_experts
+
+
+def suggestions(case: Case, plan: Plan) -> list[str]:
+    """Changes to the configuration or the topology, for a plan that does not fit.
+
+    Weights and moments on another mesh follow from its shardings. Nothing is compiled again.
+    """
+    found = (
+        _method(case, plan),
+        _expert_axis(case, plan),
+        _micro_batches(case, plan),
+        _remat(case),
+        _larger_slice(case, plan),
+    )
+    return [text for text in found if text]
+
+
+def _method(case: Case, plan: Plan) -> str | None:
+    if case.config.method == "esft":
+        return None
+    train = dataclasses.replace(case.config.train, balance_loss=0.0)
+    config = dataclasses.replace(case.config, method="esft", init="pretrained", train=train)
+    experts, described = trained_experts(config, case.model)
+    other = dataclasses.replace(case, config=config, experts=experts)
+    return (
+        f"method=esft: weights and moments take {_gigabytes(other.state_bytes(case.mesh))} instead "
+        f"of {_gigabytes(plan.memory.state)} per device ({described}), and gradients less, too"
+    )
+
+
+def _expert_axis(case: Case, plan: Plan) -> str | None:
+    """Along `expert` a layer's experts are split; along `data` they are copies."""
+    devices = list(case.mesh.devices.flat)
+    expert = math.gcd(len(devices), case.model.router.num_experts)
+    if expert <= case.mesh.shape[EXPERT]:
+        return None
+    state = case.state_bytes(make_mesh(-1, expert, devices))
+    return (
+        f"mesh.data=-1 mesh.expert={expert}: weights and moments take {_gigabytes(state)} instead "
+        f"of {_gigabytes(plan.memory.state)} per device"
+    )
+
+
+def _micro_batches(case: Case, plan: Plan) -> str | None:
+    rows = _rows(case)
+    if rows == 1:
+        return None
+    working = plan.memory.working
+    size = "" if working is None else f" ({_gigabytes(working)} now)"
+    return (
+        f"train.micro_batches={case.config.train.batch_size // case.mesh.size}: one row per device "
+        f"at a time instead of {rows}; activations{size} shrink with them"
+    )
+
+
+def _remat(case: Case) -> str | None:
+    if case.config.train.remat == "full":
+        return None
+    model, config = case.model, case.config
+    tokens = _rows(case) * config.data.sequence_length
+    kept = model.num_layers * tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
+    return (
+        f"train.remat=full instead of {config.train.remat}: of a layer, only its input outlives "
+        f"the forward pass, {_gigabytes(kept)} per device for all of them"
+    )
+
+
+def _larger_slice(case: Case, plan: Plan) -> str | None:
+    """More devices of the kind, if all of them go to `expert`, which splits nearly everything."""
+    memory, expert = plan.memory, case.mesh.shape[EXPERT]
+    assert memory.available is not None
+    working = memory.working or 0
+    factors = (2**power for power in range(1, case.model.router.num_experts.bit_length()))
+    for factor in factors:
+        splits = case.model.router.num_experts % (factor * expert) == 0
+        if splits and memory.state / factor + working <= memory.available:
+            break
+    else:
+        return None
+    but = "" if memory.working is None else f", and {_gigabytes(working)} as now for the rest"
+    return (
+        f"{factor * case.mesh.size} devices of this kind with mesh.expert={factor * expert}: about "
+        f"{_gigabytes(memory.state / factor)} of weights and moments each{but}"
+    )
+
+
+def _rows(case: Case) -> int:
+    """Rows of one device at a time."""
+    train = case.config.train
+    return train.batch_size // train.micro_batches // case.mesh.size
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,72 @@
+"""What is counted in a traced program, and by arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.mesh import EXPERT, make_mesh
+from esft_jax.model.config import ModelConfig
+from esft_jax.ops.attention import causal_attention
+from esft_jax.planning.operations import Routing, count_operations, model_operations
+
+ONE = Routing(np.array([1]), 0)
+
+
+def test_loops_and_shares_of_devices_are_counted() -> None:
+    mesh = make_mesh(data=1, expert=8)
+
+    def step(x, w):
+        def layer(x, w):
+            return x @ w, None
+
+        x, _ = jax.lax.scan(layer, x, w)  # 3 products of all devices together
+        local = PartitionSpec(EXPERT)
+        return jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=local, out_specs=local)(x)
+
+    traced = jax.jit(step).trace(jnp.ones((16, 4)), jnp.ones((3, 4, 4)))
+    found = count_operations(traced.jaxpr.jaxpr, ONE, 8)
+    one, local = 2 * 16 * 4 * 4 / 8, 2 * 2 * 4 * 2
+    assert found.products == found.total == 3 * one + local
+
+
+def test_attention_is_charged_the_blocks_it_computes() -> None:
+    def gradients(query, key, value, segments):
+        def loss(*arrays):
+            return causal_attention(*arrays, segments, 1.0, implementation="tpu").sum()
+
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    length, heads, width, value_width = 1024, 3, 24, 16
+    arrays = [jnp.ones((2, length, heads, w)) for w in (width, width, value_width)]
+    traced = jax.jit(gradients).trace(*arrays, jnp.ones((2, length), jnp.int32))
+    found = count_operations(traced.jaxpr.jaxpr, ONE, 1)
+    # Two blocks of queries: one meets one block of keys, one meets two. The first product comes
+    # again in both kernels of the backward pass, that of gradients and values in both, too.
+    scores = 2 * heads * 3 * 512**2
+    assert found.attention == 2 * scores * (5 * width + 4 * value_width)
+
+
+def test_a_group_is_charged_the_pieces_it_touches() -> None:
+    # Tiles of 64 rows in pieces of 16: rows 0 to 19 touch two, rows 20 to 63 three.
+    assert Routing(np.array([20, 44]), 0).charged(64) == (32 + 48) / 64
+
+
+def test_operations_of_the_model_by_what_is_trained(base) -> None:
+    config = ModelConfig.load(base)
+    top, bottom = config.moe_layers[-1], config.moe_layers[0]
+
+    def operations(*layers: int, **flags: bool) -> float:
+        return model_operations(config, ExpertConfig(dict.fromkeys(layers, (0,)), **flags), 64)
+
+    # An expert's gradients, for the share of tokens that come to it.
+    share = config.router.top_k / config.router.num_experts
+    one = 2 * share * 3 * config.hidden_size * config.expert_width
+    both, lowest = operations(bottom, top), operations(bottom)
+    np.testing.assert_allclose(both - lowest, one)
+    # Below the lowest trained layer nothing goes backwards.
+    assert operations(top) < lowest < operations(bottom, shared_experts=True)
+    everything = {layer: tuple(range(config.router.num_experts)) for layer in config.moe_layers}
+    all_trained = ExpertConfig(everything, shared_experts=True, non_expert_modules=True)
+    assert model_operations(config, all_trained, 64) == model_operations(config, None, 64)

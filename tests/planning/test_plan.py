@@ -1,0 +1,176 @@
+"""`plan`: the step is the one that `train` runs, and what is said about it."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from esft_jax import plan
+from esft_jax.config import RunConfig, load_config, save_config
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.mesh import make_mesh
+from esft_jax.model.config import ModelConfig
+from esft_jax.planning.analysis import make_plan, open_case
+from esft_jax.planning.suggest import suggestions
+from esft_jax.training import loop
+from esft_jax.training.setup import open_setup
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def make_config(base, chats, tmp_path):
+    def make(**changes) -> RunConfig:
+        experts = tmp_path / "experts.json"
+        ExpertConfig({1: (0, 7), 3: (2,)}).save(experts)
+        values = {
+            "model": str(base),
+            "output": str(tmp_path / "run"),
+            "expert_cfg": str(experts),
+            "dtype": "bfloat16",
+            "mesh": {"expert": 4},
+            "data": {"train": (str(chats),), "sequence_length": 64},
+            "score": {"sequence_length": 64},
+            "train": {"steps": 4, "batch_size": 16, "micro_batches": 2, "remat": "full"},
+        }
+        return RunConfig(**(values | changes))
+
+    return make
+
+
+FULL = {"method": "full", "expert_cfg": None, "init": "random"}
+FULL |= {"train": {"batch_size": 8, "balance_loss": 0.01}}
+
+
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["esft", "full"])
+def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) -> None:
+    config = make_config(**changes)
+    compiled = []
+
+    def keep_step(run: loop._Run) -> loop._Outcome:
+        compiled.append(run)
+        return loop._Outcome(0, None, None)
+
+    monkeypatch.setattr(loop._Run, "train", keep_step)
+    loop.run_training(open_setup(config), say=lambda text: None)
+    (run,) = compiled
+    memory = run.train_step.memory_analysis()
+    planned = make_plan(open_case(config, "cpu:8")).memory
+    assert planned.temporary == memory.temp_size_in_bytes
+    assert planned.needed == (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    assert planned.tuned == sum(
+        x.addressable_data(0).nbytes for x in jax.tree.leaves(run.state.tuned)
+    )
+    assert planned.frozen == sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(run.frozen))
+    assert planned.fits and planned.available is None
+
+
+def test_the_command(make_config, tmp_path, capsys) -> None:
+    path, output = tmp_path / "run.yaml", tmp_path / "plan.json"
+    save_config(make_config(expert_cfg=None), path)
+    arguments = ["--config", path, "--topology", "cpu:8", "--compare", "full", "--json", output]
+    arguments += ["--experts-per-layer", 3, "train.remat=none"]
+    assert plan.main([str(argument) for argument in arguments]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 of 8 experts in each layer, assumed" in printed and "full" in printed
+    esft, full = json.loads(output.read_text())
+    assert (esft["method"], full["method"], esft["tokens"]) == ("esft", "full", 128)
+    assert esft["mesh"] == {"data": 2, "expert": 4}
+    assert esft["memory"]["moments"] < full["memory"]["moments"]
+    assert esft["memory"]["frozen"] > full["memory"]["frozen"] == 0
+    assert esft["received"]["all-gather"] > 0
+    assert 0 < esft["model_operations"] < full["model_operations"]
+
+
+def test_what_does_not_fit_together_is_one_line(make_config, tmp_path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    save_config(make_config(), path)
+
+    def message(topology: str, *others: str) -> str:
+        assert plan.main(["--config", str(path), "--topology", topology, *others]) == 2
+        return capsys.readouterr().err
+
+    assert "topology: 'v5e:many'; expected a TPU slice" in message("v5e:many")
+    assert "JAX has split this CPU into 8" in message("cpu:64")
+    assert "mesh: 4 devices; expected all 8 of cpu:8" in message("cpu:8", "mesh.data=1")
+    assert "--experts-per-layer: the run has" in message("cpu:8", "--experts-per-layer", "1")
+    few = ("expert_cfg=null", "--experts-per-layer", "9")
+    assert "--experts-per-layer: 9; expected 1 to 8" in message("cpu:8", *few)
+    assert "micro_batches: 4 rows cannot be split" in message("cpu:8", "train.micro_batches=4")
+
+
+def test_suggestions_come_with_their_numbers(make_config) -> None:
+    config = make_config(mesh={"expert": 2}, train={"batch_size": 16, "remat": "dots"})
+    case = open_case(config, "cpu:8")
+    fitting = make_plan(case)
+    state = fitting.memory.state
+
+    def texts(available: int) -> list[str]:
+        memory = dataclasses.replace(fitting.memory, available=available)
+        return suggestions(case, dataclasses.replace(fitting, memory=memory))
+
+    expert, rows, remat, larger = texts(fitting.memory.working + state * 3 // 5)
+    split = case.state_bytes(make_mesh(1, 8))
+    assert split < state
+    assert expert.startswith("mesh.data=-1 mesh.expert=8:") and f"{split / 1e9:.2f} GB" in expert
+    assert rows.startswith("train.micro_batches=2: one row per device at a time instead of 2")
+    assert remat.startswith("train.remat=full instead of dots")
+    assert larger.startswith("16 devices of this kind with mesh.expert=4")
+    assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
+    full = dataclasses.replace(case, config=make_config(**FULL), experts=None)
+    memory = dataclasses.replace(fitting.memory, available=1, needed=None)
+    method, *_ = suggestions(full, dataclasses.replace(fitting, memory=memory))
+    assert method.startswith("method=esft:") and "1 of 8 experts in each layer, assumed" in method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed: pip install libtpu")
+    path, output = tmp_path / "run.yaml", tmp_path / "plan.json"
+    save_config(make_config(), path)
+    # A process of its own: the compiler ends it when something is wrong.
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", topology, "--json", output]
+    done = subprocess.run([*command, "--config", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(output.read_text())
+    assert found["mesh"] == {"data": 2, "expert": 4} and found["fits"]
+    assert found["operations"] > found["model_operations"] > 0
+    # The tokens of a group, bfloat16, to each of its devices: in every layer, forward and backward.
+    tokens = 3 * 64 * 32 * 2
+    assert found["received"]["all-gather"] > 2 * 3 * 2 * tokens
+    roofline = found["roofline"]
+    assert 0 < roofline["overlapped"] < roofline["serial"] < 1e-3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pods").glob("*.yaml")), ids=str)
+def test_pod_configurations(path) -> None:
+    config = load_config(path)
+    model = ModelConfig.load(ROOT / "models" / "deepseek-v2-lite")
+    assert model.router.num_experts % config.mesh.expert == 0
+
+
+def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        raise OSError("offline")
+
+    monkeypatch.setattr("esft_jax.hf.load.snapshot_download", download)
+    with pytest.raises(InputError, match="offline"):
+        open_case(make_config(model="owner/name"), "cpu:8")
+    assert asked == [("owner/name", ["config.json"])]

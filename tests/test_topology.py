@@ -1,0 +1,22 @@
+"""Names of topologies; what they compile is tested with what is compiled."""
+
+import jax
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.topology import ahead_of_time_devices
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:2x2x1", "v5e:0x4", "v5p:2x2", "v7:2x2", "h100:2x4", "cpu:", "cpu:8 "]
+)
+def test_what_is_no_topology_never_reaches_a_compiler(name: str) -> None:
+    with pytest.raises(InputError, match="expected a TPU slice such as v5e:2x4"):
+        ahead_of_time_devices(name)
+
+
+def test_parts_of_this_cpu() -> None:
+    assert len(jax.devices()) == 8  # from here on, JAX does not split it in another way
+    assert len(ahead_of_time_devices("cpu:3")) == 3
+    with pytest.raises(InputError, match="cpu:9; JAX has split this CPU into 8"):
+        ahead_of_time_devices("cpu:9")
