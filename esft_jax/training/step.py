@@ -102,13 +102,6 @@ def make_train_step(
             (grads, (loss, balance)), _ = jax.lax.scan(
                 accumulate, zeros, _split(batch, micro_batches)
             )
-        # `multi_transform` wants a tree for the frozen partition; these zeros are never computed
-        # since their updates are not read.
-        updates, opt_state = optimizer.update(
-            {TUNED: grads, FROZEN: jax.tree.map(jnp.zeros_like, frozen)},
-            state.opt_state,
-            {TUNED: state.tuned, FROZEN: frozen},
-        )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = state.skipped + ~finite
@@ -120,10 +113,20 @@ def make_train_step(
         }
         if balance_weight:
             metrics["balance_loss"] = balance
-        tuned, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.tuned, updates[TUNED]), opt_state),
-            (state.tuned, state.opt_state),
+
+        def update(tuned: nnx.State, opt_state: optax.OptState) -> tuple:
+            # `multi_transform` wants a tree for the frozen partition; these zeros are never
+            # computed since their updates are not read.
+            updates, opt_state = optimizer.update(
+                {TUNED: grads, FROZEN: jax.tree.map(jnp.zeros_like, frozen)},
+                opt_state,
+                {TUNED: tuned, FROZEN: frozen},
+            )
+            return optax.apply_updates(tuned, updates[TUNED]), opt_state
+
+        # Not a choice between numbers: that would need the old ones beside the new ones.
+        tuned, opt_state = jax.lax.cond(
+            finite, update, lambda *same: same, state.tuned, state.opt_state
         )
         return TrainState(state.step + 1, skipped, tuned, opt_state), metrics
 
