@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,3 +90,17 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def short_run(base: Path, chats: Path) -> dict[str, Any]:
+    """Most of a run's configuration file, for commands in processes of their own."""
+    return {
+        "model": str(base),
+        "output": "unset",
+        "dtype": "float32",
+        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
+        "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
+        "select": {"top_p": 0.3},
+        "optimizer": {"learning_rate": 1e-3},
+    }

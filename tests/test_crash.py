@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,15 +13,9 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 
 
 @pytest.fixture(scope="module")
-def config(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(short_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "run.json"
-    content = {
-        "model": str(base),
-        "output": "unset",
-        "dtype": "float32",
-        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
-        "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
-        "select": {"top_p": 0.3},
+    content = short_run | {
         "train": {
             "steps": 60,
             "batch_size": 8,
@@ -29,7 +24,6 @@ def config(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "log_every": 1,
             "verify_frozen": True,
         },
-        "optimizer": {"learning_rate": 1e-3},
     }
     path.write_text(json.dumps(content))
     return path

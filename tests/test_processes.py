@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,16 +57,10 @@ def metrics(output: Path, name: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def config(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(short_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "run.json"
-    content = {
-        "model": str(base),
-        "output": "unset",
-        "dtype": "float32",
+    content = short_run | {
         "mesh": {"data": 2, "expert": 4},
-        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
-        "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
-        "select": {"top_p": 0.3},
         "train": {
             "steps": STEPS,
             "batch_size": 8,
@@ -74,7 +69,6 @@ def config(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "log_every": 1,
             "verify_frozen": True,
         },
-        "optimizer": {"learning_rate": 1e-3},
     }
     path.write_text(json.dumps(content))
     return path
