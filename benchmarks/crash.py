@@ -3,16 +3,19 @@
     python benchmarks/crash.py --config configs/quickstart.yaml --kills 30
 
 Every second kill (SIGKILL) comes at a random moment, from the start of the process on; the others
-come while a checkpoint is being written. Exits with 1 unless the adapters are equal bit for bit.
+come while the first or second checkpoint is being written. Exits with 1 unless the adapters are
+equal bit for bit, and no attempt repeated a step that a complete checkpoint had; `train.log_every` must be 1.
 """
 
 import argparse
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -31,16 +34,32 @@ def finish(process: subprocess.Popen, output: Path) -> None:
         raise SystemExit(f"the run failed: {output.with_suffix('.log').read_text()[-2000:]}")
 
 
-def saving(output: Path) -> bool:
-    """Whether a checkpoint is being written now."""
-    return any((output / "checkpoints").glob("*/*.orbax-checkpoint-tmp"))
+def saving(output: Path) -> set[str]:
+    """The checkpoints that are being written, or were when a process was killed."""
+    return {str(path) for path in (output / "checkpoints").glob("*/*.orbax-checkpoint-tmp")}
 
 
-def kill_at(process: subprocess.Popen, output: Path, delay: float | None) -> bool:
-    """Kill after so many seconds, or while a checkpoint is written. False if it ended before."""
-    begin = time.monotonic()
+def saved_step(output: Path) -> int:
+    """Step of the last complete checkpoint; 0 without one."""
+    names = [path.name for path in (output / "checkpoints" / "last").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def first_step(log: str) -> int | None:
+    """The first step that a process reported; every step must be logged."""
+    found = re.search(r"^step (\d+) of", log, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def kill_at(process: subprocess.Popen, output: Path, delay: float | None, save: int | None) -> bool:
+    """Kill after so many seconds, or while so many a checkpoint is written. False if it ended."""
+    begin, before, begun = time.monotonic(), saving(output), 0
     while process.poll() is None:
-        if saving(output) if delay is None else time.monotonic() - begin > delay:
+        now = saving(output)
+        begun += len(now - before)
+        before = now
+        in_save = save is not None and bool(now) and begun >= save
+        if in_save or (delay is not None and time.monotonic() - begin > delay):
             process.kill()
             process.wait()
             return True
@@ -48,11 +67,27 @@ def kill_at(process: subprocess.Popen, output: Path, delay: float | None) -> boo
     return False
 
 
-def crash(
-    config: Path, folder: Path, overrides: Sequence[str], kills: int, seed: int
-) -> tuple[int, int, bool]:
-    """Kills at random moments, kills during saves, and whether the results are the same."""
-    moments, alone, killed = random.Random(seed), folder / "alone", folder / "killed"
+@dataclass
+class Outcome:
+    """What became of a run that was killed.
+
+    Attributes:
+        moments, saves: kills at random moments, and during saves.
+        repeated: attempts that began at or before a step that was saved.
+        resumed: the last step that an attempt began after.
+        same: its adapter is that of the run left alone.
+    """
+
+    moments: int = 0
+    saves: int = 0
+    repeated: int = 0
+    resumed: int = 0
+    same: bool = False
+
+
+def crash(config: Path, folder: Path, overrides: Sequence[str], kills: int, seed: int) -> Outcome:
+    """One run left alone, and one that is killed and continued."""
+    draw, alone, killed = random.Random(seed), folder / "alone", folder / "killed"
     begin = time.monotonic()
     process = start(config, alone, overrides)
     while process.poll() is None and not (alone / "metrics.jsonl").exists():
@@ -61,18 +96,23 @@ def crash(
     finish(process, alone)
     # An eighth of the steps between two kills, at most: most of them find a run to kill.
     latest = training - begin + (time.monotonic() - training) / 8
-    done = [0, 0]
-    for number in range(kills):
-        process, in_save = start(config, killed, overrides), number % 2
-        delay = None if in_save else moments.uniform(0, latest)
-        if not kill_at(process, killed, delay):
+    outcome, log = Outcome(), killed.with_suffix(".log")
+    for number in range(kills + 1):
+        saved, written = saved_step(killed), len(log.read_text()) if log.exists() else 0
+        process = start(config, killed, overrides)
+        if number == kills:
             finish(process, killed)
-            break  # it ended before its time came: nothing is left to kill
-        done[in_save] += 1
-    else:
-        finish(start(config, killed, overrides), killed)
+        elif number % 2:
+            outcome.saves += kill_at(process, killed, None, draw.randint(1, 2))
+        else:
+            outcome.moments += kill_at(process, killed, draw.uniform(0, latest), None)
+        began = first_step(log.read_text()[written:])
+        if began is not None:
+            outcome.repeated += began <= saved
+            outcome.resumed = saved
     results = [(run / "adapter" / "model.safetensors").read_bytes() for run in (alone, killed)]
-    return *done, results[0] == results[1]
+    outcome.same = results[0] == results[1]
+    return outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,12 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        moments, saves, same = crash(
-            args.config, Path(folder), args.overrides, args.kills, args.seed
-        )
-    print(f"killed {moments} times at random moments and {saves} times while saving")
-    print(f"adapter as without: {'the same bits' if same else 'DIFFERENT'}")
-    return 0 if same else 1
+        found = crash(args.config, Path(folder), args.overrides, args.kills, args.seed)
+    print(f"killed {found.moments} times at random moments and {found.saves} times while saving")
+    print(f"attempts that repeated saved steps: {found.repeated}; last resumed: {found.resumed}")
+    print(f"adapter as without: {'the same bits' if found.same else 'DIFFERENT'}")
+    return 0 if found.same and not found.repeated and found.resumed else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A training step on a CPU allocates its temporaries anew, gigabytes of them. In pages of 4 KiB the
 system spends more than a tenth of the step on handing them out (`docs/performance.md`). Where Linux
 gives huge pages to those who ask, glibc asks only if its environment told it so when the process
-started; so the process starts again. Hosts of TPUs and GPUs allocate more quickly, too.
+started; so the process starts again.
 """
 
 import os

@@ -270,6 +270,9 @@ class _Run:
                 ask = jax.process_count() == 1 or step % config.log_every == 0
                 stop = ask and any_process(stopped())
                 if last or stop or step % config.save_every == 0:
+                    # A resumed run counts them, and would not list them again.
+                    self._check_skipped(step, jax.device_get(skipped))
+                    skipped.clear()
                     self.checkpoints.save(step, self.state, iterator.get_state(), self.best_loss)
                     if stop and not last:
                         return _Outcome(step, None, loss)
