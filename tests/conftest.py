@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -93,14 +92,25 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def short_run(base: Path, chats: Path) -> dict[str, Any]:
-    """Most of a run's configuration file, for commands in processes of their own."""
-    return {
+def short_run(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of twenty steps, for commands in processes of their own."""
+    content = {
         "model": str(base),
         "output": "unset",
         "dtype": "float32",
         "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
         "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
         "select": {"top_p": 0.3},
+        "train": {
+            "steps": 20,
+            "batch_size": 8,
+            "eval_every": 10,
+            "save_every": 5,
+            "log_every": 1,
+            "verify_frozen": True,
+        },
         "optimizer": {"learning_rate": 1e-3},
     }
+    path = tmp_path_factory.mktemp("config") / "run.json"
+    path.write_text(json.dumps(content))
+    return path

@@ -56,6 +56,28 @@ def test_dispatches_all_that_follows_the_verb(monkeypatch: pytest.MonkeyPatch) -
     assert seen == ["--config", "c", "--help", "-h", "esft train"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--coordinator", "host:1", "--processes", "2", "--process", "0"], "with --distributed"),
+        (["--distributed", "--processes", "2"], "expected all of them"),
+        (
+            ["--distributed", "--coordinator", "host:1", "--processes", "2", "--process", "2"],
+            "--process: 2; expected 0 to 1",
+        ),
+        (
+            ["--distributed", "--coordinator", "host", "--processes", "2", "--process", "0"],
+            "--coordinator: 'host'; expected HOST:PORT",
+        ),
+    ],
+)
+def test_what_is_said_of_other_processes_is_checked(options: list[str], message: str) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_config_arguments(parser)
+    with pytest.raises(InputError, match=message):
+        cli.open_config(parser.parse_args(["--config", "c.yaml", *options]))
+
+
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["tain"])

@@ -1,37 +1,19 @@
 """Runs that are killed, and disks that are full."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 
 
-@pytest.fixture(scope="module")
-def config(short_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "run.json"
-    content = short_run | {
-        "train": {
-            "steps": 60,
-            "batch_size": 8,
-            "eval_every": 20,
-            "save_every": 2,
-            "log_every": 1,
-            "verify_frozen": True,
-        },
-    }
-    path.write_text(json.dumps(content))
-    return path
-
-
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(config: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--kills", "8"]
+def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(short_run: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--config", str(short_run), "--kills", "8"]
+    command += ["train.steps=60", "train.save_every=2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 times while saving" in result.stdout
@@ -54,10 +36,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
-    config: Path, small_disk: Path
+    short_run: Path, small_disk: Path
 ) -> None:
     output = small_disk / "run"
-    command = [sys.executable, "-m", "esft_jax.train", "--config", str(config), f"output={output}"]
+    command = [sys.executable, "-m", "esft_jax.train", "--config", str(short_run)]
+    command += [f"output={output}", "train.save_every=2"]
 
     def train() -> subprocess.CompletedProcess:
         return subprocess.run(command, capture_output=True, text=True)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,8 @@ def start(config: Path, output: Path, processes: int, *overrides: str) -> list[s
             command += ["--distributed", "--coordinator", f"localhost:{port}"]
             command += ["--processes", str(processes), "--process", str(process)]
             command += ["--peer-timeout", "10"]
-        command += [f"output={output}", f"mesh.cpu_devices={DEVICES // processes}", *overrides]
+        command += [f"output={output}", f"mesh.cpu_devices={DEVICES // processes}"]
+        command += ["mesh.data=2", "mesh.expert=4", *overrides]
         started.append(
             subprocess.Popen(
                 command,
@@ -57,37 +57,19 @@ def metrics(output: Path, name: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def config(short_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "run.json"
-    content = short_run | {
-        "mesh": {"data": 2, "expert": 4},
-        "train": {
-            "steps": STEPS,
-            "batch_size": 8,
-            "eval_every": 10,
-            "save_every": 5,
-            "log_every": 1,
-            "verify_frozen": True,
-        },
-    }
-    path.write_text(json.dumps(content))
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of one process with eight devices."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(config, output, 1))
+    finish(start(short_run, output, 1))
     return output
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_together_make_the_run_of_one(
-    processes: int, config: Path, alone: Path, tmp_path: Path
+    processes: int, short_run: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    first, *others = finish(start(config, output, processes))
+    first, *others = finish(start(short_run, output, processes))
     assert f"step {STEPS} of {STEPS}" in first
     for text in others:
         assert "step" not in text and "experts" not in text, text
@@ -118,10 +100,10 @@ def wait_for(output: Path, step: int, processes: list[subprocess.Popen]) -> None
     ],
 )
 def test_a_lost_process_ends_the_run_and_another_count_continues_it(
-    number: int, config: Path, alone: Path, tmp_path: Path
+    number: int, short_run: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    processes = start(config, output, 2)
+    processes = start(short_run, output, 2)
     wait_for(output, 8, processes)
     processes[1].send_signal(number)
     began = time.monotonic()
@@ -134,21 +116,21 @@ def test_a_lost_process_ends_the_run_and_another_count_continues_it(
     assert time.monotonic() - began < 40
     processes[1].communicate()
     # One process, on another mesh, takes it from the last checkpoint.
-    resumed = start(config, output, 1, "mesh.data=4", "mesh.expert=2")
+    resumed = start(short_run, output, 1, "mesh.data=4", "mesh.expert=2")
     finish(resumed)
     np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_more_of_them_continue(
-    config: Path, alone: Path, tmp_path: Path
+    short_run: Path, alone: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    processes = start(config, output, 2)
+    processes = start(short_run, output, 2)
     wait_for(output, 8, processes)
     processes[1].send_signal(signal.SIGTERM)
     first, _ = finish(processes)
     assert "the same command continues the run" in first
     assert not (output / "adapter").exists()
-    finish(start(config, output, 4))
+    finish(start(short_run, output, 4))
     np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
