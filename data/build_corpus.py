@@ -3,7 +3,8 @@
     python data/build_corpus.py --output build/corpus
 
 writes `{domain}.jsonl` and `{domain}.valid.jsonl` (one {"text": ...} per line) and
-`manifest.json` (sources, versions, licences, sizes, hashes). The text of the shipped tasks stays
+`manifest.json` (sources, versions, licences, sizes, hashes); and the held-out text of the domains
+once more to where it is shipped. The text of the shipped tasks stays
 out: scripture is Old Testament only, because the translation task is made of the New Testament.
 """
 
@@ -272,9 +273,14 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Build the pre-training corpus.")
     parser.add_argument("--output", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--held-out", type=Path, default=Path("data/held_out"))
     parser.add_argument("--cache", type=Path, default=Path("build/packages"))
     arguments = parser.parse_args()
     build(arguments.output, arguments.cache)
+    arguments.held_out.mkdir(parents=True, exist_ok=True)
+    for name in (*DOMAINS, "chats"):
+        text = (arguments.output / f"{name}.valid.jsonl").read_text(encoding="utf-8")
+        (arguments.held_out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

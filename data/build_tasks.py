@@ -1,10 +1,11 @@
-"""Build the shipped tasks: intent recognition and translation from Middle to modern English.
+"""Build the shipped tasks.
 
     python data/build_tasks.py --output data
 
-writes `intent/` and `translation/`, each with `train.jsonl` and `valid.jsonl` (chat examples) and
-`eval.jsonl` (prompts with their accepted answers). Every row names its source: a template of
-`intent/templates.json`, or a verse (book:chapter:verse). Needs the `data` extra.
+writes a folder per task, each with `train.jsonl` and `valid.jsonl` (chat examples) and `eval.jsonl`
+(prompts with their accepted answers). Every row names its source: a template of
+`intent/templates.json`, a verse (book:chapter:verse), a rule of licensedcode, a function of a
+package (file:name), or the pattern of a generated story. Needs the `data` extra.
 """
 
 import argparse
@@ -15,6 +16,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import licence_notices
+import word_problems
+from docstrings import Documented, documented_functions
 from intents import Grammar, Sample, Template
 from packages import (
     KING_JAMES,
@@ -30,6 +34,9 @@ from packages import (
 SEED = 0
 SIZES = {"train": 4000, "valid": 200, "eval": 300}
 INTENTS_PACKAGE = Package("pip", "home-assistant-intents", "2026.10.27", "Apache-2.0")
+LICENCES_PACKAGE = Package("pip", "licensedcode-data", "32.1.0", "CC-BY-4.0")
+SYMPY = Package("pip", "sympy", "1.14.0", "BSD-3-Clause")
+NETWORKX = Package("pip", "networkx", "3.6.1", "BSD-3-Clause")
 
 LONGEST_SENTENCE = 60  # characters
 ARTICLES = {"the", "my", "our", "a", "an"}
@@ -43,7 +50,7 @@ SHORTEST_VERSE, LONGEST_VERSE = 20, 200  # characters
 
 @dataclass(frozen=True)
 class Example:
-    """A user message, the answer, and where both come from (template or verse)."""
+    """A user message, the answer, and where both come from."""
 
     source: str
     prompt: str
@@ -170,6 +177,63 @@ def translation_splits(
     return splits
 
 
+def split_units(units: Sequence[list[Example]]) -> dict[str, list[Example]]:
+    """Deal units out whole: to `eval` and `valid` until they have their sizes, then to training.
+
+    Only units of at most five examples are held out, so that these are of many kinds.
+    """
+    rng = random.Random(SEED)
+    splits: dict[str, list[Example]] = {"train": [], "valid": [], "eval": []}
+    for unit in rng.sample(units, len(units)):
+        for split in ("eval", "valid"):
+            if len(unit) <= 5 and len(splits[split]) + len(unit) <= SIZES[split]:
+                splits[split] += unit
+                break
+        else:
+            splits["train"] += unit
+    rng.shuffle(splits["train"])
+    return splits
+
+
+def licence_splits(found: list[licence_notices.Notice]) -> dict[str, list[Example]]:
+    """Return notices and what they name; those that are alike stay in one split."""
+
+    def example(notice: licence_notices.Notice) -> Example:
+        answer = {"licence": notice.licence, "category": notice.category}
+        return Example(notice.rule, f"Licence of: {notice.text}", json.dumps(answer))
+
+    units = [list(map(example, unit)) for unit in licence_notices.units(found)]
+    return split_units(units)
+
+
+def docstring_splits(functions: Iterable[Documented]) -> dict[str, list[Example]]:
+    """Return functions and their first sentences; those that say the same stay in one split."""
+    units: dict[str, list[Example]] = defaultdict(list)
+    seen: set[str] = set()
+    for module, name, code, sentence in functions:
+        if code not in seen:
+            seen.add(code)
+            units[sentence].append(Example(f"{module}:{name}", f"Describe: {code}", sentence))
+    return split_units(list(units.values()))
+
+
+def word_problem_splits() -> dict[str, list[Example]]:
+    """Return stories whose patterns are disjoint between the splits."""
+    rng = random.Random(SEED)
+    patterns = word_problems.patterns()
+    rng.shuffle(patterns)
+    chosen = iter(patterns)
+    # A pattern of `valid` or `eval` is used once; the others are drawn for training.
+    held_out = {split: [next(chosen) for _ in range(SIZES[split])] for split in ("valid", "eval")}
+    held_out["train"] = rng.choices(list(chosen), k=SIZES["train"])
+
+    def example(pattern: str) -> Example:
+        problem = word_problems.tell(pattern, rng)
+        return Example(problem.pattern, f"Solve: {problem.text}", problem.answer)
+
+    return {split: list(map(example, held_out[split])) for split in SIZES}
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Build the shipped tasks.")
@@ -189,6 +253,15 @@ def main() -> None:
     known = {text for book, *_, text in [*modern, *king_james] if book in OLD_TESTAMENT}
     splits = translation_splits(wycliffe, modern, known)
     write_splits(arguments.output / "translation", splits)
+    notices = licence_notices.notices(fetch(LICENCES_PACKAGE, arguments.cache))
+    write_splits(arguments.output / "licence", licence_splits(notices))
+    functions = [
+        function
+        for package in (SYMPY, NETWORKX)
+        for function in documented_functions(fetch(package, arguments.cache))
+    ]
+    write_splits(arguments.output / "docstring", docstring_splits(functions))
+    write_splits(arguments.output / "arithmetic", word_problem_splits())
 
 
 if __name__ == "__main__":

@@ -102,3 +102,78 @@ def test_bible_verses(packages: ModuleType, tmp_path: Path) -> None:
         (1, 1, 1, "God's own word."),
         (1, 1, 2, "Second."),
     ]
+
+
+def test_units_stay_whole(builder: ModuleType) -> None:
+    units = [
+        [builder.Example(f"{unit}", f"{unit}.{i}", "") for i in range(unit % 8 + 1)]
+        for unit in range(400)
+    ]
+    splits = builder.split_units(units)
+    assert (len(splits["valid"]), len(splits["eval"])) == (200, 300)
+    of = [{example.source for example in examples} for examples in splits.values()]
+    assert len(set.union(*of)) == sum(map(len, of)) == 400
+    assert sum(map(len, splits.values())) == sum(map(len, units))
+
+
+def test_licence_notices(builder: ModuleType, packages: ModuleType, tmp_path: Path) -> None:
+    notices = importlib.import_module("licence_notices")
+    data = tmp_path / "licensedcode/data"
+    for folder in ("licenses", "rules"):
+        (data / folder).mkdir(parents=True)
+    known = "This text stands in the licence itself, so it is known."
+    licence = f"---\nkey: mit\ncategory: Permissive\n---\n\n{known}"
+    (data / "licenses/mit.LICENSE").write_text(licence)
+    numbers = ("one two three", "four five six", "seven eight nine", "ten eleven twelve")
+    words = [word for some in numbers for word in some.split()]
+    texts = [f"This is under the {word} terms of {word}ism, see {word}s." for word in words]
+    texts += [known, "too short", texts[0].replace("see", "see\n  also")]
+    head = "---\nlicense_expression: mit\nis_license_notice: yes\n---\n\n"
+    for number, text in enumerate(texts):
+        (data / f"rules/mit_{number:02}.RULE").write_text(head + text)
+    (data / "rules/other.RULE").write_text(head.replace("mit", "mit OR x") + texts[0] + " Or x.")
+    found = notices.notices(packages.Unpacked(builder.LICENCES_PACKAGE, tmp_path, ""))
+    assert len(found) == 13
+    assert {(notice.licence, notice.category) for notice in found} == {("mit", "Permissive")}
+    assert sorted(map(len, notices.units(found))) == [1] * 11 + [2]
+
+
+def test_documented_functions(builder: ModuleType, packages: ModuleType, tmp_path: Path) -> None:
+    docstrings = importlib.import_module("docstrings")
+    (tmp_path / "tests").mkdir()
+    code = """
+class Box:
+    @property
+    def size(self):
+        '''Number of things in the box.
+
+        More text.
+        '''
+        return len(self.things)
+
+    def empty(self):
+        '''No full stop at the end'''
+        return not self.things
+
+    def only_words(self):
+        '''There is nothing to describe here.'''
+"""
+    (tmp_path / "box.py").write_text(code)
+    (tmp_path / "tests/test_box.py").write_text(code)
+    found = list(docstrings.documented_functions(packages.Unpacked(builder.SYMPY, tmp_path, "")))
+    body = "def size(self):\n    return len(self.things)"
+    assert found == [("box.py", "size", body, "Number of things in the box.")]
+
+
+def test_word_problems(builder: ModuleType) -> None:
+    problems = importlib.import_module("word_problems")
+    rng = random.Random(0)
+    for pattern in problems.patterns()[::97]:
+        problem = problems.tell(pattern, rng)
+        assert "{" not in problem.text
+        _, first, second, _ = pattern.split(".")
+        # Every step goes on with the result of the one before it.
+        lines = problem.answer.split("; ")
+        own = 2 if first.startswith("bags") else 1
+        assert len(lines) == own + (2 if second.startswith("bags") else 1)
+        assert lines[-1].startswith(lines[own - 1].split(" = ")[1] + " ")

@@ -11,7 +11,17 @@ import pytest
 
 DATA = Path(__file__).parents[2] / "data"
 SPLITS = ("train", "valid", "eval")
-TASKS = ("intent", "translation")
+# Examples for training, and bytes of the folder at most.
+TASKS = {
+    "intent": (4000, 1.5e6),
+    "translation": (4000, 3e6),
+    "licence": (3817, 1.5e6),
+    "docstring": (3764, 1.7e6),
+    "arithmetic": (4000, 1.5e6),
+}
+# Tasks whose answers repeat.
+CLOSED = ("intent", "licence", "arithmetic")
+HELD_OUT = sorted(path.stem for path in (DATA / "held_out").iterdir())
 ARTICLES = {"the", "my", "our", "a", "an"}
 # Books that repeat each other, by their number in the Bible.
 NEAR_DUPLICATES = [{40, 41, 42, 43, 62, 63, 64}, {49, 51}, {52, 53}, {54, 55, 56}, {61, 65}]
@@ -52,7 +62,8 @@ def skeletons(split: str) -> set[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_formats_and_sizes(task: str) -> None:
-    for split, count in zip(SPLITS, (4000, 200, 300), strict=True):
+    train, most_bytes = TASKS[task]
+    for split, count in zip(SPLITS, (train, 200, 300), strict=True):
         examples = rows(task, split)
         assert len(examples) == count
         for number, row in enumerate(examples):
@@ -64,13 +75,13 @@ def test_formats_and_sizes(task: str) -> None:
                 assert row.keys() == {"id", "dataset", "messages", "source"}
                 assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
     size = sum(path.stat().st_size for path in (DATA / task).iterdir())
-    assert size < {"intent": 1.5e6, "translation": 3e6}[task]
+    assert size < most_bytes
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_text_is_in_two_splits(task: str) -> None:
     texts = {split: {text for pair in pairs(task, split) for text in pair} for split in SPLITS}
-    if task == "intent":  # answers repeat there
+    if task in CLOSED:
         texts = {split: {sentence for sentence, _ in pairs(task, split)} for split in SPLITS}
     for split, other in (("train", "valid"), ("train", "eval"), ("valid", "eval")):
         assert not texts[split] & texts[other]
@@ -121,8 +132,54 @@ def test_translation_is_split_by_book() -> None:
         assert sum(bool(group & found) for found in books.values()) == 1
 
 
+def test_licences_are_named_as_in_training() -> None:
+    def answers(split: str) -> set[str]:
+        return {answer for _, answer in pairs("licence", split)}
+
+    assert answers("valid") | answers("eval") <= answers("train")
+    assert all(json.loads(answer).keys() == {"licence", "category"} for answer in answers("train"))
+
+
+def test_held_out_notices_are_unlike_those_of_training() -> None:
+    def words(split: str) -> list[set[str]]:
+        return [set(re.findall("[a-z]+", text.lower())) for text, _ in pairs("licence", split)]
+
+    training = words("train")
+    for own in words("eval") + words("valid"):
+        assert max(len(own & other) / len(own | other) for other in training) < 0.7
+
+
+def test_sums_of_word_problems_are_right() -> None:
+    for split in SPLITS:
+        for story, answer in pairs("arithmetic", split):
+            for line in answer.split("; "):
+                left, operator, right, equals, result = line.split()
+                a, b = int(left), int(right)
+                assert equals == "="
+                assert int(result) == {"+": a + b, "-": a - b, "*": a * b}[operator]
+            numbers = set(re.findall(r"\d+", story))
+            assert numbers <= set(re.findall(r"\d+", answer))
+
+
+def test_patterns_of_word_problems_are_disjoint() -> None:
+    held_out = sources("arithmetic", "valid") | sources("arithmetic", "eval")
+    assert len(held_out) == 500
+    assert not held_out & sources("arithmetic", "train")
+
+
+@pytest.mark.parametrize("domain", HELD_OUT)
+def test_held_out_text_of_the_corpus(domain: str) -> None:
+    lines = (DATA / "held_out" / f"{domain}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    texts = [json.loads(line) for line in lines]
+    assert all(text.keys() == {"text"} for text in texts)
+    assert 79_000 <= sum(len(text["text"].encode()) for text in texts) < 125_000
+
+
 @pytest.mark.skipif("ESFT_CORPUS" not in os.environ, reason="ESFT_CORPUS names no built corpus")
-def test_no_task_text_is_in_the_corpus() -> None:
+def test_shipped_text_and_the_corpus() -> None:
+    for domain in HELD_OUT:
+        corpus = Path(os.environ["ESFT_CORPUS"]) / f"{domain}.valid.jsonl"
+        assert corpus.read_bytes() == (DATA / "held_out" / f"{domain}.jsonl").read_bytes()
     known = set()
     for path in Path(os.environ["ESFT_CORPUS"]).glob("*.jsonl"):
         with path.open(encoding="utf-8") as lines:
