@@ -130,6 +130,8 @@ class TrainConfig:
         balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
         remat: What the backward pass computes again, from nothing (`none`) to whole layers
             (`full`); between them, memory falls from `dots` over `experts` to `attention`.
+        profile_step: First update of a profiler trace; 0 makes none.
+        profile_steps: Updates in a trace, of this one and of those asked for by SIGUSR1.
         verify_frozen: Check after training that every frozen weight kept its bits.
     """
 
@@ -142,6 +144,8 @@ class TrainConfig:
     max_skipped: CountOrZero = 10
     balance_loss: NonNegative = 0.0
     remat: Literal["none", "dots", "experts", "attention", "full"] = "none"
+    profile_step: CountOrZero = 0
+    profile_steps: Count = 3
     verify_frozen: Flag = False
 
 

@@ -152,6 +152,13 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(process_allgather(np.array(flag))))
 
 
+def most_of_processes(value: float) -> float:
+    """The largest value of all processes. All must ask together."""
+    if jax.process_count() == 1:
+        return value
+    return float(np.max(process_allgather(np.array(value, np.float32))))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of `[B, ...]` arrays."""
     return NamedSharding(mesh, PartitionSpec(RULES.batch))

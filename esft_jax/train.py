@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import sys
 from collections.abc import Sequence
 
@@ -66,6 +67,13 @@ def _print_summary(
     table.add_row("parameters trained", f"{result.trained:,} of {result.total:,} ({share:.2%})")
     table.add_row("step kept", str(result.step))
     table.add_row("training, seconds", f"{result.seconds:.0f}")
+    timing = result.timing
+    if timing.step is not None:
+        step = timing.step
+        times = f"{step.p50:.3g}, {step.p90:.3g}, {step.p99:.3g}, {step.max:.3g}"
+        table.add_row("seconds per step: median, 90 %, 99 %, longest", times)
+    elapsed = datetime.timedelta(seconds=round(timing.elapsed))
+    table.add_row("goodput", f"{timing.goodput:.0%} of {elapsed} since the first start")
     console.print(table)
     console.print(f"{'adapter' if result.experts else 'model'}: {result.result}", soft_wrap=True)
 

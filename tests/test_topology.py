@@ -1,9 +1,12 @@
 """Names of topologies; what they compile is tested with what is compiled."""
 
+import importlib.util
+
 import jax
 import pytest
 
 from esft_jax.errors import InputError
+from esft_jax.planning.roofline import PEAKS, peak_flops
 from esft_jax.topology import ahead_of_time_devices
 
 
@@ -20,3 +23,12 @@ def test_parts_of_this_cpu() -> None:
     assert len(ahead_of_time_devices("cpu:3")) == 3
     with pytest.raises(InputError, match="cpu:9; JAX has split this CPU into 8"):
         ahead_of_time_devices("cpu:9")
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_peak_of_a_chip_is_found_by_its_name_in_jax(name: str) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu, the compiler for TPU")
+    kind = ahead_of_time_devices(name)[0].device_kind
+    assert peak_flops(kind) == PEAKS[name.partition(":")[0]].flops
+    assert peak_flops("cpu") is None

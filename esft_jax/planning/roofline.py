@@ -32,6 +32,23 @@ PEAKS = {
 }
 
 
+# What JAX calls them.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Bfloat16 operations per second of a device, by `jax.Device.device_kind`; None if unknown."""
+    kind = _KINDS.get(device_kind)
+    return None if kind is None else PEAKS[kind].flops
+
+
 @dataclass(frozen=True)
 class Roofline:
     """Least seconds of a step for each of its resources, were it used at its peak.

@@ -1,9 +1,11 @@
 """Saving and restoring a run with Orbax: asynchronous, atomic, tuned state only."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,22 @@ import orbax.checkpoint as ocp
 from esft_jax.errors import InputError
 from esft_jax.training.relayout import Rows, move_rows, saved_shapes
 from esft_jax.training.state import TrainState
+from esft_jax.training.timing import Spent
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, besides its parameters.
+
+    Attributes:
+        data: the data iterator's state, plain JSON.
+        best_loss: lowest validation loss so far.
+        spent: time, see `RunTiming`.
+    """
+
+    data: Any
+    best_loss: float | None
+    spent: Spent
 
 
 class Checkpoints:
@@ -53,16 +71,11 @@ class Checkpoints:
         """Updates done at the checkpoint with the best validation loss; None without one."""
         return self._best.latest_step()
 
-    def save(self, step: int, state: TrainState, data: Any, best_loss: float | None) -> None:
-        """Save for resuming, in the background.
-
-        Args:
-            data: the data iterator's state, plain JSON.
-            best_loss: lowest validation loss so far.
-        """
+    def save(self, step: int, state: TrainState, position: Position) -> None:
+        """Save for resuming, in the background."""
         if step != self.last_step:
-            position = {"data": data, "best_loss": best_loss, "facts": self._facts}
-            self._save(self._last, step, state, position)
+            content = dataclasses.asdict(position) | {"facts": self._facts}
+            self._save(self._last, step, state, content)
 
     def save_best(self, step: int, state: TrainState) -> None:
         """Keep the trained parameters of the best evaluation, in the background."""
@@ -86,7 +99,7 @@ class Checkpoints:
             with _failed_writes(manager.directory):
                 manager.check_for_errors()
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
         """The last checkpoint: the state, placed like `abstract`, and the saved position.
 
         Raises:
@@ -101,7 +114,9 @@ class Checkpoints:
                     f"{self._last.directory}: checkpoint of step {step} has {key} = "
                     f"{position['facts'].get(key)!r}; this run has {value!r}"
                 )
-        return self._state(self._last, abstract, position["rows"]), position
+        state = self._state(self._last, abstract, position["rows"])
+        names = [field.name for field in dataclasses.fields(Position)]
+        return state, Position(**{name: position[name] for name in names})
 
     def restore_best(self, abstract: TrainState) -> Any:
         """Trained parameters of the best evaluation."""

@@ -1,12 +1,11 @@
 """A whole training run, from a configuration to an adapter."""
 
+import dataclasses
 import hashlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,27 @@ from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
 from esft_jax.hf.source import Source
-from esft_jax.mesh import EXPERT, any_process, on_first_process, place_batch
+from esft_jax.mesh import (
+    EXPERT,
+    any_process,
+    most_of_processes,
+    on_first_process,
+    place_batch,
+)
 from esft_jax.model.transformer import Transformer
 from esft_jax.model.tuned import TunedLayout
-from esft_jax.training.checkpoint import Checkpoints, abstract_state
+from esft_jax.planning.operations import model_operations
+from esft_jax.planning.roofline import peak_flops
+from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
+from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import trace_step
 from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
+from esft_jax.training.signals import on_user_signal, stop_signal
 from esft_jax.training.state import place_state
 from esft_jax.training.step import make_eval_step
+from esft_jax.training.timing import Percentiles, RunTiming, Spent, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class RunResult:
         trained, total: parameters trained, and in the model.
         experts: what was trained; None for full fine-tuning.
         seconds: spent in this call.
+        timing: of its steps, and of the run as a whole.
     """
 
     folder: Path
@@ -62,6 +73,7 @@ class RunResult:
     total: int
     experts: ExpertConfig | None
     seconds: float
+    timing: RunTiming
 
 
 def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
@@ -110,6 +122,7 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         run.total,
         experts,
         time.perf_counter() - begin,
+        outcome.timing,
     )
 
 
@@ -173,6 +186,7 @@ class _Outcome:
     step: int
     tuned: nnx.State | None
     valid_loss: float | None
+    timing: RunTiming
 
 
 class _Run:
@@ -195,6 +209,7 @@ class _Run:
         self.graph, tuned, self.frozen = partition(model, experts)
         self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
+        self.token_flops = model_operations(model.config, experts, self.train_set.sequence_length)
         self.layout = model.tuned_experts.layout if model.tuned_experts else None
         rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
@@ -236,36 +251,42 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        first = self._resume(iterator)
+        watch = Stopwatch(self.folder.begun(), self._resume(iterator))
+        first = int(self.state.step)
         loss = None
+        profiler = Profiler(self.folder.profile, config)
         with (
             closing(iterator),
             MetricsLog(self.folder, first, config.steps) as log,
-            _stop_signal() as stopped,
+            closing(profiler),
+            on_user_signal(profiler.request),
+            stop_signal() as stopped,
         ):
-            logged, since = first, time.perf_counter()
             skipped: list[jax.Array] = []  # counted so far, by step since the last logged one
             for step in range(first + 1, config.steps + 1):
                 last = step == config.steps
-                self.state, metrics = self.train_step(self.state, self.frozen, next(iterator))
+                with profiler.step(step):
+                    with watch.waiting_for_input():
+                        batch = next(iterator)
+                    self.state, metrics = self.train_step(self.state, self.frozen, batch)
                 skipped.append(metrics["skipped"])
+                profiler.finish_step(skipped[-1])
+                watch.step(skipped[-1])
                 log.advance()
                 if last or step % config.log_every == 0:
-                    scalars = self._scalars(step, metrics)  # waits for the step
+                    laps = watch.lap()  # waits for the step
                     self._check_skipped(step, jax.device_get(skipped))
                     skipped.clear()
-                    elapsed = time.perf_counter() - since
-                    scalars["tokens_per_second"] = (step - logged) * self._step_tokens / elapsed
-                    log.write(step, scalars)
+                    log.write(step, self._scalars(step, metrics) | self._speed(*laps))
                     self.checkpoints.check()
-                    logged, since = step, time.perf_counter()
                 if self.valid_set is not None and (last or step % config.eval_every == 0):
-                    loss = _finite("validation loss", step, self.evaluate())
+                    with watch.other("evaluation"):
+                        loss = _finite("validation loss", step, self.evaluate())
                     log.write(step, {"valid_loss": loss})
                     if self.best_loss is None or loss < self.best_loss:
                         self.best_loss = loss
-                        self.checkpoints.save_best(step, self.state)
-                    logged, since = step, time.perf_counter()
+                        with watch.other("checkpoints"):
+                            self.checkpoints.save_best(step, self.state)
                 # Several processes agree where they would wait for each other anyway.
                 ask = jax.process_count() == 1 or step % config.log_every == 0
                 stop = ask and any_process(stopped())
@@ -273,23 +294,26 @@ class _Run:
                     # A resumed run counts them, and would not list them again.
                     self._check_skipped(step, jax.device_get(skipped))
                     skipped.clear()
-                    self.checkpoints.save(step, self.state, iterator.get_state(), self.best_loss)
+                    with watch.other("checkpoints"):
+                        position = Position(iterator.get_state(), self.best_loss, watch.spent)
+                        self.checkpoints.save(step, self.state, position)
                     if stop and not last:
-                        return _Outcome(step, None, loss)
+                        return _Outcome(step, None, loss, watch.timing())
+        timing = watch.timing()
         if self.checkpoints.best_step is not None:
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
-            return _Outcome(self.checkpoints.best_step, tuned, self.best_loss)
-        return _Outcome(int(self.state.step), self.state.tuned, loss)
+            return _Outcome(self.checkpoints.best_step, tuned, self.best_loss, timing)
+        return _Outcome(int(self.state.step), self.state.tuned, loss, timing)
 
-    def _resume(self, iterator: Any) -> int:
-        """Restore the last checkpoint, if there is one. Returns the steps done."""
+    def _resume(self, iterator: Any) -> Spent | None:
+        """Restore the last checkpoint, if there is one. Returns the time spent until then."""
         if self.checkpoints.last_step is None:
-            return 0
+            return None
         self.state, position = self.checkpoints.restore(abstract_state(self.state, self.shardings))
-        iterator.set_state(position["data"])
-        self.best_loss = position["best_loss"]
+        iterator.set_state(position.data)
+        self.best_loss = position.best_loss
         self.skipped = int(self.state.skipped)
-        return int(self.state.step)
+        return position.spent
 
     def _check_skipped(self, last: int, counts: Sequence[int]) -> None:
         """Write down the batches of skipped updates, and end a run that has too many.
@@ -314,9 +338,21 @@ class _Run:
                     "(a lower optimizer.learning_rate, or other data)"
                 )
 
-    @property
-    def _step_tokens(self) -> int:
-        return self.config.train.batch_size * self.train_set.sequence_length
+    def _speed(self, steps: Sequence[float], waited: float) -> dict[str, float]:
+        """Of the steps since the last logged one: tokens are positions, padding included."""
+        seconds = sum(steps)
+        tokens = len(steps) * self.config.train.batch_size * self.train_set.sequence_length
+        flops = self.token_flops * tokens / seconds / self.mesh.size
+        peak = peak_flops(jax.devices()[0].device_kind)
+        times = dataclasses.asdict(Percentiles.of(steps))
+        return {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_process": tokens / seconds / jax.process_count(),
+            "model_flops_per_second_per_device": flops,
+            **({} if peak is None else {"mfu": flops / peak}),
+            **{f"step_seconds_{name}": value for name, value in times.items()},
+            "input_seconds": most_of_processes(waited) / len(steps),
+        }
 
     def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         schedule = make_schedule(self.config.optimizer, self.config.train.steps)
@@ -400,28 +436,3 @@ def _finite(name: str, step: int, value: float) -> float:
             "(a lower optimizer.learning_rate, or other data)"
         )
     return value
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM (schedulers, preemption) and SIGINT into a flag that is read between steps.
-
-    A second SIGINT interrupts at once. Signals reach the main thread only; elsewhere the flag
-    stays unset.
-    """
-    received: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

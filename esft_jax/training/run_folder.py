@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
+from esft_jax.files import read_text, write_text_atomic
 
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
@@ -20,6 +22,8 @@ _CHANGEABLE = {
     "train.remat",
     "train.verify_frozen",
     "train.max_skipped",
+    "train.profile_step",
+    "train.profile_steps",
 }
 
 
@@ -31,6 +35,8 @@ class RunFolder:
     expert_cfg.json    the selected experts
     checkpoints/       `last` to resume from, `best` by validation loss
     metrics.jsonl      one line per logged step; `tensorboard/` holds the same
+    started            when the run was first started, seconds since the epoch
+    profile/           profiler traces
     skipped/           for every skipped update, the examples of its batch
     adapter/           the result of `esft`: the trained experts
     model/             the result of `full`: a Hugging Face folder
@@ -45,6 +51,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.started = self.path / "started"
+        self.profile = self.path / "profile"
         self.skipped = self.path / "skipped"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
@@ -95,6 +103,12 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"output: {self.path}: {error.strerror}") from None
         save_config(config, self.config)
+        if not self.started.exists():
+            write_text_atomic(self.started, f"{time.time()}\n")
+
+    def begun(self) -> float:
+        """When the run was first started, seconds since the epoch."""
+        return float(read_text(self.started))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
 from esft_jax.training import loop
 from esft_jax.training.setup import open_setup
+from esft_jax.training.timing import Stopwatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) 
 
     def keep_step(run: loop._Run) -> loop._Outcome:
         compiled.append(run)
-        return loop._Outcome(0, None, None)
+        return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
 
     monkeypatch.setattr(loop._Run, "train", keep_step)
     loop.run_training(open_setup(config), say=lambda text: None)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esft_jax.training.checkpoint import Checkpoints
+from esft_jax.training.checkpoint import Checkpoints, Position
 from esft_jax.training.state import TrainState
 
 
@@ -18,7 +18,7 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
     update = jax.jit(lambda state: jax.tree.map(lambda x: -x, state), donate_argnums=0)
     state = update(update(start(1.0)))
     checkpoints = Checkpoints(tmp_path, {}, None)
-    checkpoints.save(5, state, {"next_index": 5}, None)
+    checkpoints.save(5, state, Position({"next_index": 5}, None, {}))
     checkpoints.save_best(5, state)
     for _ in range(5):
         state = update(state)
@@ -30,7 +30,7 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, {}, None)
     restored, position = checkpoints.restore(abstract)
-    assert int(restored.step) == 5 and position["data"] == {"next_index": 5}
+    assert int(restored.step) == 5 and position.data == {"next_index": 5}
     np.testing.assert_array_equal(restored.tuned["w"], value)
     np.testing.assert_array_equal(restored.opt_state[0], value + 1)
     np.testing.assert_array_equal(checkpoints.restore_best(abstract)["w"], value)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,9 +17,11 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import load_base, load_model
+from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.training import loop
 from esft_jax.training.loop import RunResult
 from esft_jax.training.setup import open_setup
+from esft_jax.training.timing import Stopwatch
 
 
 def run(config: RunConfig) -> RunResult:
@@ -63,6 +66,14 @@ def test_run_folder_holds_everything(finished) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert {"grad_norm", "tokens_per_second", "learning_rate"} <= lines[0].keys()
+    for line in (line for line in lines if "loss" in line):
+        times = [line[f"step_seconds_{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert 0 < times[0] == times[3]  # every step is logged
+        tokens = 4 * 64 / times[0]
+        assert line["tokens_per_second"] == pytest.approx(tokens)
+        assert line["tokens_per_second_per_process"] == pytest.approx(tokens)
+        assert 0 < line["input_seconds"] < times[0]
+        assert "mfu" not in line  # a CPU has no published peak
     valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
     assert len(valid) == 2
     assert valid[1] < valid[0]
@@ -103,6 +114,41 @@ def test_a_checkpoint_is_at_the_batches_used_not_those_made_ahead(finished) -> N
     assert json.loads(path.read_text())["data"] == {"next_index": 4}
 
 
+def test_model_flops_are_those_that_a_plan_counts(finished, monkeypatch) -> None:
+    config, result = finished
+    given = dataclasses.replace(config, expert_cfg=str(result.folder / "expert_cfg.json"))
+    planned = make_plan(open_case(given, "cpu:4")).model_operations
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").open()]
+    line = next(line for line in lines if "loss" in line)
+    per_device = planned * line["tokens_per_second"] / 4
+    assert line["model_flops_per_second_per_device"] == pytest.approx(per_device)
+
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 2 * planned)
+    rate = loop._Run._speed(
+        SimpleNamespace(
+            config=config,
+            train_set=SimpleNamespace(sequence_length=64),
+            token_flops=planned,
+            mesh=SimpleNamespace(size=4),
+        ),
+        [0.5, 1.5],
+        0.25,
+    )
+    assert rate["tokens_per_second"] == 2 * 4 * 64 / 2
+    assert rate["mfu"] == pytest.approx(rate["tokens_per_second"] / 4 / 2)
+    assert rate["input_seconds"] == 0.125
+
+
+def test_time_is_counted_from_the_first_start(finished) -> None:
+    _, result = finished
+    timing = result.timing
+    assert timing.step.p50 <= timing.step.max <= timing.spent["steps"]
+    assert min(timing.spent.values()) > 0
+    # Scoring and compiling are in the time, but are no work of the kinds that count.
+    assert sum(timing.spent.values()) < timing.elapsed < result.seconds
+    assert 0 < timing.goodput < 1
+
+
 def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
     to_host = re.compile(r"\b(infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*callback")
 
@@ -115,7 +161,7 @@ def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
 
     def keep_step(run: loop._Run) -> loop._Outcome:
         compiled.append(run.train_step)
-        return loop._Outcome(0, None, None)
+        return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
 
     monkeypatch.setattr(loop._Run, "train", keep_step)
     run(dataclasses.replace(finished[0], output=str(tmp_path / "run")))
@@ -147,8 +193,12 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
     assert (stopped.step, stopped.result) == (3, None)
     assert not (tmp_path / "again" / "adapter").exists()
     monkeypatch.setattr(loop, "train_iterator", make_iterator)
+    saved = stopped.timing.spent["steps"]
     result = run(again)
     assert result.step == 4
+    # The time of three steps comes from the checkpoint, and the pause counts as time of the run.
+    assert result.timing.spent["steps"] > max(saved, result.timing.step.max)
+    assert result.timing.elapsed > stopped.timing.elapsed + result.timing.step.max
     one, other = adapter_tensors(config), adapter_tensors(again)
     assert one.keys() == other.keys()
     for name in one:

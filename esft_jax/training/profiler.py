@@ -1,0 +1,52 @@
+"""Profiler traces of a few steps, planned or on request."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from esft_jax.config import TrainConfig
+
+
+class Profiler:
+    """Traces `train.profile_steps` steps from `train.profile_step` on, and from the next one after
+    each `request`. Every process traces itself.
+
+    Args:
+        folder: gets a folder for each trace, named after its first step.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        self._folder, self._first, self._count = folder, config.profile_step, config.profile_steps
+        self._requested = False
+        self._left = 0
+
+    def request(self) -> None:
+        """Trace from the next step on."""
+        self._requested = True
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """What is done for a step, marked with its number in a trace."""
+        if not self._left and (self._requested or number == self._first):
+            self._requested = False
+            jax.profiler.start_trace(str(self._folder / f"step-{number}"))
+            self._left = self._count
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def finish_step(self, result: jax.Array) -> None:
+        """The step was started, of which this is a result; a trace waits for its last one."""
+        if not self._left:
+            return
+        self._left -= 1
+        if not self._left:
+            result.block_until_ready()
+            jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """End a trace that is not complete; the run ends."""
+        if self._left:
+            jax.profiler.stop_trace()
+            self._left = 0
