@@ -16,7 +16,7 @@ from esft_jax.files import write_text_atomic
 from esft_jax.training.run_folder import RunFolder
 
 # What the progress bar has room for.
-_SHOWN = ("loss", "valid_loss", "tokens_per_second")
+_SHOWN = ("loss", "valid_loss", "tokens_per_second", "mfu")
 
 
 class MetricsLog:

@@ -31,7 +31,10 @@ class Profiler:
         """What is done for a step, marked with its number in a trace."""
         if not self._left and (self._requested or number == self._first):
             self._requested = False
-            jax.profiler.start_trace(str(self._folder / f"step-{number}"))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it slows down what is measured
+            folder = self._folder / f"step-{number}"
+            jax.profiler.start_trace(str(folder), profiler_options=options)
             self._left = self._count
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
