@@ -14,7 +14,7 @@ class Profiler:
     each `request`. Every process traces itself.
 
     Args:
-        folder: gets a folder for each trace, named after its first step.
+        folder: gets `step-N/process-P` for each trace, named after its first step.
     """
 
     def __init__(self, folder: Path, config: TrainConfig):
@@ -33,7 +33,8 @@ class Profiler:
             self._requested = False
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # it slows down what is measured
-            folder = self._folder / f"step-{number}"
+            # JAX names files by host, which may run several processes.
+            folder = self._folder / f"step-{number}" / f"process-{jax.process_index()}"
             jax.profiler.start_trace(str(folder), profiler_options=options)
             self._left = self._count
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
