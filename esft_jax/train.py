@@ -15,7 +15,9 @@ from esft_jax.config import RunConfig
 from esft_jax.evaluation.tasks import EvaluationReport, check_evaluation, run_evaluation
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.training.loop import RunResult, run_training
+from esft_jax.training.preemption import watch_preemption
 from esft_jax.training.setup import open_setup
+from esft_jax.training.signals import exit_on_sigterm
 
 
 @command
@@ -23,9 +25,22 @@ def main(argv: Sequence[str] | None) -> None:
     """Run `python -m esft_jax.train`; None stands for the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
+    parser.add_argument(
+        "--preemption-notices",
+        action="store_true",
+        help="on a Spot VM of Google Cloud, save and exit when its metadata server announces the "
+        "end",
+    )
     args = parser.parse_args(argv)
     config = open_config(args)
     console = Console(quiet=jax.process_index() != 0)
+    with exit_on_sigterm(console.print):
+        if args.preemption_notices:
+            watch_preemption()
+        _train(config, console)
+
+
+def _train(config: RunConfig, console: Console) -> None:
     setup = open_setup(config)
     before = after = None
     if config.evaluation.data is not None:

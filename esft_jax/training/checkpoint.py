@@ -1,6 +1,7 @@
 """Saving and restoring a run with Orbax: asynchronous, atomic, tuned state only."""
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from esft_jax.errors import InputError
+from esft_jax.training.checksum import checksums, json_checksum
 from esft_jax.training.relayout import Rows, move_rows, saved_shapes
 from esft_jax.training.state import TrainState
 from esft_jax.training.timing import Spent
@@ -34,12 +36,14 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last one, and the one with the best validation loss.
+    """The checkpoints of a run: the last two, and the one with the best validation loss.
 
     A checkpoint holds the trained parameters, the optimizer's state, the position in the data,
     `facts` about the run that a restore must find unchanged, and which row of the tuned bank holds
     which expert. Frozen weights are never in it. It can be restored on another mesh.
-    Orbax writes to a temporary folder and renames it, so a half-written one is never found.
+    Orbax writes to a temporary folder and renames it, so a half-written one is never found. It does
+    not notice flipped bits, so checksums are saved, too, and compared when it is read.
+    The last but one is kept for the case that the last is damaged.
 
     Args:
         rows: of the tuned bank, if there is one.
@@ -52,13 +56,13 @@ class Checkpoints:
             ocp.CheckpointManager(
                 (folder / name).absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1,
+                    max_to_keep=keep,
                     multiprocessing_options=ocp.options.MultiprocessingOptions(
                         barrier_sync_key_prefix=name
                     ),
                 ),
             )
-            for name in ("last", "best")
+            for name, keep in (("last", 2), ("best", 1))
         )
 
     @property
@@ -74,6 +78,9 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Save for resuming, in the background."""
         if step != self.last_step:
+            # Who resumes from this one, with its `best_loss`, must find the best one complete.
+            with _failed_writes(self._best.directory):
+                self._best.wait_until_finished()
             content = dataclasses.asdict(position) | {"facts": self._facts}
             self._save(self._last, step, state, content)
 
@@ -84,12 +91,16 @@ class Checkpoints:
     def _save(
         self, manager: ocp.CheckpointManager, step: int, state: Any, position: dict[str, Any]
     ) -> None:
+        position |= {"rows": self._rows, "checksums": checksums(state)}
+        # As it will be read: JSON has no integers as keys, and no tuples.
+        position = json.loads(json.dumps(position))
+        position["checksum"] = json_checksum(position)
         with _failed_writes(manager.directory):
             manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    position=ocp.args.JsonSave(position | {"rows": self._rows}),
+                    position=ocp.args.JsonSave(position),
                 ),
             )
 
@@ -103,7 +114,8 @@ class Checkpoints:
         """The last checkpoint: the state, placed like `abstract`, and the saved position.
 
         Raises:
-            InputError: the checkpoint belongs to other facts (base weights, experts, data).
+            InputError: the checkpoint belongs to other facts (base weights, experts, data), or is
+                damaged.
         """
         step = self.last_step
         position = self._position(self._last)
@@ -114,30 +126,62 @@ class Checkpoints:
                     f"{self._last.directory}: checkpoint of step {step} has {key} = "
                     f"{position['facts'].get(key)!r}; this run has {value!r}"
                 )
-        state = self._state(self._last, abstract, position["rows"])
+        state = self._state(self._last, abstract, position)
         names = [field.name for field in dataclasses.fields(Position)]
         return state, Position(**{name: position[name] for name in names})
 
     def restore_best(self, abstract: TrainState) -> Any:
-        """Trained parameters of the best evaluation."""
+        """Trained parameters of the best evaluation. Raises an `InputError` if it is damaged."""
         with _failed_writes(self._best.directory):
             self._best.wait_until_finished()
-        return self._state(self._best, abstract.tuned, self._position(self._best)["rows"])
+        return self._state(self._best, abstract.tuned, self._position(self._best))
 
     def _position(self, manager: ocp.CheckpointManager) -> Any:
         wanted = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return manager.restore(manager.latest_step(), args=wanted).position
+        with self._damage(manager):
+            position = manager.restore(manager.latest_step(), args=wanted).position
+            if position.pop("checksum") != json_checksum(position):
+                raise ValueError("the checksum of position/ differs")
+        return position
 
-    def _state(self, manager: ocp.CheckpointManager, abstract: Any, rows: Rows | None) -> Any:
-        def read(target: Any) -> Any:
+    def _state(
+        self, manager: ocp.CheckpointManager, abstract: Any, position: dict[str, Any]
+    ) -> Any:
+        rows = position["rows"]
+        moved = not (rows is None or self._rows is None or rows == self._rows)
+        target = saved_shapes(abstract, rows) if moved else abstract
+        with self._damage(manager):
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return manager.restore(manager.latest_step(), args=wanted).state
-
-        if rows is None or self._rows is None or rows == self._rows:
-            return read(abstract)
-        restored = read(saved_shapes(abstract, rows))
+            state = manager.restore(manager.latest_step(), args=wanted).state
+            found = checksums(state)
+            for name, value in position["checksums"].items():
+                if found.get(name) != value:
+                    raise ValueError(f"the checksum of {name} differs")
+        if not moved:
+            return state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return move_rows(restored, rows, self._rows, shardings)
+        return move_rows(state, rows, self._rows, shardings)
+
+    @contextmanager
+    def _damage(self, manager: ocp.CheckpointManager) -> Iterator[None]:
+        """Say which checkpoint cannot be read, and how to go on without it."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # Orbax raises whatever its parsers do, and plain `Exception`
+            step, before = manager.latest_step(), sorted(manager.all_steps())[:-1]
+            if manager is self._best:
+                effect = "later evaluations choose the best one"
+            elif before:
+                effect = f"the run continues from step {before[-1]}"
+            else:
+                effect = "the run begins anew"
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(
+                f"{manager.directory / str(step)}: damaged checkpoint ({first}); "
+                f"without this folder, {effect}"
+            ) from error
 
     def close(self) -> None:
         """Wait until everything is on disk."""

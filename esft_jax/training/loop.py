@@ -110,8 +110,9 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
             f"train step: {mebibytes:,.0f} MiB of arguments and temporaries per device; "
             f"compiled in {run.compile_seconds:.1f} s"
         )
-    with closing(run.checkpoints):
-        outcome = run.train()
+    # A signal in the end must not cut the last checkpoint or the result short.
+    with stop_signal() as stopped, closing(run.checkpoints):
+        outcome = run.train(stopped)
         path = None if outcome.tuned is None else run.write_result(outcome)
     return RunResult(
         setup.run.path,
@@ -240,8 +241,8 @@ class _Run:
             "data_sha256": self.train_set.stats.sha256,
         }
 
-    def train(self) -> _Outcome:
-        """Run to the last step, or until a signal asks to stop."""
+    def train(self, stopped: Callable[[], bool]) -> _Outcome:
+        """Run to the last step, or until a signal has asked to stop."""
         config = self.config.train
         iterator = train_iterator(
             self.train_set,
@@ -260,7 +261,6 @@ class _Run:
             MetricsLog(self.folder, first, config.steps) as log,
             closing(profiler),
             on_user_signal(profiler.request),
-            stop_signal() as stopped,
         ):
             skipped: list[jax.Array] = []  # counted so far, by step since the last logged one
             for step in range(first + 1, config.steps + 1):
@@ -311,7 +311,10 @@ class _Run:
             return None
         self.state, position = self.checkpoints.restore(abstract_state(self.state, self.shardings))
         iterator.set_state(position.data)
-        self.best_loss = position.best_loss
+        if self.checkpoints.best_step is not None:
+            # Read for its checksums: damage is to be known now, not at the end.
+            self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
+            self.best_loss = position.best_loss
         self.skipped = int(self.state.skipped)
         return position.spent
 

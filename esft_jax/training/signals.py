@@ -1,6 +1,8 @@
-"""Signals that a training loop reads between steps."""
+"""Signals that a training loop reads between steps, and what they do outside of it."""
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,38 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
     with _handled(note, signal.SIGTERM, signal.SIGINT):
         yield lambda: bool(received)
+
+
+@contextmanager
+def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
+    """Have SIGTERM end the process at once, with code 0, while nothing else handles it.
+
+    That is for loading, scoring, compiling and evaluating: what they write is atomic, and there is
+    nothing to save. Python sees signals between two of its own instructions only, and a compilation
+    is one; so a thread is told of them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def idle(signum: int, frame: Any) -> None:
+        pass
+
+    def watch() -> None:
+        while received := reader.recv(1):
+            if received[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is idle:
+                say("Stopped outside of training; the same command goes on.")
+                os._exit(0)
+
+    reader, writer = socket.socketpair()
+    with writer, _handled(idle, signal.SIGTERM):
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextmanager
