@@ -1,15 +1,17 @@
 """Kill a run again and again, resume it each time, and compare it with one that was left alone.
 
-    python benchmarks/crash.py --config configs/quickstart.yaml --kills 30
+    python benchmarks/crash.py --config configs/quickstart.yaml --kills 30 [--signal TERM]
 
-Every second kill (SIGKILL) comes at a random moment, from the start of the process on; the others
+Every second signal (KILL, unless TERM is asked for) comes at a random moment, from the start of the process on; the others
 come while the first or second checkpoint is being written. Exits with 1 unless the adapters are
-equal bit for bit, and no attempt logged a step that a complete checkpoint had.
+equal bit for bit, and no attempt logged a step that a complete checkpoint had. After SIGTERM every
+attempt must end with code 0.
 """
 
 import argparse
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,13 @@ def first_step(log: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def kill_at(process: subprocess.Popen, output: Path, delay: float | None, save: int | None) -> bool:
+def kill_at(
+    process: subprocess.Popen,
+    output: Path,
+    delay: float | None,
+    save: int | None,
+    number: signal.Signals,
+) -> bool:
     """Kill after so many seconds, or while so many a checkpoint is written. False if it ended."""
     begin, before, begun = time.monotonic(), saving(output), 0
     while process.poll() is None:
@@ -60,8 +68,10 @@ def kill_at(process: subprocess.Popen, output: Path, delay: float | None, save: 
         before = now
         in_save = save is not None and bool(now) and begun >= save
         if in_save or (delay is not None and time.monotonic() - begin > delay):
-            process.kill()
-            process.wait()
+            process.send_signal(number)
+            code = process.wait()
+            if number == signal.SIGTERM and code:
+                raise SystemExit(f"SIGTERM: exit code {code}; expected 0")
             return True
         time.sleep(0.002)
     return False
@@ -85,7 +95,14 @@ class Outcome:
     same: bool = False
 
 
-def crash(config: Path, folder: Path, overrides: Sequence[str], kills: int, seed: int) -> Outcome:
+def crash(
+    config: Path,
+    folder: Path,
+    overrides: Sequence[str],
+    kills: int,
+    seed: int,
+    number: signal.Signals,
+) -> Outcome:
     """One run left alone, and one that is killed and continued."""
     draw, alone, killed = random.Random(seed), folder / "alone", folder / "killed"
     begin = time.monotonic()
@@ -97,15 +114,19 @@ def crash(config: Path, folder: Path, overrides: Sequence[str], kills: int, seed
     # An eighth of the steps between two kills, at most: most of them find a run to kill.
     latest = training - begin + (time.monotonic() - training) / 8
     outcome, log = Outcome(), killed.with_suffix(".log")
-    for number in range(kills + 1):
+    for attempt in range(kills + 1):
         saved, written = saved_step(killed), len(log.read_text()) if log.exists() else 0
         process = start(config, killed, overrides)
-        if number == kills:
+        if number == signal.SIGTERM:
+            # While Python itself starts, nobody handles it yet.
+            while process.poll() is None and log.stat().st_size == written:
+                time.sleep(0.01)
+        if attempt == kills:
             finish(process, killed)
-        elif number % 2:
-            outcome.saves += kill_at(process, killed, None, draw.randint(1, 2))
+        elif attempt % 2:
+            outcome.saves += kill_at(process, killed, None, draw.randint(1, 2), number)
         else:
-            outcome.moments += kill_at(process, killed, draw.uniform(0, latest), None)
+            outcome.moments += kill_at(process, killed, draw.uniform(0, latest), None, number)
         began = first_step(log.read_text()[written:])
         if began is not None:
             outcome.repeated += began <= saved
@@ -119,12 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        found = crash(args.config, Path(folder), args.overrides, args.kills, args.seed)
-    print(f"killed {found.moments} times at random moments and {found.saves} times while saving")
+        number = signal.Signals[f"SIG{args.signal}"]
+        found = crash(args.config, Path(folder), args.overrides, args.kills, args.seed, number)
+    print(
+        f"{number.name}: {found.moments} times at random moments and {found.saves} times while saving"
+    )
     print(f"attempts that repeated saved steps: {found.repeated}; last resumed: {found.resumed}")
     print(f"adapter as without: {'the same bits' if found.same else 'DIFFERENT'}")
     return 0 if found.same and not found.repeated and found.resumed else 1

@@ -1,8 +1,13 @@
-"""Runs that are killed, and disks that are full."""
+"""Runs that are killed, stopped or preempted; disks that are full, read-only or lose bits."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,9 +16,10 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(short_run: Path) -> None:
+@pytest.mark.parametrize("name", ["KILL", "TERM"])
+def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(name: str, short_run: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--config", str(short_run), "--kills", "8"]
-    command += ["train.steps=60", "train.save_every=2"]
+    command += ["--signal", name, "train.steps=60", "train.save_every=2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 times while saving" in result.stdout
@@ -60,11 +66,124 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
                 file.flush()
     except OSError:
         pass
-    assert complete() == [4]
+    before = complete()
+    assert before[-1] == 4
     full = train()
     assert full.returncode == 2, full.stdout + full.stderr
     assert "No space left on device" in full.stderr.splitlines()[-1]
-    assert complete() == [4]
+    assert complete() == before
     ballast.unlink()
     again = train()
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def start(config: Path, output: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "esft_jax.train", "--config", str(config)]
+    return subprocess.Popen(
+        [*command, f"output={output}", *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return
+    pytest.fail(f"the run ended without {text!r}: {seen}")
+
+
+@pytest.mark.parametrize("stage", ["train: ", "trained parameters: "])
+def test_sigterm_before_training_ends_at_once_and_well(
+    stage: str, short_run: Path, tmp_path: Path
+) -> None:
+    """While weights are loaded and experts scored; and between compiling and the first step."""
+    process = start(short_run, tmp_path / "run", "train.steps=100000")
+    read_until(process, stage)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, rest
+    assert "Stopped" in rest
+    assert time.monotonic() - begin < 20
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """The metadata server of a VM that is preempted when `notice` is set."""
+
+    notice = threading.Event()
+
+    def do_GET(self) -> None:
+        assert self.path.startswith("/computeMetadata/v1/instance/preempted")
+        assert self.headers["Metadata-Flavor"] == "Google"
+        if "wait_for_change=true" in self.path:
+            self.notice.wait(60)
+        content = b"TRUE" if self.notice.is_set() else b"FALSE"
+        self.send_response(200)
+        self.send_header("ETag", "1")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_preemption_notice_saves_and_ends_well(short_run: Path, tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"localhost:{server.server_port}"
+    output = tmp_path / "run"
+    process = start(
+        short_run,
+        output,
+        "--preemption-notices",
+        "train.steps=100000",
+        "train.save_every=100000",
+        GCE_METADATA_HOST=host,
+    )
+    read_until(process, "step 8 of")
+    Metadata.notice.set()
+    rest = process.communicate(timeout=60)[0]
+    server.shutdown()
+    assert process.returncode == 0, rest
+    assert "the same command continues the run" in rest
+    (saved,) = (output / "checkpoints" / "last").iterdir()
+    assert int(saved.name) >= 8
+
+
+def test_a_read_only_disk_ends_the_run_and_leaves_the_last_checkpoint(
+    short_run: Path, small_disk: Path
+) -> None:
+    output = small_disk / "run"
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+
+    def complete() -> list[int]:
+        last = output / "checkpoints" / "last"
+        return sorted(int(p.name) for p in last.iterdir() if p.name.isdigit())
+
+    finished = start(short_run, output, "train.steps=4", "train.save_every=2")
+    text = finished.communicate()[0]
+    assert finished.returncode == 0, text
+    before = complete()
+    assert before[-1] == 4
+    remount("ro")
+    try:
+        process = start(short_run, output)
+        text = process.communicate()[0]
+    finally:
+        remount("rw")
+    assert process.returncode == 2, text
+    assert text.splitlines()[-1].startswith("error: ") and str(small_disk) in text.splitlines()[-1]
+    assert complete() == before
+    again = start(short_run, output, "train.steps=6")
+    text = again.communicate()[0]
+    assert again.returncode == 0 and "step 5 of 6" in text and "step 4 of" not in text, text

@@ -54,7 +54,7 @@ def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) 
     config = make_config(**changes)
     compiled = []
 
-    def keep_step(run: loop._Run) -> loop._Outcome:
+    def keep_step(run: loop._Run, stopped) -> loop._Outcome:
         compiled.append(run)
         return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
 

@@ -159,7 +159,7 @@ def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
     assert to_host.search(jax.jit(calls_back).lower(1.0).compile().as_text())
     compiled = []
 
-    def keep_step(run: loop._Run) -> loop._Outcome:
+    def keep_step(run: loop._Run, stopped) -> loop._Outcome:
         compiled.append(run.train_step)
         return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
 
