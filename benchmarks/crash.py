@@ -2,10 +2,10 @@
 
     python benchmarks/crash.py --config configs/quickstart.yaml --kills 30 [--signal TERM]
 
-Every second signal (KILL, unless TERM is asked for) comes at a random moment, from the start of the process on; the others
-come while the first or second checkpoint is being written. Exits with 1 unless the adapters are
-equal bit for bit, and no attempt logged a step that a complete checkpoint had. After SIGTERM every
-attempt must end with code 0.
+Every second signal (KILL, unless TERM is asked for) comes at a random moment, from the start of
+the process on; the others come while the first or second checkpoint is being written. Exits with 1
+unless the adapters are equal bit for bit, and no attempt logged a step that a complete checkpoint
+had. After SIGTERM every attempt must end with code 0.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = signal.Signals[f"SIG{args.signal}"]
         found = crash(args.config, Path(folder), args.overrides, args.kills, args.seed, number)
     print(
-        f"{number.name}: {found.moments} times at random moments and {found.saves} times while saving"
+        f"{number.name}: {found.moments} times at random moments, {found.saves} times while saving"
     )
     print(f"attempts that repeated saved steps: {found.repeated}; last resumed: {found.resumed}")
     print(f"adapter as without: {'the same bits' if found.same else 'DIFFERENT'}")

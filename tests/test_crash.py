@@ -22,7 +22,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(name: str, short_run:
     command += ["--signal", name, "train.steps=60", "train.save_every=2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 times while saving" in result.stdout
+    assert ", 4 times while saving" in result.stdout
 
 
 @pytest.fixture
