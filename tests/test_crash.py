@@ -143,9 +143,9 @@ def test_a_preemption_notice_saves_and_ends_well(short_run: Path, tmp_path: Path
     process = start(
         short_run,
         output,
-        "--preemption-notices",
         "train.steps=100000",
         "train.save_every=100000",
+        "--preemption-notices",
         GCE_METADATA_HOST=host,
     )
     read_until(process, "step 8 of")
