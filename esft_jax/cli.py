@@ -62,8 +62,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, distributed: bool =
         nargs="*",
         help="replaces a value of the configuration, such as train.steps=100",
     )
-    if not distributed:
-        return
+    if distributed:
+        add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `join_processes` reads: `--distributed` and who the others are."""
     group = parser.add_argument_group("several processes")
     group.add_argument(
         "--distributed",
@@ -89,13 +93,24 @@ def open_config(args: argparse.Namespace) -> RunConfig:
     Raises:
         InputError: in the configuration, or in what is said of other processes.
     """
-    import jax
-
     from esft_jax.mesh import split_cpu
 
     _check_processes(args)
     config = load_config(args.config, args.overrides)
     split_cpu(config.mesh.cpu_devices)
+    join_processes(args)
+    return config
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Join the other processes, if the arguments say so, before JAX touches its devices.
+
+    Raises:
+        InputError: in what is said of other processes.
+    """
+    import jax
+
+    _check_processes(args)
     if args.distributed:
         jax.distributed.initialize(
             args.coordinator,
@@ -103,7 +118,6 @@ def open_config(args: argparse.Namespace) -> RunConfig:
             args.process,
             heartbeat_timeout_seconds=args.peer_timeout,
         )
-    return config
 
 
 def _check_processes(args: argparse.Namespace) -> None:

@@ -1,16 +1,19 @@
 """Convert a Hugging Face checkpoint to a sharded Orbax checkpoint that every device reads in part.
 
-Memory holds one tensor at a time. A conversion that was interrupted goes on where it stopped when
-the same command is run again.
+Memory holds a few tensors at a time. A conversion that was interrupted goes on where it stopped
+when the same command is run again. Several processes that see the same folders share the work.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from esft_jax.cli import command
+import jax
+
+from esft_jax.cli import add_process_arguments, command, join_processes
 from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.load import local_folder
+from esft_jax.mesh import use_cpu_only
 
 
 @command
@@ -25,9 +28,13 @@ def main(argv: Sequence[str] | None) -> None:
         help="Hugging Face folder, or a name on the hub",
     )
     parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    add_process_arguments(parser)
     args = parser.parse_args(argv)
+    use_cpu_only()
+    join_processes(args)
     fingerprint = convert_checkpoint(local_folder(args.source), args.to, origin=args.source)
-    print(f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}")
+    if jax.process_index() == 0:
+        print(f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}")
 
 
 if __name__ == "__main__":

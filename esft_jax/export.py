@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from esft_jax.cli import command
 from esft_jax.hf.export import export_model
+from esft_jax.mesh import use_cpu_only
 
 
 @command
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None) -> None:
         help="type of all weights (default: each keeps the type it is stored in)",
     )
     args = parser.parse_args(argv)
+    use_cpu_only()
     export_model(args.base, args.adapter, args.to, args.dtype)
     print(f"Exported {args.base} with {args.adapter or 'no adapter'}; written to {args.to}")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,6 +27,14 @@ def split_cpu(devices: int | None) -> None:
         return
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def use_cpu_only() -> None:
+    """Leave accelerators alone: on a TPU slice they would wait for all its hosts.
+
+    No effect where JAX has touched its devices already.
+    """
+    jax.config.update("jax_platforms", "cpu")
 
 
 def make_mesh(data: int = -1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -143,6 +151,22 @@ def on_first_process(action: Callable[[], object], name: str) -> None:
     if jax.process_index() == 0:
         action()
     sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def on_all_processes(what: str) -> Iterator[None]:
+    """A block at whose end processes wait for each other; if one has bad input, all of them end.
+
+    Raises:
+        InputError: raised in the block here, or on another process.
+    """
+    error = None
+    try:
+        yield
+    except InputError as caught:
+        error = caught
+    if any_process(error is not None):
+        raise error or InputError(f"{what}: failed on another process, which says why")
 
 
 def any_process(flag: bool) -> bool:

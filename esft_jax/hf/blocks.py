@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+_STRIP = 16
+
 Box = tuple[slice, ...]
 """Bounded slices without steps, one for each axis."""
 
@@ -36,6 +38,19 @@ def within(box: Box, outer: Box) -> Box:
     return tuple(
         slice(s.start - o.start, s.stop - o.start) for s, o in zip(box, outer, strict=True)
     )
+
+
+def assign_transposed(target: np.ndarray, matrix: np.ndarray) -> None:
+    """Copy the transpose of a matrix, which may change its type."""
+    if target.dtype == matrix.dtype:
+        # NumPy copies plain numbers, unlike bfloat16, without keeping other threads waiting.
+        bits = np.dtype(f"u{matrix.itemsize}")
+        target, matrix = target.view(bits), matrix.view(bits)
+    # Rows of large matrices are often a power of two apart: of more than a few, the elements of a
+    # column would evict each other from the processor's cache.
+    for begin in range(0, len(matrix), _STRIP):
+        strip = slice(begin, begin + _STRIP)
+        target[:, strip] = matrix[strip].T
 
 
 def read_block(array: jax.Array, box: Box) -> np.ndarray:

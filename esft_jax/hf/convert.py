@@ -1,14 +1,14 @@
-"""Convert a Hugging Face checkpoint to our stacked, sharded form, one tensor in memory at a time.
+"""Convert a Hugging Face checkpoint to our stacked, sharded form.
 
-Progress is kept in a journal beside the parameters, so that a conversion that was killed goes on
-where it stopped.
+A few tensors are in memory at a time, however large the model. Several processes may share the work. Each notes in a journal beside the parameters what it has
+finished, so that a conversion that was killed goes on where it stopped, with any number of them.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -19,25 +19,28 @@ from esft_jax.hf.converted import (
     JOURNAL,
     MANIFEST,
     PARAMS,
+    ConvertedSource,
+    chunk_boxes,
     create_arrays,
     is_converted,
     leaf_shapes,
     orbax_metadata,
+    stored,
 )
 from esft_jax.hf.folder import copy_companions
-from esft_jax.hf.source import (
-    HuggingFaceSource,
-    combine_digests,
-    names_by_leaf,
-    tensor_digest,
-)
+from esft_jax.hf.names import LeafPath
+from esft_jax.hf.source import HuggingFaceSource, combine_digests
+from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES
+from esft_jax.mesh import on_all_processes
 
 
 def convert_checkpoint(
     source_folder: str | Path, target: str | Path, origin: str | None = None
 ) -> str:
     """Convert a checkpoint, or complete a conversion of it that was interrupted.
+
+    On several processes all must call it; each converts a share.
 
     Args:
         source_folder: folder in Hugging Face layout.
@@ -54,36 +57,98 @@ def convert_checkpoint(
     if is_converted(source_folder):
         raise InputError(f"{source_folder}: is a converted checkpoint already")
     source = HuggingFaceSource(source_folder)
-    digests = _open_journal(folder, _identity(source))
-    by_leaf = names_by_leaf(source.placements)
-    # Without loss: where a parameter's tensors differ in type, it takes a type that holds all.
-    dtypes = {
-        leaf: np.result_type(*{source.dtype(name) for name in names})
-        for leaf, names in by_leaf.items()
-    }
+    process = jax.process_index()
+    with on_all_processes(f"{folder}: conversion"):
+        if process == 0:
+            _begin(folder, _identity(source))
+    with on_all_processes(f"{folder}: conversion"):
+        _convert_share(source, folder, process, jax.process_count())
+    with on_all_processes(f"{folder}: conversion"):
+        if process == 0:
+            _finish(source, folder, origin or str(source_folder))
+    return ConvertedSource(folder).fingerprint
+
+
+def _begin(folder: Path, identity: str) -> None:
+    """Begin a journal in an empty folder, or gather those of the processes that were here before.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"{folder}: is complete already ({MANIFEST}); expected a new folder")
+    entries: list[dict[str, str]] = [{"source": identity}]
+    if (folder / JOURNAL).is_file():
+        found, *finished = _read_journals(folder)
+        if [found] != entries:
+            raise InputError(
+                f"{folder}: unfinished conversion of another source; delete it or choose a new "
+                "folder"
+            )
+        entries += finished
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists; expected a new or empty folder")
+    write_text_atomic(folder / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
+    for path in folder.glob(_process_journal("*")):
+        path.unlink()
+
+
+def _convert_share(source: HuggingFaceSource, folder: Path, process: int, processes: int) -> None:
+    """Convert this process's share of the tensors that are not yet; note each that is on disk."""
+    dtypes = _leaf_dtypes(source)
     arrays = create_arrays(folder, source.placements, dtypes)
-    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        for name in tqdm(source.placements, desc="convert", unit="tensor", disable=None):
-            if name in digests:
-                continue
-            place, tensor = source.placements[name], source.tensor(name)
-            digests[name] = tensor_digest(name, tensor)
-            block = place.to_block(tensor).astype(dtypes[place.path])
-            arrays[place.path][place.box].write(block).result()
-            journal.write(json.dumps({"tensor": name, "sha256": digests[name]}) + "\n")
+
+    def convert(name: str) -> str:
+        place, digest = source.placements[name], source.digest(name)
+        array = arrays[place.path]
+        for box in chunk_boxes(array, place.box):
+            block = source.part(name, box, dtypes[place.path])
+            with stored(folder / PARAMS / ".".join(place.path), "cannot be written"):
+                array[box].write(block, can_reference_source_data_indefinitely=True).result()
+        return digest
+
+    finished = _digests(folder)
+    left = [name for name in source.placements if name not in finished]
+    names = share(left, source.num_bytes, process, processes)
+    with (
+        (folder / _process_journal(process)).open("w", encoding="utf-8") as journal,
+        tqdm(
+            desc="convert",
+            total=sum(map(source.num_bytes, names)),
+            unit="B",
+            unit_scale=True,
+            disable=True if process else None,  # None: shown on terminals only
+        ) as progress,
+    ):
+        for name, digest in in_order(convert, names, source.num_bytes):
+            journal.write(json.dumps({"tensor": name, "sha256": digest}) + "\n")
             journal.flush()
+            progress.update(source.num_bytes(name))
+
+
+def _finish(source: HuggingFaceSource, folder: Path, origin: str) -> None:
+    """Write what belongs to all tensors; the manifest last, for it says that all is there."""
     copy_companions(source.folder, folder)
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
-    fingerprint = combine_digests(digests)
+    digests, dtypes = _digests(folder), _leaf_dtypes(source)
+    assert digests.keys() == source.placements.keys()
     manifest = {
         "format": FORMAT,
-        "source": origin or str(source_folder),
-        "fingerprint": fingerprint,
+        "source": origin,
+        "fingerprint": combine_digests(digests),
         "dtypes": sorted({DTYPE_NAMES[dtype] for dtype in dtypes.values()}),
     }
     write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    (folder / JOURNAL).unlink()
-    return fingerprint
+    for path in [folder / JOURNAL, *folder.glob(_process_journal("*"))]:
+        path.unlink()
+
+
+def _leaf_dtypes(source: HuggingFaceSource) -> dict[LeafPath, np.dtype]:
+    """Without loss: where a parameter's tensors differ in type, it takes a type that holds all."""
+    return {
+        leaf: np.result_type(*{source.dtype(name) for name in names})
+        for leaf, names in source.by_leaf.items()
+    }
 
 
 def _identity(source: HuggingFaceSource) -> str:
@@ -96,23 +161,17 @@ def _identity(source: HuggingFaceSource) -> str:
     return hashlib.sha256(config + repr((stamps, headers)).encode()).hexdigest()
 
 
-def _open_journal(folder: Path, identity: str) -> dict[str, str]:
-    """Digests of the tensors that are converted already; begins a journal in an empty folder."""
-    path = folder / JOURNAL
-    if (folder / MANIFEST).is_file():
-        raise InputError(f"{folder}: is complete already ({MANIFEST}); expected a new folder")
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder}: exists; expected a new or empty folder")
-        write_text_atomic(path, json.dumps({"source": identity}) + "\n")
-        return {}
-    content = path.read_bytes()
-    # A kill may leave half a line behind: its tensor is converted again.
-    complete = content[: content.rfind(b"\n") + 1]
-    first, *finished = map(json.loads, complete.splitlines())
-    if first != {"source": identity}:
-        raise InputError(
-            f"{folder}: unfinished conversion of another source; delete it or choose a new folder"
-        )
-    os.truncate(path, len(complete))
-    return {entry["tensor"]: entry["sha256"] for entry in finished}
+def _process_journal(process: int | str) -> str:
+    return f"conversion-{process}.jsonl"
+
+
+def _read_journals(folder: Path) -> list[dict[str, str]]:
+    """Entries of all journals, the source first. A kill may have left half a line in each."""
+    contents = [p.read_bytes() for p in (folder / JOURNAL, *folder.glob(_process_journal("*")))]
+    complete = [content[: content.rfind(b"\n") + 1] for content in contents]
+    return [json.loads(line) for content in complete for line in content.splitlines()]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digests of the tensors that are converted."""
+    return {entry["tensor"]: entry["sha256"] for entry in _read_journals(folder)[1:]}

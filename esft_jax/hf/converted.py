@@ -6,8 +6,10 @@ of very large ones), and `manifest.json`, which is written last: without it the 
 unfinished.
 """
 
+import contextlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from esft_jax.model.config import ModelConfig
 FORMAT = "esft_jax converted base, version 1"
 MANIFEST = "manifest.json"
 JOURNAL = "conversion.jsonl"
+"""Written by `convert`; it names the source, and the tensors that are finished."""
 PARAMS = "params"
 
 _MAX_CHUNK_BYTES = 64 << 20
@@ -80,10 +83,10 @@ class ConvertedSource:
 
     def _open(self, leaf: LeafPath, shape: tuple[int, ...]) -> ts.TensorStore:
         path = self.folder / PARAMS / ".".join(leaf)
-        try:
-            array = ts.open({"driver": "zarr3", "kvstore": _store(path)}, open=True).result()
-        except ValueError as error:
-            raise InputError(f"{path}: missing or damaged: {_first_line(error)}") from None
+        # A chunk that is not there is an error, not a block of NaN.
+        spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
+        with stored(path, "missing or damaged"):
+            array = ts.open(spec, open=True).result()
         if array.shape != shape:
             raise InputError(
                 f"{path}: shape {list(array.shape)}; config.json expects {list(shape)}"
@@ -91,11 +94,17 @@ class ConvertedSource:
         return array
 
     def _read(self, leaf: LeafPath, box: Box) -> np.ndarray:
-        try:
+        with stored(self.folder / PARAMS / ".".join(leaf), "cannot be read"):
             return self._arrays[leaf][box].read().result()
-        except ValueError as error:
-            path = self.folder / PARAMS / ".".join(leaf)
-            raise InputError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def stored(path: Path, what: str) -> Iterator[None]:
+    """Make failures of the storage library an `InputError` that names the array."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{path}: {what}: {str(error).splitlines()[0]}") from None
 
 
 def leaf_shapes(placements: Mapping[str, Placement]) -> dict[LeafPath, tuple[int, ...]]:
@@ -135,8 +144,22 @@ def create_arrays(
             "kvstore": _store(folder / PARAMS / ".".join(leaf)),
             "metadata": metadata,
         }
-        arrays[leaf] = ts.open(spec, open=True, create=True).result()
+        with stored(folder / PARAMS / ".".join(leaf), "cannot be written"):
+            arrays[leaf] = ts.open(spec, open=True, create=True).result()
     return arrays
+
+
+def chunk_boxes(array: ts.TensorStore, box: Box) -> Iterator[Box]:
+    """The parts of a box that lie in one chunk of an array each."""
+    sizes: tuple[int, ...] = array.chunk_layout.write_chunk.shape  # type: ignore[assignment]
+    axes = [
+        [
+            slice(max(begin, s.start), min(begin + size, s.stop))
+            for begin in range(s.start // size * size, s.stop, size)
+        ]
+        for s, size in zip(box, sizes, strict=True)
+    ]
+    return itertools.product(*axes)
 
 
 def orbax_metadata(shapes: Mapping[LeafPath, tuple[int, ...]]) -> str:
@@ -175,7 +198,3 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 def _store(path: Path) -> dict[str, str]:
     return {"driver": "file", "path": str(path.absolute())}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -17,6 +17,7 @@ from esft_jax.hf.adapter import load_adapter, model_tensors
 from esft_jax.hf.folder import TensorSpec, copy_companions, new_folder, write_tensors
 from esft_jax.hf.load import open_source
 from esft_jax.hf.names import tensor_placements
+from esft_jax.hf.streaming import in_order
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
@@ -31,9 +32,9 @@ def export_model(
 ) -> None:
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
-    One tensor is in memory at a time. Unless `dtype` is given, tensors keep their types: those of
-    the adapter are not cast to the base's, and `config.json` names the widest type, so that nothing
-    is lost on loading.
+    A few tensors are in memory at a time. Unless `dtype` is given, tensors keep their types: those
+    of the adapter are not cast to the base's, and `config.json` names the widest type, so that
+    nothing is lost on loading.
 
     Args:
         base: Hugging Face folder, hub name, or converted checkpoint.
@@ -61,12 +62,12 @@ def export_model(
     if dtype is not None:
         specs = {name: TensorSpec(jnp.dtype(dtype), spec.shape) for name, spec in specs.items()}
 
-    def merged() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in specs.items():
-            tensor = tensors[name] if name in tensors else source.tensor(name)
-            yield name, tensor.astype(spec.dtype, copy=False)
+    def merged(name: str) -> np.ndarray:
+        tensor = tensors[name] if name in tensors else source.tensor(name)
+        return tensor.astype(specs[name].dtype, copy=False)
 
-    _write_model(Path(target), source.folder, specs, merged(), replace=False)
+    arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)
+    _write_model(Path(target), source.folder, specs, arriving, replace=False)
 
 
 def save_model(

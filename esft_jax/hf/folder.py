@@ -103,6 +103,8 @@ def write_tensors(
                 assert (name, TensorSpec(tensor.dtype, tensor.shape)) == (expected, specs[name])
                 out.write(np.ascontiguousarray(tensor).view(np.uint8).data)
                 weight_map[name] = file
+            out.flush()
+            os.fsync(out.fileno())  # complete on the disk before the folder has its name
     if len(shards) > 1:
         size = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -1,12 +1,12 @@
 """Base weights from disk into a sharded `Transformer`."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -79,12 +79,19 @@ def load_base(
 def _read_leaf(
     source: Source, path: LeafPath, leaf: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> jax.Array:
-    """One parameter on its devices; each device's part is read on its own."""
+    """One parameter on its devices; what several of them hold is read once in each process.
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        return source.block(path, bounded(index or (), leaf.shape), leaf.dtype)
-
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    The host keeps no part of it for longer than it takes to hand it on.
+    """
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        box = bounded(index or (), leaf.shape)
+        devices[tuple((s.start, s.stop) for s in box)].append(device)
+    parts = []
+    for bounds, holders in devices.items():
+        block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype)
+        parts += jax.block_until_ready([jax.device_put(block, device) for device in holders])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
 def load_model(

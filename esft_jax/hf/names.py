@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esft_jax.hf.blocks import Box
+from esft_jax.hf.blocks import Box, assign_transposed
 from esft_jax.model.config import ModelConfig
 
 LeafPath = tuple[str, ...]
@@ -50,13 +50,19 @@ class Placement:
 
     def to_block(self, tensor: np.ndarray) -> np.ndarray:
         """The tensor as the block that its box selects."""
-        stored = tensor.T if self.transposed else tensor
+        stored = _transposed(tensor) if self.transposed else tensor
         return stored.reshape((1,) * len(self.index) + stored.shape)
 
     def from_block(self, block: np.ndarray) -> np.ndarray:
         """The tensor, from the block that its box selects."""
         stored = block.reshape(self.stored_shape)
-        return stored.T if self.transposed else stored
+        return _transposed(stored) if self.transposed else stored
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    found = np.empty(matrix.shape[::-1], matrix.dtype)
+    assign_transposed(found, matrix)
+    return found
 
 
 class FusedSlice(NamedTuple):

@@ -5,15 +5,19 @@ our stacked parameters.
 """
 
 import hashlib
+import math
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from esft_jax.errors import InputError
-from esft_jax.hf.blocks import Box, box_shape, intersect, within
+from esft_jax.hf.blocks import Box, assign_transposed, box_shape, intersect, within
 from esft_jax.hf.names import (
     LeafPath,
     Placement,
@@ -21,6 +25,7 @@ from esft_jax.hf.names import (
     fused_slices,
     tensor_placements,
 )
+from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
 from esft_jax.model.config import ModelConfig
 
@@ -40,7 +45,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all weights; see `combine_digests`."""
+        """Hash of all weights; see `combine_digests`. All processes must ask together."""
 
     def dtype(self, name: str) -> np.dtype:
         """The type a tensor is stored in."""
@@ -91,10 +96,25 @@ class HuggingFaceSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all weights; reads every one of them."""
-        return combine_digests(
-            {name: tensor_digest(name, self.tensor(name)) for name in self.placements}
-        )
+        """Hash of all weights; every process reads a share of them."""
+        names = list(self.placements)
+        own = share(names, self.num_bytes, jax.process_index(), jax.process_count())
+        found = np.zeros((len(names), hashlib.sha256().digest_size), np.uint8)
+        rows = {name: row for row, name in enumerate(names)}
+        for name, digest in in_order(self.digest, own, self.num_bytes):
+            found[rows[name]] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        if jax.process_count() > 1:
+            # Every row comes from one process, and is zero elsewhere.
+            found = process_allgather(found).sum(axis=0, dtype=np.uint8)
+        return combine_digests({name: found[row].tobytes().hex() for name, row in rows.items()})
+
+    def digest(self, name: str) -> str:
+        """Hash of a tensor; see `tensor_digest`."""
+        return tensor_digest(name, self.tensor(name))
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor as it is stored."""
+        return self.dtype(name).itemsize * math.prod(self.placements[name].shape)
 
     @cached_property
     def by_leaf(self) -> dict[LeafPath, list[str]]:
@@ -118,15 +138,31 @@ class HuggingFaceSource:
     def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """A block of a stacked parameter, of the tensors that reach into it."""
         block = np.empty(box_shape(box), dtype)
-        for name in self.by_leaf[path]:
-            place = self.placements[name]
-            common = intersect(box, place.box)
-            if common is None:
-                continue
-            part = within(common, place.box)[len(place.index) :]
-            tensor = self.tensor(name, part[::-1] if place.transposed else part)
-            block[within(common, box)] = tensor.T if place.transposed else tensor
+
+        def copy(name: str) -> None:
+            common = intersect(box, self.placements[name].box)
+            if common is not None:
+                self._copy(name, common, block[within(common, box)])
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(copy, self.by_leaf[path]))
         return block
+
+    def part(self, name: str, box: Box, dtype: np.dtype) -> np.ndarray:
+        """The same of a box within a single tensor's place."""
+        block = np.empty(box_shape(box), dtype)
+        self._copy(name, box, block)
+        return block
+
+    def _copy(self, name: str, box: Box, target: np.ndarray) -> None:
+        """Copy a part of a tensor, by its place in the parameter."""
+        place = self.placements[name]
+        part = within(box, place.box)[len(place.index) :]
+        target = target[(0,) * len(place.index)]
+        if place.transposed:
+            assign_transposed(target, self.tensor(name, part[::-1]))
+        else:
+            target[...] = self.tensor(name, part)
 
 
 def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]:

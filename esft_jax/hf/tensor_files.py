@@ -1,5 +1,6 @@
 """Safetensors files of one folder, read lazily and by slices."""
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
-    """What a header says about a tensor."""
+    """What a header says about a tensor; `offset` is of its data in the file, in bytes."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 class TensorFiles(Mapping[str, TensorInfo]):
@@ -40,7 +42,6 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._open: dict[Path, Any] = {}
         self._infos = dict(self._headers())
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -76,9 +77,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
             )
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it that `index` selects, in its stored type."""
-        stored = self._open[self[name].file].get_slice(name)
-        return stored[index] if index else stored[:]
+        """A tensor, or the part of it that `index` selects, in its stored type.
+
+        It is the file itself in memory: its data is read when it is used, and no longer counts as
+        memory of the process when it is forgotten.
+        """
+        info = self[name]
+        stored = np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)
+        return np.asarray(stored[index])
 
     @cached_property
     def _index(self) -> tuple[dict[Path, list[str] | None], Path | None]:
@@ -115,14 +121,25 @@ class TensorFiles(Mapping[str, TensorInfo]):
         for path, expected in by_file.items():
             if not path.is_file():
                 raise InputError(f"{path}: missing shard; {index} lists it")
-            try:
-                self._open[path] = opened = safe_open(path, framework="numpy")
-                names = opened.keys()
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: damaged or truncated safetensors: {error}") from None
-            absent = sorted(set(expected or ()) - set(names))
+            header, begin = _read_header(path)
+            absent = sorted(set(expected or ()) - set(header))
             if absent:
                 raise InputError(f"{path}: tensor {absent[0]!r} is missing; {index} lists it here")
-            for name in names if expected is None else expected:
-                stored = opened.get_slice(name)
-                yield name, TensorInfo(path, stored.get_dtype(), tuple(stored.get_shape()))
+            for name in header if expected is None else expected:
+                stored = header[name]
+                shape, offset = tuple(stored["shape"]), begin + stored["data_offsets"][0]
+                yield name, TensorInfo(path, stored["dtype"], shape, offset)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What the header says of each tensor, and where the data begins."""
+    try:
+        # The library checks the header, and that the file is as long as it says. It would map the
+        # whole file for as long as it is open.
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or truncated safetensors: {error}") from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
