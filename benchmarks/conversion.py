@@ -1,11 +1,11 @@
-"""Convert a checkpoint of DeepSeek-V2-Lite's shape, kill and resume it, export it, load it directly.
+"""Convert a checkpoint of DeepSeek-V2-Lite's shape, kill and resume it, export it, load it.
 
     python benchmarks/conversion.py --layers 9 --folder /tmp/conversion
 
 Weights are random; what is measured does not depend on them. Every measured step is a process of
 its own, its start included, and begins with its input outside the page cache; what it and the plain
 copy write is on the disk (fsync) before the clock stops. Peak memory is all that the process had
-resident, mapped files included. Needs free disk of twice the checkpoint and ten GB. Exits with 1
+resident, mapped files included; of several processes, the largest. Needs free disk of twice the checkpoint and ten GB. Exits with 1
 if a result differs from what it should be, or needs more memory than is promised.
 """
 
@@ -111,9 +111,13 @@ def run(commands: Sequence[Sequence[str]], source: Path, target: Path) -> tuple[
     begin = time.perf_counter()
     processes = [start(command) for command in commands]
     peak = 0
-    while any(process.poll() is None for process in processes):
-        peak = max([peak, *(resident_peak(process.pid) for process in processes)])
-        time.sleep(0.02)
+    try:
+        while any(process.poll() is None for process in processes):
+            peak = max([peak, *(resident_peak(process.pid) for process in processes)])
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
     to_disk(target)
     seconds = time.perf_counter() - begin
     if any(process.returncode for process in processes):
@@ -216,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.folder.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that large files never stay
     try:
         report = measure(args.folder, args.layers, args.smaller, args.load_layers)
     finally:
@@ -257,17 +262,17 @@ def measure(folder: Path, layers: int, smaller: int, load_layers: int) -> dict:
     seconds, peak = run([command], source, target)
     note("convert, the rest after a kill", seconds, peak, 1 - finished / tensors)
     checks["same files after a kill"] = content(target) == expected
+    shutil.rmtree(target)
+    note("convert, 2 processes", *run(convert(source, target, 2), source, target))
+    checks["same files from 2 processes"] = content(target) == expected
+    shutil.rmtree(source)
     export = [sys.executable, "-m", "esft_jax.export", "--base", str(target), "--to", str(other)]
     note("export", *run([export], target, other))
+    shutil.rmtree(target)
     found = content(other)
     weights = [name for name in original if name.endswith(".safetensors")]
     checks["same weights after the way back"] = all(original[n] == found[n] for n in weights)
-    for path in (target, other):
-        shutil.rmtree(path)
-    note("convert, 2 processes", *run(convert(source, target, 2), source, target))
-    checks["same files from 2 processes"] = content(target) == expected
-    for path in (source, target):
-        shutil.rmtree(path)
+    shutil.rmtree(other)
     generate(source, load_layers, smaller)
     me = [sys.executable, __file__, "--folder", str(source), "--report", str(folder / "load")]
     run([[*me, "load", *flags] for flags in process_flags(2)], source, source)

@@ -1,7 +1,8 @@
 """Convert a Hugging Face checkpoint to our stacked, sharded form.
 
-A few tensors are in memory at a time, however large the model. Several processes may share the work. Each notes in a journal beside the parameters what it has
-finished, so that a conversion that was killed goes on where it stopped, with any number of them.
+A few tensors are in memory at a time, however large the model. Several processes may share the
+work. Each notes in a journal beside the parameters what it has finished, so that a conversion that
+was killed goes on where it stopped, with any number of them.
 """
 
 import hashlib

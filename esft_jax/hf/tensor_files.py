@@ -125,7 +125,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             absent = sorted(set(expected or ()) - set(header))
             if absent:
                 raise InputError(f"{path}: tensor {absent[0]!r} is missing; {index} lists it here")
-            for name in header if expected is None else expected:
+            for name in sorted(header) if expected is None else expected:
                 stored = header[name]
                 shape, offset = tuple(stored["shape"]), begin + stored["data_offsets"][0]
                 yield name, TensorInfo(path, stored["dtype"], shape, offset)

@@ -133,6 +133,13 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def flip_header(folder):
+    path = sorted(folder.glob("*.safetensors"))[1]
+    data = bytearray(path.read_bytes())
+    data[20] ^= 0x80
+    path.write_bytes(data)
+
+
 def pickle_only(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -161,6 +168,7 @@ def misplace(folder):
             "model-00002-of-00003.safetensors: missing shard; .*index.json lists it",
         ),
         (truncate, "model-00003-of-00003.safetensors: damaged or truncated safetensors"),
+        (flip_header, "model-00002-of-00003.safetensors: damaged or truncated safetensors"),
         (pickle_only, "only pytorch_model.bin; pickled weights are not read"),
         (point_outside, "index.json: weight_map: model.norm.weight: '../x.safetensors' is no file"),
         (misplace, "tensor 'model.norm.weight' is missing; .*index.json lists it here"),
