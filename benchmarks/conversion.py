@@ -5,8 +5,9 @@
 Weights are random; what is measured does not depend on them. Every measured step is a process of
 its own, its start included, and begins with its input outside the page cache; what it and the plain
 copy write is on the disk (fsync) before the clock stops. Peak memory is all that the process had
-resident, mapped files included; of several processes, the largest. Needs free disk of twice the checkpoint and ten GB. Exits with 1
-if a result differs from what it should be, or needs more memory than is promised.
+resident, mapped files included; of several processes, the largest. Needs free disk of twice the
+checkpoint and ten GB. Exits with 1 if a result differs from what it should be, or needs more memory
+than is promised.
 """
 
 import argparse
