@@ -155,16 +155,19 @@ def on_first_process(action: Callable[[], object], name: str) -> None:
 
 @contextlib.contextmanager
 def on_all_processes(what: str) -> Iterator[None]:
-    """A block at whose end processes wait for each other; if one has bad input, all of them end.
+    """A block at whose end processes wait for each other; if it fails on one, all of them end.
 
     Raises:
-        InputError: raised in the block here, or on another process.
+        InputError: raised in the block here, or on another process; or the system failed to read or
+            write.
     """
     error = None
     try:
         yield
     except InputError as caught:
         error = caught
+    except OSError as caught:
+        error = InputError(f"{what}: {caught.strerror or caught}")
     if any_process(error is not None):
         raise error or InputError(f"{what}: failed on another process, which says why")
 

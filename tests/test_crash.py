@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from esft_jax.convert import main as convert
+from esft_jax.errors import InputError
+from esft_jax.hf.load import open_source
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 
 
@@ -39,6 +43,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a full disk needs the right to mount one: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_a_conversion_which_then_goes_on(
+    base: Path, small_disk: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = small_disk / "converted"
+    command = ["--from", str(base), "--to", str(target)]
+    assert convert(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {target}") and "No space left on device" in error
+    assert error.count("\n") == 1
+    with pytest.raises(InputError, match="unfinished conversion"):
+        open_source(target)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert convert(command) == 0
+    assert open_source(target).fingerprint == open_source(base).fingerprint
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(

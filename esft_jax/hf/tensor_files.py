@@ -83,7 +83,10 @@ class TensorFiles(Mapping[str, TensorInfo]):
         memory of the process when it is forgotten.
         """
         info = self[name]
-        stored = np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)
+        try:
+            stored = np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)
+        except (OSError, ValueError) as error:  # it was changed since its header was read
+            raise InputError(f"{info.file}: tensor {name!r} cannot be read: {error}") from None
         return np.asarray(stored[index])
 
     @cached_property

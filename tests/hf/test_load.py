@@ -8,6 +8,7 @@ from flax import nnx
 
 from esft_jax.errors import InputError
 from esft_jax.hf.load import load_base, load_model
+from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import make_mesh, param_shardings
 from esft_jax.model import Transformer
 from tests.hf.checkpoints import (
@@ -38,14 +39,14 @@ def test_a_sharded_load_reads_only_what_a_device_holds(tiny, monkeypatch):
     _, folder = tiny
     whole, base = load_model(folder), load_base(folder, jnp.float32)
     read = []
-    tensor = type(base.source).tensor
+    tensor = TensorFiles.read
 
     def spy(self, name, index=()):
         found = tensor(self, name, index)
-        read.append((name, found.shape))
+        read.append((name, found))
         return found
 
-    monkeypatch.setattr(type(base.source), "tensor", spy)
+    monkeypatch.setattr(TensorFiles, "read", spy)
     mesh = make_mesh(2, 4)
     sharded = load_model(folder, mesh=mesh)
     assert_same(whole, sharded)
@@ -54,8 +55,11 @@ def test_a_sharded_load_reads_only_what_a_device_holds(tiny, monkeypatch):
         jax.tree.leaves(params), jax.tree.leaves(param_shardings(params, mesh)), strict=True
     ):
         assert param.sharding == expected
-    assert ("model.embed_tokens.weight", (96, 4)) in read
-    assert ("model.embed_tokens.weight", (96, 32)) not in read
+    shapes = [part.shape for name, part in read if name == "model.embed_tokens.weight"]
+    assert shapes == [(96, 4)] * 8
+    # Experts lie on two devices each, norms on eight; nothing is read twice.
+    stored = sum(base.source.num_bytes(name) for name in base.source.placements)
+    assert sum(part.nbytes for _, part in read) == stored
 
 
 def test_parameters_take_the_type_asked_for(tiny):
@@ -185,6 +189,14 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=message):
         load_model(folder)
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_named(tiny, tmp_path):
+    base = load_base(rewrite(tiny[1], tmp_path / "copy", lambda tensors: tensors))
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:10_000])
+    with pytest.raises(InputError, match=r"model.safetensors: tensor .* cannot be read"):
+        _ = base.fingerprint
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "nobody/nothing"])
