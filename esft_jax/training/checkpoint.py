@@ -147,9 +147,9 @@ class Checkpoints:
     def _state(
         self, manager: ocp.CheckpointManager, abstract: Any, position: dict[str, Any]
     ) -> Any:
-        rows = position["rows"]
-        moved = not (rows is None or self._rows is None or rows == self._rows)
-        target = saved_shapes(abstract, rows) if moved else abstract
+        before, after = position["rows"], self._rows
+        moved = before is not None and after is not None and before != after
+        target = saved_shapes(abstract, before) if moved else abstract
         with self._damage(manager):
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target))
             state = manager.restore(manager.latest_step(), args=wanted).state
@@ -157,10 +157,10 @@ class Checkpoints:
             for name, value in position["checksums"].items():
                 if found.get(name) != value:
                     raise ValueError(f"the checksum of {name} differs")
-        if not moved:
+        if before is None or after is None or before == after:
             return state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return move_rows(state, rows, self._rows, shardings)
+        return move_rows(state, before, after, shardings)
 
     @contextmanager
     def _damage(self, manager: ocp.CheckpointManager) -> Iterator[None]:
