@@ -41,6 +41,9 @@ class Tokenizer:
         bos_id: first token of a document, or None if the tokenizer has none.
         eos_id: last token of a document or an answer.
         pad_id: token of unused positions; EOS where the tokenizer names none.
+        begins_with_bos: whether the tokenizer puts BOS before plain text by itself. `encode` never
+            does.
+        chat_template: source of the chat template.
         vocab_size: one more than the highest id.
     """
 
@@ -51,6 +54,7 @@ class Tokenizer:
         bos_token: str | None,
         eos_token: str,
         pad_token: str | None = None,
+        add_bos_token: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
         """Wraps a loaded tokenizer; raises InputError on a special token it does not know."""
@@ -61,7 +65,12 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token", eos_token)
         self.pad_id = self.eos_id if pad_token is None else self._special_id("pad_token", pad_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self._template = _compile(DEFAULT_TEMPLATE if chat_template is None else chat_template)
+        if add_bos_token is None:
+            special = backend.encode("", add_special_tokens=True).ids
+            add_bos_token = special[:1] == [self.bos_id]
+        self.begins_with_bos = add_bos_token and self.bos_id is not None
+        self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
+        self._template = _compile(self.chat_template)
         self._specials = {"bos_token": bos_token or "", "eos_token": eos_token}
         if pad_token is not None:
             self._specials["pad_token"] = pad_token
@@ -97,6 +106,7 @@ class Tokenizer:
                 bos_token=_token_text(config, "bos_token"),
                 eos_token=eos_token,
                 pad_token=_token_text(config, "pad_token"),
+                add_bos_token=config.get("add_bos_token"),
                 chat_template=template,
             )
         except InputError as error:
@@ -176,12 +186,13 @@ class Tokenizer:
 
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                extend(self._render(messages[:i], add_generation_prompt=True), False)
-                extend(self._render(messages[: i + 1]), bool(message.get("mask", True)))
-        extend(self._render(messages, add_generation_prompt=add_generation_prompt), False)
+                extend(self.render(messages[:i], add_generation_prompt=True), False)
+                extend(self.render(messages[: i + 1]), bool(message.get("mask", True)))
+        extend(self.render(messages, add_generation_prompt=add_generation_prompt), False)
         return pieces
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a chat, by the template."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]
         try:
             return self._template.render(

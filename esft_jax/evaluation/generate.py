@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.errors import InputError
@@ -22,6 +22,8 @@ from esft_jax.model.transformer import Transformer
 _SHORTEST_BUCKET = 16
 # Prompt tokens that run at once; bounds the attention scores of a long prompt.
 _PREFILL_BLOCK = 512
+# New tokens between two questions whether completions are to stop.
+_STOP_BLOCK = 32
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -31,6 +33,7 @@ class DecodingOptions(TypedDict, total=False):
     top_p: float
     seed: int
     batch_size: int
+    stop: Callable[[list[int]], bool]
     advance: Callable[[int], object]
 
 
@@ -80,6 +83,7 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    stop: Callable[[list[int]], bool] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """New tokens after each prompt, up to but without EOS.
@@ -95,6 +99,8 @@ def generate_tokens(
         seed: of the draws. A completion depends on it and on the prompt's number, not on the
             prompts decoded beside it.
         batch_size: prompts decoded together, over all devices.
+        stop: whether a completion that has these tokens needs no more. It is asked now and then, so
+            that more tokens than those may come.
         advance: called with the number of prompts completed since the last call.
 
     Raises:
@@ -116,13 +122,15 @@ def generate_tokens(
         new = _complete(
             graph,
             params,
-            place_batch(_own_rows(batch), model.mesh),
+            model.mesh,
+            own_rows(batch),
             jax.random.key(seed),
             jnp.int32(eos_id),
             sampling,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens,
+            stop,
         )
-        for number, ids in zip(numbers, np.asarray(new).tolist(), strict=False):
+        for number, ids in zip(numbers, new.tolist(), strict=False):
             completions[number] = ids[: ids.index(eos_id)] if eos_id in ids else ids
         if advance is not None:
             advance(len(numbers))
@@ -170,57 +178,132 @@ def _pad(
     return {"tokens": tokens, "lengths": lengths, "numbers": padded}
 
 
-def _own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """This process's share of a batch."""
-    size = len(batch["numbers"]) // jax.process_count()
+    size = len(next(iter(batch.values()))) // jax.process_count()
     start = jax.process_index() * size
     return {key: rows[start : start + size] for key, rows in batch.items()}
 
 
-@partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+class _Progress(NamedTuple):
+    """Completions in progress: P prompt tokens at most, N new tokens at most.
+
+    Attributes:
+        step: new tokens so far.
+        done: rows that get no more.
+        tokens: the last token of each row, not yet in the cache.
+        new: new tokens, filled up with EOS.
+        last: position of each prompt's last token.
+        keys: random key of each row.
+    """
+
+    step: Int[Array, ""]
+    done: Bool[Array, " B"]
+    tokens: Int[Array, " B"]
+    new: Int[Array, "B N"]
+    last: Int[Array, " B"]
+    keys: Array
+    cache: LatentCache
+
+
 def _complete(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    mesh: Mesh | None,
+    batch: dict[str, np.ndarray],
+    key: Array,
+    eos_id: Int[Array, ""],
+    sampling: tuple[float, float] | None,
+    max_new_tokens: int,
+    stop: Callable[[list[int]], bool] | None,
+) -> Int[np.ndarray, "B N"]:
+    """New tokens of each row, filled up with EOS.
+
+    Args:
+        batch: this process's rows: `tokens` `[B, P]`, `lengths` of the prompts in it and their
+            `numbers` `[B]`.
+        sampling: temperature and top_p; None for greedy decoding.
+        stop: see `generate_tokens`.
+    """
+    placed = place_batch(batch, mesh)
+    state = _begin(graph, params, placed, key, eos_id, max_new_tokens=max_new_tokens)
+    block = max_new_tokens if stop is None else _STOP_BLOCK
+    for limit in range(block, max_new_tokens + block, block):
+        limit = min(limit, max_new_tokens)
+        state, done, new = _extend(graph, params, state, eos_id, jnp.int32(limit), sampling)
+        if stop is None or limit == max_new_tokens or np.asarray(done).all():
+            break
+        rows = np.asarray(new)[:, :limit].tolist()
+        stopped = [over or stop(ids) for over, ids in zip(np.asarray(done), rows, strict=True)]
+        if all(stopped):
+            break
+        state = state._replace(**place_batch(own_rows({"done": np.array(stopped)}), mesh))
+    return np.asarray(new)
+
+
+@partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+def _begin(
     graph: nnx.GraphDef,
     params: nnx.State,
     batch: dict[str, Array],
     key: Array,
     eos_id: Int[Array, ""],
-    sampling: tuple[Array, Array] | None,
     *,
     max_new_tokens: int,
-) -> Int[Array, "B N"]:
-    """New tokens of each row, filled up with EOS.
-
-    Args:
-        batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`.
-        sampling: temperature and top_p; None for greedy decoding.
-    """
+) -> _Progress:
+    """No new tokens yet, and the prompts in the cache."""
     model: Transformer = nnx.merge(graph, params)
     last = batch["lengths"] - 1
     rows, width = batch["tokens"].shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["numbers"])
     cache = _prefill(model, batch["tokens"], last, width + max_new_tokens)
-
-    def running(state: tuple) -> Array:
-        step, done, *_ = state
-        return (step < max_new_tokens) & ~done.all()
-
-    def advance(state: tuple) -> tuple:
-        step, done, tokens, new, cache = state
-        positions = (last + step)[:, None]
-        logits, cache = model.decode(tokens[:, None], positions, ~done[:, None], cache)
-        tokens = choose_tokens(logits[:, 0], keys, step, sampling)
-        tokens = jnp.where(done, eos_id, tokens)
-        return step + 1, done | (tokens == eos_id), tokens, new.at[:, step].set(tokens), cache
-
     # The last prompt token is run as the first step: it alone needs logits.
     tokens = jnp.take_along_axis(batch["tokens"], last[:, None], axis=1)[:, 0]
     new = jnp.full((rows, max_new_tokens), eos_id, jnp.int32)
-    state = (jnp.zeros((), jnp.int32), batch["numbers"] < 0, tokens, new, cache)
-    new = jax.lax.while_loop(running, advance, state)[3]
-    if model.mesh is not None:  # every process reads the whole result
+    step = jnp.zeros((), jnp.int32)
+    return _Progress(step, batch["numbers"] < 0, tokens, new, last, keys, cache)
+
+
+@partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
+def _extend(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    state: _Progress,
+    eos_id: Int[Array, ""],
+    limit: Int[Array, ""],
+    sampling: tuple[Array, Array] | None,
+) -> tuple[_Progress, Bool[Array, " B"], Int[Array, "B N"]]:
+    """Decode until every row is done or has `limit` new tokens.
+
+    Beside the state, `done` and `new` of it for every process to read.
+    """
+    model: Transformer = nnx.merge(graph, params)
+
+    def running(state: _Progress) -> Array:
+        return (state.step < limit) & ~state.done.all()
+
+    def advance(state: _Progress) -> _Progress:
+        step, done = state.step, state.done
+        positions = (state.last + step)[:, None]
+        logits, cache = model.decode(
+            state.tokens[:, None], positions, ~done[:, None], state.cache
+        )
+        tokens = choose_tokens(logits[:, 0], state.keys, step, sampling)
+        tokens = jnp.where(done, eos_id, tokens)
+        return state._replace(
+            step=step + 1,
+            done=done | (tokens == eos_id),
+            tokens=tokens,
+            new=state.new.at[:, step].set(tokens),
+            cache=cache,
+        )
+
+    state = jax.lax.while_loop(running, advance, state)
+    read = state.done, state.new
+    if model.mesh is not None:
         whole = NamedSharding(model.mesh, PartitionSpec())
-        new = jax.lax.with_sharding_constraint(new, whole)
-    return new
+        read = jax.lax.with_sharding_constraint(read, whole)
+    return state, *read
 
 
 def _prefill(

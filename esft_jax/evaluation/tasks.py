@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from tqdm import tqdm
 
@@ -285,7 +286,7 @@ def run_evaluation(config: RunConfig, adapter: str | Path | None = None) -> Eval
     begin = time.perf_counter()
     evaluation, inputs = config.evaluation, check_evaluation(config)
     rows, valid_set = inputs.rows, inputs.valid_set
-    model = _load(config, adapter, inputs.mesh)
+    model = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
     target = _result_folder(config, adapter)
     hidden = None if jax.process_index() == 0 else True  # None: shown on terminals only
     with tqdm(total=len(rows), desc=f"evaluate {target.name}", disable=hidden) as bar:
@@ -328,9 +329,16 @@ def _valid_set(config: RunConfig, shape: ModelConfig, tokenizer: Tokenizer) -> P
     )
 
 
-def _load(config: RunConfig, adapter: str | Path | None, mesh: Mesh) -> Transformer:
+def load_tuned(
+    model: str | Path, adapter: str | Path | None, dtype: DTypeLike, mesh: Mesh | None
+) -> Transformer:
+    """A model with an adapter merged into it, if there is one.
+
+    Raises:
+        InputError: see `load_base` and `apply_adapter`.
+    """
     opened = None if adapter is None else load_adapter(adapter)
-    base = load_base(config.model, jnp.dtype(config.dtype), mesh)
+    base = load_base(model, dtype, mesh)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
     return base.model

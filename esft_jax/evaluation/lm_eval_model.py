@@ -1,0 +1,226 @@
+"""A model class for EleutherAI's lm-evaluation-harness, registered there as `esft_jax`."""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+from esft_jax.evaluation.generate import DecodingOptions, generate_tokens
+from esft_jax.evaluation.likelihood import continuation_likelihoods
+from esft_jax.evaluation.tasks import load_tuned
+from esft_jax.hf.load import local_folder
+from esft_jax.mesh import make_mesh, split_cpu
+
+# What tasks may set beside `until` and the number of tokens.
+_GENERATION_KEYS = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}
+
+
+@register_model("esft_jax")
+class EsftJaxLM(TemplateLM):
+    """Any model that `load_base` loads, alone or with an adapter, on the devices of one process.
+
+    Texts become tokens as in the harness's own class for `transformers`, `HFLM`.
+
+    Args:
+        pretrained: Hugging Face folder, hub name, or folder written by `convert`.
+        adapter: folder of an adapter.
+        dtype: of weights and computation, `bfloat16` or `float32`.
+        batch_size: requests computed together, over all devices.
+        max_length: tokens of context and continuation; default: the model's limit.
+        add_bos_token: BOS before contexts; default: as the tokenizer does by itself (key
+            `add_bos_token` of `tokenizer_config.json`, else the post-processor of
+            `tokenizer.json`).
+        data, expert, cpu_devices: the mesh, as in a run's configuration.
+        seed: of sampling.
+
+    Raises:
+        InputError: an argument, the model or the adapter is wrong.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        adapter: str | None = None,
+        dtype: str = "bfloat16",
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        data: int = -1,
+        expert: int = 1,
+        cpu_devices: int | None = None,
+        seed: int = 0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise InputError(f"model_args: {sorted(unknown)[0]}: no argument of this model")
+        if dtype not in ("bfloat16", "float32"):
+            raise InputError(f"model_args: dtype: {dtype!r}; expected bfloat16 or float32")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise InputError(f"batch_size: {batch_size!r}; expected a number of requests")
+        split_cpu(cpu_devices)
+        folder = local_folder(pretrained)
+        self._tokens = Tokenizer.load(folder)
+        mesh = make_mesh(data, expert)
+        if jax.process_count() > 1:
+            raise InputError("the harness runs in one process; expected no other ones")
+        self._model = load_tuned(pretrained, adapter, jnp.dtype(dtype), mesh)
+        self._tokens.check_vocabulary(self._model.config.vocab_size)
+        limit = self._model.config.max_positions
+        if max_length is not None and not 1 < max_length <= limit:
+            raise InputError(f"model_args: max_length: {max_length}; expected 2 to {limit}")
+        self.max_length = max_length or limit
+        self.max_gen_toks = 256  # where a task does not say; as HFLM
+        self.batch_size, self._seed, self._name = int(batch_size), seed, pretrained
+        default = self._tokens.begins_with_bos
+        self._add_bos = default if add_bos_token is None else add_bos_token
+        if self._add_bos and self._tokens.bos_id is None:
+            raise InputError("model_args: add_bos_token: the tokenizer has no BOS")
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        return self._tokens.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context: BOS, or EOS where there is none."""
+        return self._tokens.eos_id if self._tokens.bos_id is None else self._tokens.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Key of the harness's cache of requests."""
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Source of the chat template, if one is asked for."""
+        return self._tokens.chat_template if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat; without `add_generation_prompt` its last message can be continued."""
+        messages: Any = chat_history
+        text = self._tokens.render(messages, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = str(chat_history[-1]["content"])
+        return text[: text.rindex(begun) + len(begun)]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids, after BOS if the model is used so and the text does not begin with it."""
+        ids = self._tokens.encode(string)
+        add_bos = self._add_bos if add_special_tokens is None else add_special_tokens
+        bos = self._tokens.bos_id
+        return ids if not add_bos or bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        with tqdm(total=len(pairs), desc="log-likelihood", disable=disable_tqdm or None) as bar:
+            found = continuation_likelihoods(
+                self._model,
+                pairs,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                advance=bar.update,
+            )
+        for (texts, *_), result in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, result)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts; long ones in windows, each token predicted once."""
+        owners: list[int] = []
+        pairs: list[tuple[list[int], list[int]]] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                owners.append(number)
+                pairs.append(make_disjoint_window(window))
+        with tqdm(total=len(pairs), desc="log-likelihood", disable=disable_tqdm or None) as bar:
+            found = continuation_likelihoods(
+                self._model, pairs, batch_size=self.batch_size, advance=bar.update
+            )
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, found, strict=True):
+            totals[number] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Completions, each up to the first of its stop sequences."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(number)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or None) as bar:
+            for numbers in groups.values():
+                contexts = [requests[number].args[0] for number in numbers]
+                found = self._generate(contexts, requests[numbers[0]].args[1], bar)
+                for number, text in zip(numbers, found, strict=True):
+                    texts[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return texts
+
+    def _generate(self, contexts: list[str], given: dict[str, Any], bar: tqdm) -> list[str]:
+        wanted: dict[str, Any] = {**normalize_gen_kwargs(given, self.max_gen_toks)}
+        if unknown := sorted(wanted.keys() - _GENERATION_KEYS):
+            known = ", ".join(sorted(_GENERATION_KEYS))
+            raise InputError(f"generation_kwargs: {unknown[0]}: not supported; expected {known}")
+        until, count = wanted["until"], wanted["max_gen_toks"]
+        if not 0 < count < self.max_length:
+            raise InputError(
+                f"generation_kwargs: max_gen_toks: {count}; expected at most "
+                f"{self.max_length - 1}, one less than the model reads"
+            )
+        sampled = wanted["do_sample"]
+        options: DecodingOptions = {
+            # As in `transformers`, where sampling without a temperature has 1.
+            "temperature": wanted.get("temperature", 1.0) if sampled else 0.0,
+            "top_p": wanted.get("top_p", 1.0) if sampled else 1.0,
+        }
+
+        def encode(context: str) -> list[int]:
+            ids = self.tok_encode(context)[count - self.max_length :]
+            return ids or [self.prefix_token_id]
+
+        def finish(ids: list[int]) -> str:
+            return postprocess_generated_text(self._tokens.decode(ids), until, None)
+
+        new = generate_tokens(
+            self._model,
+            [encode(context) for context in contexts],
+            eos_id=self.eot_token_id,
+            max_new_tokens=count,
+            seed=self._seed,
+            batch_size=self.batch_size,
+            stop=lambda ids: any(text and text in self._tokens.decode(ids) for text in until),
+            advance=bar.update,
+            **options,
+        )
+        return [finish(ids) for ids in new]

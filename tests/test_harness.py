@@ -1,0 +1,266 @@
+"""lm-evaluation-harness: local tasks through the command, and every request against `HFLM`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from esft_jax import harness
+from esft_jax.errors import InputError
+from esft_jax.evaluation.lm_eval_model import EsftJaxLM
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.hf.adapter import save_adapter, trained_names
+from esft_jax.hf.export import export_model
+from esft_jax.hf.load import load_base
+
+FOLDER = Path(__file__).parents[1] / "models" / "tiny-moe"
+CHOICES = [
+    {"question": "def add(a, b):\n    return a", "choices": [" + b", " God", " the"], "answer": 0},
+    {"question": "And God said, Let there be", "choices": [" return", " light"], "answer": 1},
+    {"question": "In the beginning God created the ", "choices": ["heaven", "self."], "answer": 0},
+]
+COMPLETIONS = [
+    {"question": "12 + 7 =", "answer": "19"},
+    {"question": "And the LORD said unto", "answer": "Moses"},
+]
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments  # type: ignore[arg-type]
+    ]
+
+
+def long_text(words: int) -> str:
+    rng = np.random.default_rng(0)
+    return " ".join(rng.choice(["light", "return", "water", "self", "earth", "day"], words))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts of the embedded model, changed enough to be seen."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    base = load_base(FOLDER, jnp.float32)
+    experts = ExpertConfig({2: (3, 17), 5: tuple(range(32))})
+    names = trained_names(base.source.config, experts, "")
+    tensors = [(name, 1.5 * base.source.tensor(name).astype(np.float32)) for name in names]
+    save_adapter(folder, tensors, experts, {"base_fingerprint": base.fingerprint})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(
+    adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EsftJaxLM, HFLM]:
+    """Ours, of a base and an adapter, and the harness's own, of the exported model."""
+    exported = tmp_path_factory.mktemp("exported") / "model"
+    export_model(FOLDER, adapter, exported, dtype=jnp.float32)
+    common: dict[str, Any] = {"batch_size": 4, "max_length": 96}
+    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", **common)
+    ours = EsftJaxLM(str(FOLDER), str(adapter), dtype="float32", **common)
+    return ours, theirs
+
+
+def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM]) -> None:
+    ours, theirs = models
+    pairs = [(row["question"], choice) for row in CHOICES for choice in row["choices"]]
+    pairs += [
+        ("", "In the beginning"),  # after BOS, the prefix
+        ("a space moves to the continuation ", "of the pair"),
+        (long_text(200), " light"),  # cut from the left
+        ("<｜begin▁of▁sentence｜>User: 2 + 2 =\n\nAssistant:", " 4"),
+        ("x", long_text(80)),  # more than one chunk of positions
+    ]
+    found = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    expected = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert {greedy for _, greedy in found} == {True, False}
+    # The adapter counts.
+    base = EsftJaxLM(str(FOLDER), dtype="float32")
+    untuned = base.loglikelihood(requests("loglikelihood", pairs[:3]), disable_tqdm=True)
+    assert np.abs(np.subtract([v for v, _ in untuned], [v for v, _ in found[:3]])).min() > 0.01
+
+
+def test_rolling_log_likelihoods_equal_those_of_transformers(
+    models: tuple[EsftJaxLM, HFLM],
+) -> None:
+    texts = [("And God said, Let there be light.",), (long_text(250),), ("x",)]
+    ours, theirs = (
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
+        for model in models
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-5)
+
+
+def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM]) -> None:
+    greedy = {"until": ["\n"], "max_gen_toks": 40, "do_sample": False}
+    arguments = [
+        ("And the LORD said unto", greedy),
+        (long_text(200), {"until": [], "max_gen_toks": 8}),  # cut from the left
+        ("def add(a, b):", {"until": ["return", ":"], "max_new_tokens": 12, "temperature": 0.0}),
+        ("User: 1, 2, 3\n\nAssistant:", greedy),
+    ]
+    # One by one: a batch of theirs is padded from the left, and padding is no part of a text.
+    ours, theirs = (
+        [
+            model.generate_until(requests("generate_until", [each]), disable_tqdm=True)[0]
+            for each in arguments
+        ]
+        for model in models
+    )
+    assert ours == theirs
+    together = models[0].generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    assert together == ours
+
+
+def test_long_completions_end_soon_after_a_stop_sequence(
+    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esft_jax.evaluation import generate
+
+    blocks: list[int] = []
+    extend = generate._extend
+
+    def spy(*args: Any) -> Any:
+        blocks.append(int(args[4]))
+        return extend(*args)
+
+    monkeypatch.setattr(generate, "_extend", spy)
+    monkeypatch.setattr(generate, "_STOP_BLOCK", 4)
+    options = {"max_gen_toks": 48}
+    ours = models[0]
+    arguments = [("And the LORD said unto", {**options, "until": []})]
+    (whole,) = ours.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    assert blocks[-1] == 48
+    word = whole.split()[3]
+    blocks.clear()
+    arguments = [("And the LORD said unto", {**options, "until": [word]})]
+    (short,) = ours.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    assert short == whole[: whole.index(word)]
+    assert blocks[-1] < 48
+
+
+def test_sampling_is_seeded_and_sampled(models: tuple[EsftJaxLM, HFLM]) -> None:
+    sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
+    arguments = [("And God", sampled), ("And God", sampled)]
+    first, again = (
+        models[0].generate_until(requests("generate_until", arguments), disable_tqdm=True)
+        for _ in range(2)
+    )
+    assert first == again
+    assert first[0] != first[1]
+
+
+def test_bos_and_chats(models: tuple[EsftJaxLM, HFLM]) -> None:
+    ours, theirs = models
+    chat = [
+        {"role": "user", "content": "2 + 2 ="},
+        {"role": "assistant", "content": "It is"},
+    ]
+    assert ours.apply_chat_template(chat[:1]) == theirs.apply_chat_template(chat[:1])
+    begun = ours.apply_chat_template(chat, add_generation_prompt=False)
+    assert begun == theirs.apply_chat_template(chat, add_generation_prompt=False)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.tok_encode(begun) == theirs.tok_encode(begun)
+    assert ours.tok_encode("a b") == theirs.tok_encode("a b")
+    with_bos = EsftJaxLM(str(FOLDER), dtype="float32", add_bos_token=True)
+    assert with_bos.tok_encode("a b") == [with_bos.prefix_token_id, *ours.tok_encode("a b")]
+    assert with_bos.tok_encode(begun) == ours.tok_encode(begun)
+    assert with_bos.tok_encode("a b", add_special_tokens=False) == ours.tok_encode("a b")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder of two tasks on local files: one of choices, one of completions."""
+
+    def add(name: str, rows: list[dict], lines: list[str]) -> None:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        common = [
+            f"task: {name}",
+            "dataset_path: json",
+            f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path / 'cache'}}}",
+            "test_split: test",
+            "doc_to_text: '{{question}}'",
+        ]
+        (tmp_path / f"{name}.yaml").write_text("\n".join([*common, *lines]) + "\n")
+
+    add(
+        "local_choices",
+        CHOICES,
+        [
+            "output_type: multiple_choice",
+            "doc_to_choice: '{{choices}}'",
+            "doc_to_target: '{{answer}}'",
+            "target_delimiter: ''",
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]",
+        ],
+    )
+    add(
+        "local_completions",
+        COMPLETIONS,
+        [
+            "output_type: generate_until",
+            "doc_to_target: '{{answer}}'",
+            "generation_kwargs: {until: [\"\\n\", '.'], max_gen_toks: 8, do_sample: false}",
+            "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]",
+        ],
+    )
+    return tmp_path
+
+
+def test_the_command_runs_local_tasks(tasks: Path, adapter: Path, capsys: Any) -> None:
+    model = f"pretrained={FOLDER},adapter={adapter},dtype=float32,expert=2,data=1"
+    output = tasks / "results.json"
+    arguments = ["--model_args", model, "--tasks", "local_choices,local_completions"]
+    arguments += ["--include_path", str(tasks), "--output_path", str(output), "--log_samples"]
+    assert harness.main(arguments) == 0
+    assert "local_choices" in capsys.readouterr().out
+    (results,) = tasks.glob("results_*.json")
+    scores = json.loads(results.read_text())["results"]
+    assert scores["local_choices"]["acc,none"] == 1.0
+    assert 0 <= scores["local_completions"]["exact_match,none"] <= 1
+    (samples,) = tasks.glob("samples_local_completions_*.jsonl")
+    answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+    # On two devices as on one.
+    alone = EsftJaxLM(str(FOLDER), str(adapter), dtype="float32", data=1)
+    options = {"until": ["\n", "."], "max_gen_toks": 8}
+    contexts = [(row["question"], options) for row in COMPLETIONS]
+    assert answers == alone.generate_until(requests("generate_until", contexts), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dtype=float64", "dtype: 'float64'; expected bfloat16 or float32"),
+        ("adaptor=x", "adaptor: no argument of this model"),
+        ("max_length=4096", "max_length: 4096; expected 2 to 2048"),
+        ("expert=3", "mesh.expert: 3 does not divide the 8 devices"),
+        ("adapter=nowhere", "nowhere: no such folder; expected an adapter"),
+    ],
+)
+def test_wrong_model_arguments_are_named(
+    tasks: Path, capsys: Any, change: str, message: str
+) -> None:
+    arguments = ["--model_args", f"pretrained={FOLDER},{change}", "--tasks", "local_choices"]
+    assert harness.main([*arguments, "--include_path", str(tasks)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_requests_are_named(models: tuple[EsftJaxLM, HFLM]) -> None:
+    ours = models[0]
+    too_long = requests("loglikelihood", [("a", long_text(100))])
+    with pytest.raises(InputError, match="pair 0: a continuation of .* expected at most 96"):
+        ours.loglikelihood(too_long, disable_tqdm=True)
+    for options, message in [
+        ({"until": [], "max_gen_toks": 96}, "max_gen_toks: 96; expected at most 95"),
+        ({"until": [], "num_beams": 4}, "num_beams: not supported"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            ours.generate_until(requests("generate_until", [("a", options)]), disable_tqdm=True)
