@@ -31,7 +31,15 @@ def main(argv: Sequence[str] | None) -> None:
     importlib.import_module("esft_jax.evaluation.lm_eval_model")  # registers the model
     before = sys.argv
     # The command of the library reads the command line; what comes later in it counts.
-    sys.argv = [before[0], "run", "--model", "esft_jax", "--batch_size", str(_BATCH_SIZE), *arguments]
+    sys.argv = [
+        before[0],
+        "run",
+        "--model",
+        "esft_jax",
+        "--batch_size",
+        str(_BATCH_SIZE),
+        *arguments,
+    ]
     try:
         cli_evaluate()
     finally:

@@ -1,6 +1,8 @@
 """lm-evaluation-harness: local tasks through the command, and every request against `HFLM`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ COMPLETIONS = [
 
 def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [
-        Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments  # type: ignore[arg-type]
+        Instance(request_type=kind, doc={}, arguments=each, idx=0)
+        for each in arguments  # type: ignore[arg-type]
     ]
 
 
@@ -46,21 +49,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two experts of the embedded model, changed enough to be seen."""
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     base = load_base(FOLDER, jnp.float32)
-    experts = ExpertConfig({2: (3, 17), 5: tuple(range(32))})
+    experts = ExpertConfig({2: (3, 17), 5: tuple(range(16))})
     names = trained_names(base.source.config, experts, "")
-    tensors = [(name, 1.5 * base.source.tensor(name).astype(np.float32)) for name in names]
+    tensors = [(name, 1.2 * base.source.tensor(name).astype(np.float32)) for name in names]
     save_adapter(folder, tensors, experts, {"base_fingerprint": base.fingerprint})
     return folder
 
 
 @pytest.fixture(scope="module")
-def models(
-    adapter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[EsftJaxLM, HFLM]:
+def models(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EsftJaxLM, HFLM]:
     """Ours, of a base and an adapter, and the harness's own, of the exported model."""
     exported = tmp_path_factory.mktemp("exported") / "model"
     export_model(FOLDER, adapter, exported, dtype=jnp.float32)
-    common: dict[str, Any] = {"batch_size": 4, "max_length": 96}
+    common: dict[str, Any] = {"batch_size": 16, "max_length": 96}
     theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", **common)
     ours = EsftJaxLM(str(FOLDER), str(adapter), dtype="float32", **common)
     return ours, theirs
@@ -75,6 +76,7 @@ def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, HF
         (long_text(200), " light"),  # cut from the left
         ("<｜begin▁of▁sentence｜>User: 2 + 2 =\n\nAssistant:", " 4"),
         ("x", long_text(80)),  # more than one chunk of positions
+        ("And the LORD said", " unto"),  # what greedy decoding says
     ]
     found = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     expected = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
@@ -82,9 +84,9 @@ def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, HF
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert {greedy for _, greedy in found} == {True, False}
     # The adapter counts.
-    base = EsftJaxLM(str(FOLDER), dtype="float32")
-    untuned = base.loglikelihood(requests("loglikelihood", pairs[:3]), disable_tqdm=True)
-    assert np.abs(np.subtract([v for v, _ in untuned], [v for v, _ in found[:3]])).min() > 0.01
+    base = EsftJaxLM(str(FOLDER), dtype="float32", max_length=96)
+    untuned = base.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    assert np.abs(np.subtract([v for v, _ in untuned], [v for v, _ in found])).max() > 0.05
 
 
 def test_rolling_log_likelihoods_equal_those_of_transformers(
@@ -98,6 +100,7 @@ def test_rolling_log_likelihoods_equal_those_of_transformers(
     np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM]) -> None:
     greedy = {"until": ["\n"], "max_gen_toks": 40, "do_sample": False}
     arguments = [
@@ -119,6 +122,7 @@ def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM])
     assert together == ours
 
 
+@pytest.mark.slow
 def test_long_completions_end_soon_after_a_stop_sequence(
     models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +150,7 @@ def test_long_completions_end_soon_after_a_stop_sequence(
     assert blocks[-1] < 48
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_and_sampled(models: tuple[EsftJaxLM, HFLM]) -> None:
     sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
     arguments = [("And God", sampled), ("And God", sampled)]
@@ -215,13 +220,16 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_runs_local_tasks(tasks: Path, adapter: Path, capsys: Any) -> None:
+@pytest.mark.slow
+def test_the_command_runs_local_tasks(tasks: Path, adapter: Path) -> None:
+    """In a process of its own: the library sets up logging for the whole process."""
     model = f"pretrained={FOLDER},adapter={adapter},dtype=float32,expert=2,data=1"
-    output = tasks / "results.json"
-    arguments = ["--model_args", model, "--tasks", "local_choices,local_completions"]
-    arguments += ["--include_path", str(tasks), "--output_path", str(output), "--log_samples"]
-    assert harness.main(arguments) == 0
-    assert "local_choices" in capsys.readouterr().out
+    command = [sys.executable, "-m", "esft_jax.harness", "--model_args", model, "--log_samples"]
+    command += ["--tasks", "local_choices,local_completions", "--include_path", str(tasks)]
+    command += ["--output_path", str(tasks / "results.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "|local_choices" in done.stdout
     (results,) = tasks.glob("results_*.json")
     scores = json.loads(results.read_text())["results"]
     assert scores["local_choices"]["acc,none"] == 1.0
@@ -234,23 +242,36 @@ def test_the_command_runs_local_tasks(tasks: Path, adapter: Path, capsys: Any) -
     contexts = [(row["question"], options) for row in COMPLETIONS]
     assert answers == alone.generate_until(requests("generate_until", contexts), disable_tqdm=True)
 
+    command[4] = f"pretrained={FOLDER},adapter=nowhere"
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "error: nowhere: no such folder; expected an adapter"
+    )
+
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("argument", "message"),
     [
-        ("dtype=float64", "dtype: 'float64'; expected bfloat16 or float32"),
-        ("adaptor=x", "adaptor: no argument of this model"),
-        ("max_length=4096", "max_length: 4096; expected 2 to 2048"),
-        ("expert=3", "mesh.expert: 3 does not divide the 8 devices"),
-        ("adapter=nowhere", "nowhere: no such folder; expected an adapter"),
+        ({"dtype": "float64"}, "dtype: 'float64'; expected bfloat16 or float32"),
+        ({"adaptor": "x"}, "adaptor: no argument of this model"),
+        ({"max_length": 4096}, "max_length: 4096; expected 2 to 2048"),
+        ({"batch_size": "auto"}, "batch_size: 'auto'; expected a number of requests"),
+        ({"expert": 3}, "mesh.expert: 3 does not divide the 8 devices"),
     ],
 )
-def test_wrong_model_arguments_are_named(
-    tasks: Path, capsys: Any, change: str, message: str
+def test_wrong_model_arguments_are_named(argument: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EsftJaxLM(str(FOLDER), **argument)
+
+
+def test_without_the_library_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    arguments = ["--model_args", f"pretrained={FOLDER},{change}", "--tasks", "local_choices"]
-    assert harness.main([*arguments, "--include_path", str(tasks)]) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert harness.main([]) == 2
+    assert "expected an installation with the extra `harness`" in capsys.readouterr().err
 
 
 def test_wrong_requests_are_named(models: tuple[EsftJaxLM, HFLM]) -> None:

@@ -285,9 +285,7 @@ def _extend(
     def advance(state: _Progress) -> _Progress:
         step, done = state.step, state.done
         positions = (state.last + step)[:, None]
-        logits, cache = model.decode(
-            state.tokens[:, None], positions, ~done[:, None], state.cache
-        )
+        logits, cache = model.decode(state.tokens[:, None], positions, ~done[:, None], state.cache)
         tokens = choose_tokens(logits[:, 0], state.keys, step, sampling)
         tokens = jnp.where(done, eos_id, tokens)
         return state._replace(

@@ -42,6 +42,7 @@ class EsftJaxLM(TemplateLM):
             `tokenizer.json`).
         data, expert, cpu_devices: the mesh, as in a run's configuration.
         seed: of sampling.
+        device, max_batch_size: no use here; the harness's command always sends them.
 
     Raises:
         InputError: an argument, the model or the adapter is wrong.
@@ -59,6 +60,8 @@ class EsftJaxLM(TemplateLM):
         expert: int = 1,
         cpu_devices: int | None = None,
         seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -203,6 +206,10 @@ class EsftJaxLM(TemplateLM):
             # As in `transformers`, where sampling without a temperature has 1.
             "temperature": wanted.get("temperature", 1.0) if sampled else 0.0,
             "top_p": wanted.get("top_p", 1.0) if sampled else 1.0,
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "stop": lambda ids: any(text and text in self._tokens.decode(ids) for text in until),
+            "advance": bar.update,
         }
 
         def encode(context: str) -> list[int]:
@@ -217,10 +224,6 @@ class EsftJaxLM(TemplateLM):
             [encode(context) for context in contexts],
             eos_id=self.eot_token_id,
             max_new_tokens=count,
-            seed=self._seed,
-            batch_size=self.batch_size,
-            stop=lambda ids: any(text and text in self._tokens.decode(ids) for text in until),
-            advance=bar.update,
             **options,
         )
         return [finish(ids) for ids in new]
