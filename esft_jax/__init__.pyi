@@ -7,7 +7,7 @@ from .data.tokenizer import Tokenizer as Tokenizer
 from .errors import InputError as InputError
 from .evaluation.generate import generate_text as generate_text
 from .evaluation.generate import generate_tokens as generate_tokens
-from .evaluation.tasks import run_evaluation as run_evaluation
+from .evaluation.run import run_evaluation as run_evaluation
 from .experts.expert_config import ExpertConfig as ExpertConfig
 from .experts.partition import attach_tuned_experts as attach_tuned_experts
 from .experts.partition import partition as partition

@@ -6,6 +6,8 @@ folder of the configuration file.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +27,14 @@ def _known_metric(name: str) -> str:
     return name
 
 
+def _case_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "task":
+        raise ValueError(
+            f"expected letters, digits, '.', '-' and '_', and not 'task', got {name!r}"
+        )
+    return name
+
+
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -37,6 +47,7 @@ Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
+CaseName = Annotated[Text, AfterValidator(_case_name)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -177,18 +188,38 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class OtherConfig:
+    """A task or domain that the run is not trained on.
+
+    Attributes:
+        data: File of prompts with accepted answers, as in `EvaluationConfig`.
+        metric: Name of a metric of `esft_jax.evaluation.metrics`.
+        max_new_tokens: Tokens per completion, at most; none takes that of the run's own task.
+        valid: Held-out files for the loss, in packed rows of `data.sequence_length`.
+        format: Of `valid`.
+    """
+
+    data: Text | None = None
+    metric: MetricName = "exact_match"
+    max_new_tokens: Count | None = None
+    valid: tuple[Text, ...] = ()
+    format: Literal["chat", "text"] = "text"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class EvaluationConfig:
     """Completions of task prompts, and how they are judged.
 
     Attributes:
-        data: File of prompts with accepted answers, or of chats whose last message is the answer;
-            none skips the evaluation.
+        data: File of prompts with accepted answers, or of chats whose last message is the answer.
         metric: Name of a metric of `esft_jax.evaluation.metrics`.
         max_new_tokens: Tokens per completion, at most.
         batch_size: Prompts decoded together, over all devices.
         temperature: 0 decodes greedily.
         top_p: Nucleus of the sampled distribution.
         limit: Examples to evaluate, from the first; none takes all.
+        others: What the run is not trained on, by name, to see what it forgets. Without these and
+            without `data` there is no evaluation.
     """
 
     data: Text | None = None
@@ -198,6 +229,12 @@ class EvaluationConfig:
     temperature: NonNegative = 0.0
     top_p: Share = 1.0
     limit: Count | None = None
+    others: dict[CaseName, OtherConfig] = dataclasses.field(default_factory=dict)
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.data is not None or bool(self.others)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -251,6 +288,8 @@ class RunConfig:
             problem = "train.balance_loss: the router is frozen with method esft; expected 0"
         elif self.method == "full" and train.verify_frozen:
             problem = "train.verify_frozen: method full freezes nothing; expected false"
+        elif empty := [n for n, o in self.evaluation.others.items() if not (o.data or o.valid)]:
+            problem = f"evaluation.others.{empty[0]}: nothing to evaluate; expected data or valid"
         elif self.mesh.data == 0:
             problem = "mesh.data: no devices; expected -1 (all the rest) or at least 1"
         elif train.batch_size % train.micro_batches:

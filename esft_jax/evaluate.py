@@ -1,4 +1,4 @@
-"""Let a model complete a task's prompts, judge the completions, and measure its held-out loss."""
+"""Let a model complete tasks' prompts, judge the completions, and measure held-out losses."""
 
 import argparse
 import sys
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command, open_config
-from esft_jax.evaluation.tasks import EvaluationReport, run_evaluation
+from esft_jax.evaluation.report import print_measures, write_comparison
+from esft_jax.evaluation.run import check_evaluation, kept_evaluation, run_evaluation
+from esft_jax.training.run_folder import RunFolder
 
 
 @command
@@ -20,23 +21,18 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
     args = parser.parse_args(argv)
     config = open_config(args)
-    report = run_evaluation(config, args.adapter)
-    if jax.process_index() == 0:
-        print_report(report, Console())
-
-
-def print_report(report: EvaluationReport, console: Console) -> None:
-    """Print the scores and where they lie."""
-    table = Table(show_header=False)
-    table.add_row(f"{report.metric}, %", f"{report.value:.1f}")
-    if report.heldout is not None:
-        table.add_row("held-out loss, nats per token", f"{report.heldout.nats_per_token:.4f}")
-        if report.heldout.bits_per_byte is not None:
-            table.add_row("held-out bits per byte", f"{report.heldout.bits_per_byte:.4f}")
-    table.add_row("completions", str(report.rows))
-    table.add_row("seconds", f"{report.seconds:.0f}")
-    console.print(table)
-    console.print(f"written to {report.folder}", soft_wrap=True)
+    inputs = check_evaluation(config)
+    report = run_evaluation(config, args.adapter, inputs)
+    if jax.process_index() != 0:
+        return
+    before = None
+    if args.adapter is not None:
+        before = kept_evaluation(config, inputs, report.base_fingerprint)
+    console = Console()
+    print_measures(console, report, before)
+    console.print(f"written to {report.folder}, {report.seconds:.0f} s", soft_wrap=True)
+    if before is not None:
+        write_comparison(RunFolder(config.output).comparison, report, before)
 
 
 if __name__ == "__main__":

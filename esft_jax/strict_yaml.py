@@ -1,8 +1,8 @@
 """Frozen pydantic dataclasses <-> YAML 1.2 files; every mistake names its place and key.
 
 A configuration is a dataclass of plain values and of sections, which are dataclasses of plain
-values; both forbid extra keys. A `ValueError` of the outer `__post_init__`, which sees all
-sections, starts with the dotted key to change and a colon.
+values and, by name, of further sections; all forbid extra keys. A `ValueError` of the outer
+`__post_init__`, which sees all sections, starts with the dotted key to change and a colon.
 """
 
 from __future__ import annotations
@@ -117,26 +117,27 @@ def _line(node: Node | None, keys: Sequence[str | int]) -> int:
     return line
 
 
-def _sections(cls: type) -> dict[str, tuple[str, ...]]:
-    """The keys of each section; those of the top level under ""."""
-    types = typing.get_type_hints(cls)
-    sections = {"": tuple(types)}
-    for name, kind in types.items():
+def _keys(cls: type, section: Sequence[str]) -> tuple[str, ...]:
+    """The keys of a section; a section may be one of several in a mapping or a list."""
+    kind: Any = cls
+    for key in section:
         if dataclasses.is_dataclass(kind):
-            sections[name] = tuple(field.name for field in dataclasses.fields(kind))
-    return sections
+            kind = typing.get_type_hints(kind)[key]
+        else:  # dict[str, Section] or tuple[Section, ...]
+            kind = typing.get_args(kind)[1 if typing.get_origin(kind) is dict else 0]
+    return tuple(typing.get_type_hints(kind))
 
 
 def _nearest(cls: type, keys: Sequence[str | int]) -> str:
     """The dotted valid key that an unknown one most probably stands for."""
     *section, unknown = map(str, keys)
-    sections = _sections(cls)
-    siblings = {key: ".".join([*section, key]) for key in sections[".".join(section)]}
+    siblings = {key: ".".join([*section, key]) for key in _keys(cls, section)}
     # A key in the wrong section is the other common mistake.
-    everywhere = {
-        key: f"{name}.{key}" for name, leaves in sections.items() if name for key in leaves
-    }
-    everywhere |= {key: key for key in sections[""]}
+    everywhere: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            everywhere |= {key: f"{name}.{key}" for key in _keys(cls, [name])}
+    everywhere |= {key: key for key in _keys(cls, ())}
     for candidates, cutoff in (siblings, 0.6), (everywhere, 0.6), (siblings, 0.0):
         if found := difflib.get_close_matches(unknown, candidates, n=1, cutoff=cutoff):
             return candidates[found[0]]
@@ -149,7 +150,9 @@ def _explain(cls: type, error: pydantic.ValidationError) -> tuple[Sequence[str |
     # A misspelt key that is required is missing too; only the misspelling is worth a word.
     unknown = "unexpected_keyword_argument"
     mistake = next((m for m in mistakes if m["type"] == unknown), mistakes[0])
-    keys, expected = mistake["loc"], mistake["msg"]
+    keys: Sequence[str | int] = mistake["loc"]
+    expected = mistake["msg"]
+    keys = keys[:-1] if keys[-1:] == ("[key]",) else keys  # the key itself is wrong
     name = ".".join(map(str, keys))
     match mistake["type"]:
         case "unexpected_keyword_argument":

@@ -12,8 +12,15 @@ from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
-from esft_jax.evaluation.tasks import EvaluationReport, check_evaluation, run_evaluation
+from esft_jax.evaluation.report import print_measures, write_comparison
+from esft_jax.evaluation.run import (
+    EvaluationInputs,
+    EvaluationReport,
+    check_evaluation,
+    run_evaluation,
+)
 from esft_jax.huge_pages import restart_with_huge_pages
+from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption
 from esft_jax.training.setup import open_setup
@@ -42,38 +49,37 @@ def main(argv: Sequence[str] | None) -> None:
 
 def _train(config: RunConfig, console: Console) -> None:
     setup = open_setup(config)
-    before = after = None
-    if config.evaluation.data is not None:
-        check_evaluation(config)
-        if config.init == "pretrained":
-            before = run_evaluation(config)
+    inputs = check_evaluation(config) if config.evaluation.asked else None
+    before = None
+    if inputs is not None and config.init == "pretrained":
+        before = run_evaluation(config, None, inputs, reuse=True)
     result = run_training(setup, say=console.print)
     if result.result is None:
         console.print(
             f"Stopped at step {result.step} and saved; the same command continues the run."
         )
         return
-    if config.evaluation.data is not None:
-        after = _evaluate_result(config, result)
-    _print_summary(console, result, before, after)
+    if inputs is not None:
+        after = _evaluate_result(config, result, inputs)
+        print_measures(console, after, before)
+        if before is not None:
+            on_first_process(
+                lambda: write_comparison(setup.run.comparison, after, before), "comparison"
+            )
+    _print_summary(console, result)
 
 
-def _evaluate_result(config: RunConfig, result: RunResult) -> EvaluationReport:
+def _evaluate_result(
+    config: RunConfig, result: RunResult, inputs: EvaluationInputs
+) -> EvaluationReport:
     if config.method == "esft":
-        return run_evaluation(config, result.result)
-    return run_evaluation(dataclasses.replace(config, model=str(result.result)))
+        return run_evaluation(config, result.result, inputs, reuse=True)
+    trained = dataclasses.replace(config, model=str(result.result))
+    return run_evaluation(trained, None, inputs, reuse=True)
 
 
-def _print_summary(
-    console: Console,
-    result: RunResult,
-    before: EvaluationReport | None,
-    after: EvaluationReport | None,
-) -> None:
+def _print_summary(console: Console, result: RunResult) -> None:
     table = Table(show_header=False)
-    if after is not None:
-        start = f"{before.value:.1f} -> " if before is not None else ""
-        table.add_row(f"{after.metric}, %", f"{start}{after.value:.1f}")
     if result.valid_loss is not None:
         table.add_row("validation loss, nats per token", f"{result.valid_loss:.4f}")
     if result.experts is not None:

@@ -17,7 +17,7 @@ from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import DecodingOptions, generate_tokens
 from esft_jax.evaluation.likelihood import continuation_likelihoods
-from esft_jax.evaluation.tasks import load_tuned
+from esft_jax.evaluation.run import load_tuned
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import make_mesh, split_cpu
 
@@ -77,7 +77,7 @@ class EsftJaxLM(TemplateLM):
         mesh = make_mesh(data, expert)
         if jax.process_count() > 1:
             raise InputError("the harness runs in one process; expected no other ones")
-        self._model = load_tuned(pretrained, adapter, jnp.dtype(dtype), mesh)
+        self._model = load_tuned(pretrained, adapter, jnp.dtype(dtype), mesh).model
         self._tokens.check_vocabulary(self._model.config.vocab_size)
         limit = self._model.config.max_positions
         if max_length is not None and not 1 < max_length <= limit:

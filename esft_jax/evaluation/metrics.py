@@ -1,7 +1,7 @@
 """Task metrics, and the file of completions they score.
 
 Every metric gives one score in [0, 1] per example (the best over its references) and one figure in
-percent for the whole set.
+percent for the whole set. Some are computed here, some by a judge model (`judge.Judge`).
 """
 
 import itertools
@@ -24,10 +24,20 @@ References = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class MetricResult:
-    """Scores of one set of predictions: `aggregate` in percent, `per_example` in [0, 1]."""
+    """Scores of one set of predictions.
+
+    Attributes:
+        aggregate: in percent, over the examples that have a score.
+        per_example: in [0, 1]; None where the judge gave none.
+    """
 
     aggregate: float
-    per_example: list[float]
+    per_example: Sequence[float | None]
+
+    @property
+    def failures(self) -> int:
+        """Examples without a score."""
+        return sum(score is None for score in self.per_example)
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,16 @@ class Metric:
 
     Attributes:
         name: of the metric.
-        compute: scores; may assume at least one example, and answers without a fault.
+        compute: scores; may assume at least one example, and answers without a fault. None if a
+            judge model scores.
         fault: what makes an answer useless to this metric, or None.
+        rubric: what the judge model is to look at.
     """
 
     name: str
-    compute: Callable[[Predictions, References], MetricResult]
+    compute: Callable[[Predictions, References], MetricResult] | None
     fault: Callable[[str], str | None] = lambda answer: None
+    rubric: str | None = None
 
     def check(self, answers: Sequence[str], where: str) -> None:
         """Check the accepted answers of the example at `where`.
@@ -68,6 +81,7 @@ class Metric:
             raise InputError(f"{self.name}: no examples; expected at least one")
         for index, answers in enumerate(references):
             self.check(answers, f"example {index}")
+        assert self.compute is not None, "a judge model scores"
         return self.compute(predictions, references)
 
 
@@ -176,6 +190,26 @@ def _mean_result(scores: list[float]) -> MetricResult:
     return MetricResult(100 * sum(scores) / len(scores), scores)
 
 
+_SUMMARY = (
+    "The task is to summarise a text. Reward a summary that states the points of the text that "
+    "matter most, as the references do, in few words; that says nothing the text does not support; "
+    "and that reads well on its own. Take points off for every main point left out, and more for "
+    "every statement that is wrong."
+)
+_LAW = (
+    "The task is a question of law: to name what applies to a case, and to reason from it to a "
+    "result. Reward an answer that reaches the result of the references on the same legal grounds, "
+    "with the conditions and exceptions that matter. A wrong result, or a law or fact that is made "
+    "up, costs most points however well it is argued."
+)
+_TRANSLATION = (
+    "The task is to translate. Reward a translation that carries the whole meaning of the source, "
+    "as the references do, in natural wording of the target language. Other words than the "
+    "references' are welcome when they mean the same. Take points off for what is left out, added "
+    "or changed in meaning, for names and numbers that differ, and for text left in the source "
+    "language."
+)
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -184,18 +218,21 @@ METRICS: dict[str, Metric] = {
         Metric("chrf", _chrf, _no_text),
         Metric("bleu", _bleu, _no_text),
         Metric("rouge_l", _rouge_l),
+        Metric("judge_summary", None, _no_text, _SUMMARY),
+        Metric("judge_law", None, _no_text, _LAW),
+        Metric("judge_translation", None, _no_text, _TRANSLATION),
     )
 }
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One scored completion of an evaluation run."""
+    """One completion of an evaluation run, with its score if it has one."""
 
     prompt: str
     raw_prediction: str
     raw_answers: tuple[str, ...]
-    score: float
+    score: float | None
 
 
 def write_completions(path: str | os.PathLike[str], completions: Iterable[Completion]) -> None:
@@ -212,9 +249,8 @@ def write_completions(path: str | os.PathLike[str], completions: Iterable[Comple
                 "raw_prediction": completion.raw_prediction,
                 "raw_answers": list(completion.raw_answers),
             },
-            "score": int(score)
-            if score == int(score)
-            else score,  # the reference writes 1, not 1.0
+            # The reference writes 1, not 1.0.
+            "score": int(score) if score is not None and score == int(score) else score,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text_atomic(path, "".join(lines))
@@ -238,7 +274,8 @@ def read_completions(path: str | os.PathLike[str]) -> list[Completion]:
         texts = [prompt, prediction, *answers] if isinstance(answers, list) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where}: example: expected texts, and raw_answers a list of texts")
-        if not isinstance(score, int | float) or isinstance(score, bool):
+        if score is not None and (not isinstance(score, int | float) or isinstance(score, bool)):
             raise InputError(f"{where}: score: {score!r} is no number")
-        completions.append(Completion(prompt, prediction, tuple(answers), float(score)))
+        score = None if score is None else float(score)
+        completions.append(Completion(prompt, prediction, tuple(answers), score))
     return completions

@@ -1,25 +1,17 @@
 """Tasks: prompts with accepted answers, completed by a model and judged by a metric."""
 
-import dataclasses
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array
-from tqdm import tqdm
 
-from esft_jax.config import RunConfig
-from esft_jax.data.pipeline import PackedDataset, build_dataset, eval_batches
-from esft_jax.data.read import read_chat, source_sha256
+from esft_jax.data.pipeline import PackedDataset, eval_batches
+from esft_jax.data.read import read_chat
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
@@ -28,14 +20,11 @@ from esft_jax.evaluation.generate import (
     encode_text,
     generate_tokens,
 )
-from esft_jax.evaluation.metrics import METRICS, Completion, write_completions
-from esft_jax.files import parse_json, read_text, write_text_atomic
-from esft_jax.hf.adapter import apply_adapter, load_adapter
-from esft_jax.hf.load import load_base, local_folder
-from esft_jax.mesh import device_multiple, make_mesh, place_batch
-from esft_jax.model.config import ModelConfig
+from esft_jax.evaluation.judge import Judge
+from esft_jax.evaluation.metrics import METRICS, Completion
+from esft_jax.files import parse_json, read_text
+from esft_jax.mesh import device_multiple, place_batch
 from esft_jax.model.transformer import Transformer
-from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.step import loss_sum
 
 
@@ -64,10 +53,17 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Completions of a task: `value` is the metric over all of them, in percent."""
+    """Completions of a task.
+
+    Attributes:
+        metric: its name.
+        value: the metric over all of them, in percent.
+        failures: completions that the judge gave no readable score; they are not in `value`.
+    """
 
     metric: str
     value: float
+    failures: int
     completions: list[Completion]
 
 
@@ -85,27 +81,6 @@ class HeldoutLoss:
     tokens: int
     nats_per_token: float
     bits_per_byte: float | None
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """What `run_evaluation` found and wrote.
-
-    Attributes:
-        metric: name of the metric.
-        value: the metric, in percent.
-        rows: completions it is computed from.
-        heldout: loss on `data.valid`; None without such data.
-        seconds: spent, loading included.
-        folder: holds `completions.jsonl` and `scores.json`.
-    """
-
-    metric: str
-    value: float
-    rows: int
-    heldout: HeldoutLoss | None
-    seconds: float
-    folder: Path
 
 
 def read_task(path: str | Path) -> list[TaskRow]:
@@ -194,6 +169,7 @@ def evaluate_task(
     rows: Sequence[TaskRow],
     metric: str,
     *,
+    judge: Judge | None = None,
     max_new_tokens: int = 128,
     **options: Unpack[DecodingOptions],
 ) -> EvaluationResult:
@@ -201,11 +177,12 @@ def evaluate_task(
 
     Args:
         metric: a name in `esft_jax.evaluation.metrics.METRICS`.
+        judge: for the metrics that need one.
         max_new_tokens: tokens per completion, at most.
         options: see `generate_tokens`.
 
     Raises:
-        InputError: see `check_task`; before any compute.
+        InputError: see `check_task`, before any compute; and `Judge.score`.
     """
     limit = model.config.max_positions
     prompts = check_task(rows, tokenizer, metric, max_new_tokens, limit)
@@ -213,12 +190,17 @@ def evaluate_task(
         model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens, **options
     )
     texts = [tokenizer.decode(ids) for ids in new]
-    result = METRICS[metric].score(texts, [row.answers for row in rows])
+    chosen, answers = METRICS[metric], [row.answers for row in rows]
+    if chosen.rubric is None:
+        result = chosen.score(texts, answers)
+    else:
+        assert judge is not None
+        result = judge.score(chosen.rubric, [row.prompt for row in rows], texts, answers)
     completions = [
         Completion(row.prompt, text, row.answers, score)
         for row, text, score in zip(rows, texts, result.per_example, strict=True)
     ]
-    return EvaluationResult(metric, result.aggregate, completions)
+    return EvaluationResult(metric, result.aggregate, result.failures, completions)
 
 
 def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) -> HeldoutLoss:
@@ -242,143 +224,3 @@ def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) ->
     text_bytes = dataset.stats.text_bytes
     bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else None
     return HeldoutLoss(int(tokens), nats / tokens, bits_per_byte)
-
-
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """What an evaluation reads, except weights; see `check_evaluation`."""
-
-    tokenizer: Tokenizer
-    mesh: Mesh
-    rows: list[TaskRow]
-    valid_set: PackedDataset | None
-
-
-def check_evaluation(config: RunConfig) -> EvaluationInputs:
-    """Read everything but weights, and check that it fits together.
-
-    Raises:
-        InputError: naming the key, file or line that is wrong.
-    """
-    evaluation = config.evaluation
-    if evaluation.data is None:
-        raise InputError("evaluation.data: not set; expected a file of prompts and answers")
-    RunFolder(config.output).check_writable()
-    folder = local_folder(config.model)
-    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
-    tokenizer.check_vocabulary(shape.vocab_size)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
-    rows = read_task(evaluation.data)[: evaluation.limit]
-    limit = shape.max_positions
-    check_task(rows, tokenizer, evaluation.metric, evaluation.max_new_tokens, limit)
-    return EvaluationInputs(tokenizer, mesh, rows, _valid_set(config, shape, tokenizer))
-
-
-def run_evaluation(config: RunConfig, adapter: str | Path | None = None) -> EvaluationReport:
-    """Evaluate a configuration's model, alone or with an adapter, on its task and valid data.
-
-    Writes `completions.jsonl` (the reference's format) and `scores.json` to
-    `{output}/evaluation/{base,adapter,model}`; `model` is the run's own result of full training.
-
-    Raises:
-        InputError: model, adapter or data do not fit the configuration; before any compute.
-    """
-    begin = time.perf_counter()
-    evaluation, inputs = config.evaluation, check_evaluation(config)
-    rows, valid_set = inputs.rows, inputs.valid_set
-    model = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
-    target = _result_folder(config, adapter)
-    hidden = None if jax.process_index() == 0 else True  # None: shown on terminals only
-    with tqdm(total=len(rows), desc=f"evaluate {target.name}", disable=hidden) as bar:
-        result = evaluate_task(
-            model,
-            inputs.tokenizer,
-            rows,
-            evaluation.metric,
-            max_new_tokens=evaluation.max_new_tokens,
-            temperature=evaluation.temperature,
-            top_p=evaluation.top_p,
-            seed=config.seed,
-            batch_size=evaluation.batch_size,
-            advance=bar.update,
-        )
-    heldout = None if valid_set is None else heldout_loss(model, valid_set, evaluation.batch_size)
-    seconds = time.perf_counter() - begin
-    report = EvaluationReport(result.metric, result.value, len(rows), heldout, seconds, target)
-    if jax.process_index() == 0:
-        _write(config, adapter, report, result.completions, valid_set)
-    return report
-
-
-def _valid_set(config: RunConfig, shape: ModelConfig, tokenizer: Tokenizer) -> PackedDataset | None:
-    data = config.data
-    if not data.valid:
-        return None
-    if data.sequence_length > shape.max_positions:
-        raise InputError(
-            f"data.sequence_length: {data.sequence_length} tokens; the model's limit is "
-            f"{shape.max_positions} (max_position_embeddings)"
-        )
-    return build_dataset(
-        data.valid,
-        tokenizer,
-        format=data.format,
-        sequence_length=data.sequence_length,
-        too_long=data.too_long,
-        seed=config.seed,
-    )
-
-
-def load_tuned(
-    model: str | Path, adapter: str | Path | None, dtype: DTypeLike, mesh: Mesh | None
-) -> Transformer:
-    """A model with an adapter merged into it, if there is one.
-
-    Raises:
-        InputError: see `load_base` and `apply_adapter`.
-    """
-    opened = None if adapter is None else load_adapter(adapter)
-    base = load_base(model, dtype, mesh)
-    if opened is not None:
-        apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
-    return base.model
-
-
-def _result_folder(config: RunConfig, adapter: str | Path | None) -> Path:
-    run = RunFolder(config.output)
-    if adapter is not None:
-        name = run.adapter.name
-    else:
-        name = run.model.name if Path(config.model) == run.model else "base"
-    return run.evaluation / name
-
-
-def _write(
-    config: RunConfig,
-    adapter: str | Path | None,
-    report: EvaluationReport,
-    completions: Sequence[Completion],
-    valid_set: PackedDataset | None,
-) -> None:
-    evaluation = config.evaluation
-    assert evaluation.data is not None
-    scores = report.folder / "scores.json"
-    scores.unlink(missing_ok=True)  # never beside the completions of another run
-    write_completions(report.folder / "completions.jsonl", completions)
-    sources = {evaluation.data: source_sha256(evaluation.data)}
-    content = {
-        "metric": report.metric,
-        "value": report.value,
-        "rows": report.rows,
-        "heldout": None if report.heldout is None else dataclasses.asdict(report.heldout),
-        "seconds": report.seconds,
-        "model": config.model,
-        "adapter": None if adapter is None else str(adapter),
-        "dtype": config.dtype,
-        "max_new_tokens": evaluation.max_new_tokens,
-        "temperature": evaluation.temperature,
-        "top_p": evaluation.top_p,
-        "seed": config.seed,
-        "data_sha256": sources | ({} if valid_set is None else valid_set.stats.sha256),
-    }
-    write_text_atomic(scores, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -40,7 +40,7 @@ class RunFolder:
     skipped/           for every skipped update, the examples of its batch
     adapter/           the result of `esft`: the trained experts
     model/             the result of `full`: a Hugging Face folder
-    evaluation/        completions and scores by `evaluate`
+    evaluation/        completions and scores by `evaluate`; `comparison.json`: before and after
     """
 
     def __init__(self, path: str | Path):
@@ -57,6 +57,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
+        self.comparison = self.evaluation / "comparison.json"
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that holds something else, or a run with other settings.

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esft_jax.config import DataConfig, RunConfig
 from esft_jax.data.pipeline import build_dataset
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import tasks
 from esft_jax.evaluation.metrics import Completion
-from esft_jax.evaluation.tasks import evaluate_task, heldout_loss, read_task, run_evaluation
+from esft_jax.evaluation.tasks import evaluate_task, heldout_loss, read_task
 from esft_jax.model.transformer import Transformer
 from tests.evaluation.test_generate import CONFIG
 
@@ -160,9 +159,3 @@ def test_heldout_loss_of_a_model_without_preferences(tmp_path, tokenizer):
     assert loss.tokens == tokens
     assert loss.nats_per_token == pytest.approx(math.log(4096), rel=1e-6)
     assert loss.bits_per_byte == pytest.approx(12 * tokens / sum(map(len, texts)), rel=1e-6)
-
-
-def test_a_configuration_without_a_task_is_refused():
-    config = RunConfig(model="m", output="o", data=DataConfig(train=("t.jsonl",)))
-    with pytest.raises(InputError, match="evaluation.data: not set"):
-        run_evaluation(config)

@@ -1,0 +1,85 @@
+"""Scores beside each other: before and after training."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from esft_jax.evaluation.run import EvaluationReport, Score
+from esft_jax.files import write_text_atomic
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a task or domain.
+
+    Attributes:
+        name: of the task or domain.
+        measure: what was measured, and its unit.
+        before, after: its values; `before` is None where it is not known.
+    """
+
+    name: str
+    measure: str
+    before: float | None
+    after: float
+
+    @property
+    def change(self) -> float | None:
+        """`after` minus `before`."""
+        return None if self.before is None else self.after - self.before
+
+
+def measures(after: EvaluationReport, before: EvaluationReport | None = None) -> list[Measure]:
+    """Every figure of a report, beside that of an earlier one."""
+    found = []
+    for name, score in after.scores.items():
+        old = dict(_figures(before.scores[name])) if before is not None else {}
+        for measure, value in _figures(score):
+            found.append(Measure(name, measure, old.get(measure), value))
+    return found
+
+
+def _figures(score: Score) -> Iterator[tuple[str, float]]:
+    if score.value is not None:
+        yield f"{score.metric}, %", score.value
+    if score.heldout is not None:
+        yield "held-out loss, nats per token", score.heldout.nats_per_token
+        if score.heldout.bits_per_byte is not None:
+            yield "held-out bits per byte", score.heldout.bits_per_byte
+
+
+def print_measures(
+    console: Console, after: EvaluationReport, before: EvaluationReport | None = None
+) -> None:
+    """Print a table of all figures, and what a judge left out."""
+    table = Table("", "")
+    for heading in ("value",) if before is None else ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    for found in measures(after, before):
+        digits = 1 if found.measure.endswith("%") else 4
+        cells = [f"{found.after:.{digits}f}"]
+        if found.before is not None and found.change is not None:
+            cells = [f"{found.before:.{digits}f}", *cells, f"{found.change:+.{digits}f}"]
+        table.add_row(found.name, found.measure, *cells)
+    console.print(table)
+    for report in filter(None, (before, after)):
+        for name, score in report.scores.items():
+            if score.failures:
+                console.print(
+                    f"{name} ({report.folder.name}): no readable score for {score.failures} of "
+                    f"{score.rows} completions; they do not count"
+                )
+
+
+def write_comparison(path: Path, after: EvaluationReport, before: EvaluationReport) -> None:
+    """Write all figures before and after, and their change, as JSON."""
+    rows = [
+        dataclasses.asdict(found) | {"change": found.change} for found in measures(after, before)
+    ]
+    content = {"before": before.folder.name, "after": after.folder.name, "measures": rows}
+    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
