@@ -29,9 +29,7 @@ def _known_metric(name: str) -> str:
 
 def _case_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "task":
-        raise ValueError(
-            f"expected letters, digits, '.', '-' and '_', and not 'task', got {name!r}"
-        )
+        raise ValueError(f"expected a name of letters, digits, '.-_', not 'task', got {name!r}")
     return name
 
 

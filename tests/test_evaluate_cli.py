@@ -70,6 +70,7 @@ def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     printed = capsys.readouterr().out
     assert "exact_match, %" in printed
     assert "held-out loss, nats per token" in printed
+    assert "change" not in printed  # nothing to compare with
     base = run / "evaluation" / "base"
     assert f"written to {base}" in printed
     completions = read_completions(base / "completions.jsonl")
@@ -81,13 +82,26 @@ def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     assert len(scores["data_sha256"]) == 2
     assert scores["heldout"]["tokens"] > 1
 
+    assert not (run / "evaluation" / "comparison.json").exists()
+
     assert evaluate.main(["--config", str(path), "--adapter", str(adapter)]) == 0
+    printed = capsys.readouterr().out
     tuned = run / "evaluation" / "adapter"
     tuned_scores = json.loads((tuned / "scores.json").read_text())
     assert tuned_scores["adapter"] == str(adapter)
     assert tuned_scores["heldout"]["nats_per_token"] != scores["heldout"]["nats_per_token"]
     assert len(read_completions(tuned / "completions.jsonl")) == 2
     assert json.loads((base / "scores.json").read_text()) == scores
+
+    comparison = json.loads((run / "evaluation" / "comparison.json").read_text())
+    losses = [report["heldout"]["nats_per_token"] for report in (scores, tuned_scores)]
+    (loss,) = (m for m in comparison["measures"] if "nats" in m["measure"])
+    assert (loss["name"], loss["before"], loss["after"]) == ("task", *losses)
+    assert f"{losses[0]:.4f}" in printed and f"{losses[1] - losses[0]:+.4f}" in printed
+    # Figures of other settings are not set beside each other.
+    arguments = ["--config", str(path), "--adapter", str(adapter), "evaluation.limit=1"]
+    assert evaluate.main(arguments) == 0
+    assert "change" not in capsys.readouterr().out
 
 
 def test_the_result_of_full_training_does_not_replace_the_base(config, model_folder):

@@ -150,18 +150,21 @@ def _cases(
                 too_long=data.too_long,
                 seed=config.seed,
             )
-        facts = {
-            "metric": metric if rows else None,
-            "judge": judge.model if judge and rows and METRICS[metric].rubric else None,
+        facts: dict[str, Any] = {
             "rows": len(rows),
-            "max_new_tokens": max_new_tokens,
-            "temperature": evaluation.temperature,
-            "top_p": evaluation.top_p,
             "seed": config.seed,
             "sequence_length": data.sequence_length if valid else None,
             "data_sha256": ({} if task is None else {task: source_sha256(task)})
             | ({} if heldout is None else heldout.stats.sha256),
         }
+        if rows:
+            facts |= {
+                "metric": metric,
+                "judge": judge.model if judge and METRICS[metric].rubric else None,
+                "max_new_tokens": max_new_tokens,
+                "temperature": evaluation.temperature,
+                "top_p": evaluation.top_p,
+            }
         return Case(rows, metric, max_new_tokens, heldout, facts)
 
     everything = [data.valid, *(other.valid for other in evaluation.others.values())]
@@ -217,6 +220,8 @@ def run_evaluation(
         # Where processes see different files, all of them compute.
         scores = {n: None if any_process(score is None) else score for n, score in kept.items()}
     if None in scores.values():
+        if jax.process_index() == 0:  # it speaks of scores that give way
+            RunFolder(config.output).comparison.unlink(missing_ok=True)
         base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
         fingerprint = fingerprint or base.fingerprint
         facts = _model_facts(config, adapter, fingerprint)

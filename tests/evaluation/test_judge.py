@@ -192,7 +192,6 @@ def test_what_was_answered_before_a_stop_is_not_asked_again(
     assert server.asked() == asked[2:]
 
 
-@pytest.mark.slow
 def test_a_killed_judge_asks_for_the_rest_only(
     judge: Judge, server: Server, tmp_path: Path
 ) -> None:

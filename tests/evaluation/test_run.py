@@ -1,0 +1,237 @@
+"""A run's evaluation: its own task and others, before and after training, kept and compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esft_jax import evaluate, train
+from esft_jax.config import load_config
+from esft_jax.data.pipeline import build_dataset
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+from esft_jax.evaluation import run as evaluation
+from esft_jax.evaluation.judge import VARIABLES
+from esft_jax.evaluation.metrics import read_completions
+from esft_jax.evaluation.run import Score, check_evaluation, run_evaluation
+from esft_jax.evaluation.tasks import EvaluationResult, HeldoutLoss, heldout_loss
+from esft_jax.hf.load import load_model
+from tests.evaluation.test_judge import KEY, Server
+
+TEXTS = ["In the beginning was the word.", "def add(a, b):\n    return a + b\n"]
+
+
+@pytest.fixture
+def config(short_run: Path, chats: Path, tmp_path: Path) -> Path:
+    """Two updates, a task of its own, and three others."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    rows = [{"prompt": f"{n} + 1 =", "raw_answers": [str(n + 1)]} for n in range(3)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = json.loads(short_run.read_text())
+    content |= {"output": str(tmp_path / "run"), "mesh": {"data": 1}}
+    content["train"] |= {"steps": 2, "eval_every": 2, "save_every": 2}
+    content["optimizer"]["learning_rate"] = 0.02
+    content["evaluation"] = {
+        "data": str(tmp_path / "sums.jsonl"),
+        "metric": "chrf",
+        "max_new_tokens": 6,
+        "batch_size": 8,
+        "others": {
+            "text": {"valid": [str(tmp_path / "text.jsonl")]},
+            "chats": {"data": str(chats), "valid": [str(chats)], "format": "chat"},
+            "sums.short": {"data": str(tmp_path / "sums.jsonl"), "max_new_tokens": 2},
+        },
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Everything below a result's folder that a later evaluation may take over."""
+    return {
+        str(path.parent.relative_to(folder)): json.loads(path.read_text())
+        for path in folder.rglob("scores.json")
+    }
+
+
+@pytest.mark.slow
+def test_before_and_after_training(
+    config: Path, base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "evaluation"
+    assert train.main(["--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    before, after = scores(folder / "base"), scores(folder / "adapter")
+    assert before.keys() == after.keys() == {".", "text", "chats", "sums.short"}
+    expected = []
+    for name, key in (("task", "."), ("text", "text"), ("chats", "chats")):
+        old, new = before[key], after[key]
+        if name != "text":
+            expected.append([name, f"{old['metric']}, %", old["value"], new["value"]])
+        for loss, unit in [
+            ("nats_per_token", "held-out loss, nats per token"),
+            ("bits_per_byte", "held-out bits per byte"),
+        ]:
+            if old["heldout"][loss] is not None:
+                expected.append([name, unit, old["heldout"][loss], new["heldout"][loss]])
+    assert [e[1] for e in expected].count("held-out bits per byte") == 1  # chats have no bytes
+    old, new = before["sums.short"], after["sums.short"]
+    assert old["heldout"] is None
+    expected.append(["sums.short", "exact_match, %", old["value"], new["value"]])
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert (comparison["before"], comparison["after"]) == ("base", "adapter")
+    found = comparison["measures"]
+    assert [[m["name"], m["measure"], m["before"], m["after"]] for m in found] == expected
+    for measure in found:
+        assert measure["change"] == measure["after"] - measure["before"]
+        if "nats" in measure["measure"]:
+            assert measure["change"] != 0
+            assert f"{measure['change']:+.4f}" in printed
+    assert "before" in printed and "after" in printed and "change" in printed
+
+    # The same figures as without a run.
+    tokenizer, files = Tokenizer.load(base), [str(tmp_path / "text.jsonl")]
+    dataset = build_dataset(files, tokenizer, format="text", sequence_length=32)
+    loss = heldout_loss(load_model(base), dataset, 8)
+    assert before["text"]["heldout"]["nats_per_token"] == pytest.approx(loss.nats_per_token)
+    assert before["text"]["heldout"]["bits_per_byte"] == pytest.approx(loss.bits_per_byte)
+    completions = read_completions(folder / "base" / "completions.jsonl")
+    short = read_completions(folder / "base" / "sums.short" / "completions.jsonl")
+    assert len(completions) == len(short) == 3
+    assert not (folder / "base" / "text" / "completions.jsonl").exists()
+
+    # The same command evaluates nothing again, and says the same.
+    def fail(*args: Any) -> Any:
+        raise AssertionError("evaluated again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_evaluate", fail)
+        assert train.main(["--config", str(config)]) == 0
+    assert json.loads((folder / "comparison.json").read_text()) == comparison
+
+    # `evaluate` does, and knows what was before.
+    (folder / "comparison.json").unlink()
+    adapter = tmp_path / "run" / "adapter"
+    capsys.readouterr()
+    assert evaluate.main(["--config", str(config), "--adapter", str(adapter)]) == 0
+    assert "change" in capsys.readouterr().out
+    assert json.loads((folder / "comparison.json").read_text()) == comparison
+
+
+def test_only_scores_of_the_same_settings_are_taken_over(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    compute = evaluation._evaluate
+    # What is computed does not matter here.
+    completed = EvaluationResult("chrf", 50.0, 0, [])
+    monkeypatch.setattr(evaluation, "evaluate_task", lambda *args, **options: completed)
+    monkeypatch.setattr(evaluation, "heldout_loss", lambda *args: HeldoutLoss(9, 2.5, None))
+
+    def note(*args: Any) -> Any:
+        done.append(args[3])
+        return compute(*args)
+
+    monkeypatch.setattr(evaluation, "_evaluate", note)
+
+    def evaluated(*overrides: str) -> list[str]:
+        done.clear()
+        report = run_evaluation(load_config(config, overrides), reuse=True)
+        expected = {
+            "task": Score("chrf", 50.0, report.scores["task"].rows, 0, HeldoutLoss(9, 2.5, None)),
+            "text": Score(None, None, 0, 0, HeldoutLoss(9, 2.5, None)),
+        }
+        assert report.scores | expected == report.scores
+        return list(done)
+
+    everything = ["task", "text", "chats", "sums.short"]
+    assert evaluated() == everything
+    assert evaluated() == []
+    assert evaluated("evaluation.batch_size=3") == []
+    assert evaluated("evaluation.max_new_tokens=5") == ["task", "chats"]
+    same = ("evaluation.max_new_tokens=5", "evaluation.limit=2")
+    assert evaluated(*same) == ["task", "chats", "sums.short"]
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write('{"text": "More of it."}\n')
+    assert evaluated(*same) == ["text"]
+    # A score that is half there is none: it is written last.
+    (tmp_path / "run" / "evaluation" / "base" / "chats" / "scores.json").unlink()
+    assert evaluated(*same) == ["chats"]
+    done.clear()
+    run_evaluation(load_config(config, same))
+    assert done == everything
+
+
+def test_a_comparison_is_not_left_beside_other_scores(config: Path, tmp_path: Path) -> None:
+    comparison = tmp_path / "run" / "evaluation" / "comparison.json"
+    comparison.parent.mkdir(parents=True)
+    comparison.write_text("{}")
+    loaded = load_config(config, ["evaluation.data=null", "evaluation.others.chats.data=null"])
+    loaded.evaluation.others.pop("sums.short")
+    run_evaluation(loaded, reuse=True)
+    assert not comparison.exists()
+    comparison.write_text("{}")
+    run_evaluation(loaded, reuse=True)
+    assert comparison.exists()  # nothing was computed
+
+
+def test_a_judge_scores_a_task(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--config", str(config), "evaluation.metric=judge_translation"]
+    command += ["evaluation.others={}", "data.valid=[]"]
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert evaluate.main(command) == 2
+    assert capsys.readouterr().err.startswith("error: OPENAI_BASE_URL: not set")
+    assert not (tmp_path / "run").exists()
+
+    server = Server()
+    for name, value in zip(VARIABLES, (server.url, KEY, "grader"), strict=True):
+        monkeypatch.setenv(name, value)
+
+    def answer(body: dict[str, Any]) -> tuple[int, str]:
+        first = json.loads(body["messages"][1]["content"])["prompt"] == "0 + 1 ="
+        return 200, "What?" if first else "Score: 7"
+
+    server.answer = answer
+    assert evaluate.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "judge_translation, %" in printed
+    assert "no readable score for 1 of 3 completions" in printed
+    folder = tmp_path / "run" / "evaluation"
+    found = json.loads((folder / "base" / "scores.json").read_text())
+    assert (found["value"], found["failures"], found["judge"]) == (70.0, 1, "grader")
+    completions = read_completions(folder / "base" / "completions.jsonl")
+    assert [completion.score for completion in completions] == [None, 0.7, 0.7]
+    # Replies are kept in the run folder.
+    assert evaluate.main(command) == 0
+    assert len(server.requests) == 3
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.others.text.metrik=chrf", "did you mean evaluation.others.text.metric?"),
+        ("evaluation.others.text.valid=nowhere.jsonl", "evaluation.others.text.valid: expected"),
+        ("evaluation.others.text.valid=[nowhere.jsonl]", "nowhere.jsonl: no such file"),
+        ("evaluation.others.text={}", "others.text: nothing to evaluate; expected data or valid"),
+        ("evaluation.others={task: {valid: [a]}}", "others.task: expected a name"),
+        ("evaluation.others={a/b: {valid: [a]}}", "others.a/b: expected a name"),
+        ("evaluation.others.text.data=nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+        ("evaluation.others.chats.metric=intent", "an answer is not JSON, which intent needs"),
+    ],
+)
+def test_what_is_wrong_with_others_is_named(config: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_evaluation(load_config(config, [override]))
+    assert message in str(error.value)
+
+
+def test_a_configuration_without_anything_to_evaluate_is_refused(config: Path) -> None:
+    with pytest.raises(InputError, match="evaluation.data: not set"):
+        run_evaluation(load_config(config, ["evaluation={}"]))
