@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from esft_jax.data.pipeline import PackedDataset, eval_batches
 from esft_jax.data.read import read_chat
@@ -211,16 +212,19 @@ def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) ->
             their number.
     """
     graph, params = nnx.split(model)
-
-    @jax.jit
-    def batch_loss(params: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return loss_sum(nnx.merge(graph, params), batch)[0], batch["loss_weights"].sum()
-
     size = device_multiple(batch_size, model.mesh)
     nats = tokens = 0.0
     for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count()):
-        loss, weight = batch_loss(params, place_batch(batch, model.mesh))
+        loss, weight = _batch_loss(graph, params, place_batch(batch, model.mesh))
         nats, tokens = nats + float(loss), tokens + float(weight)
     text_bytes = dataset.stats.text_bytes
     bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else None
     return HeldoutLoss(int(tokens), nats / tokens, bits_per_byte)
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def _batch_loss(
+    graph: nnx.GraphDef, params: nnx.State, batch: dict[str, Array]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums of losses in nats and of their weights; compiled once for all datasets of one shape."""
+    return loss_sum(nnx.merge(graph, params), batch)[0], batch["loss_weights"].sum()
