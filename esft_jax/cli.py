@@ -22,6 +22,7 @@ VERBS = {
     "plan": "see whether a run fits a TPU slice or GPUs, without having them",
     "train": "train the chosen experts, or the whole model",
     "evaluate": "let a model complete task prompts, and judge the completions",
+    "harness": "run the tasks of lm-evaluation-harness on a model",
     "generate": "let a model complete one prompt",
     "export": "merge an adapter into its base as a Hugging Face folder",
 }
