@@ -82,6 +82,26 @@ def test_processes_together_make_the_run_of_one(
         np.testing.assert_allclose(tensor, theirs[name], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_processes_evaluate_together(short_run: Path, chats: Path, tmp_path: Path) -> None:
+    others = f"evaluation.others={{chats: {{valid: [{chats}], format: chat}}}}"
+    overrides = ["train.steps=2", f"evaluation.data={chats}", "evaluation.limit=12", others]
+    overrides += ["evaluation.metric=chrf", "evaluation.max_new_tokens=5"]
+    found, texts = [], []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}"
+        texts += finish(start(short_run, output, processes, *overrides))[1:]
+        files = sorted((output / "evaluation").rglob("scores.json"))
+        found.append({str(f.relative_to(output)): json.loads(f.read_text()) for f in files})
+    assert len(found[0]) == 4
+    for name, alone in found[0].items():
+        together = found[1][name]
+        assert together["value"] == alone["value"]
+        loss = together["heldout"]["nats_per_token"]
+        assert loss == pytest.approx(alone["heldout"]["nats_per_token"], abs=1e-5)
+    assert not any("before" in text for text in texts)
+
+
 def wait_for(output: Path, step: int, processes: list[subprocess.Popen]) -> None:
     path = output / "metrics.jsonl"
     for _ in range(1200):

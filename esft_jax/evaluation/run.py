@@ -216,9 +216,9 @@ def run_evaluation(
     fingerprint = None
     if reuse and any(_scores_file(target, name).exists() for name in scores):
         fingerprint = open_source(config.model).fingerprint
-        kept = _kept_scores(target, inputs, _model_facts(config, adapter, fingerprint))
-        # Where processes see different files, all of them compute.
-        scores = {n: None if any_process(score is None) else score for n, score in kept.items()}
+        scores = _kept_scores(target, inputs, _model_facts(config, adapter, fingerprint))
+    # Where processes see different files, all of them compute.
+    scores = {name: None if any_process(not score) else score for name, score in scores.items()}
     if None in scores.values():
         if jax.process_index() == 0:  # it speaks of scores that give way
             RunFolder(config.output).comparison.unlink(missing_ok=True)
