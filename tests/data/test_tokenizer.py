@@ -3,6 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
@@ -152,3 +154,27 @@ def test_deepseek_tokenizer() -> None:
     assert tokens == [100000, *prompt, *tokenizer.encode(" done"), 100001]
     assert learn == [False] * (1 + len(prompt)) + [True] * (len(tokens) - 1 - len(prompt))
     assert tokenizer.encode_prompt(CHAT[1:2]) == [100000, *prompt]
+
+
+@pytest.mark.parametrize(
+    ("key", "post_processor", "expected"),
+    [(None, False, False), (True, False, True), (None, True, True), (False, True, False)],
+)
+def test_whether_text_begins_with_bos_by_itself(
+    folder: Path, key: bool | None, post_processor: bool, expected: bool
+) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config if key is None else config | {"add_bos_token": key})
+    )
+    if post_processor:
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bos = config["bos_token"]["content"]
+        bos_id = backend.token_to_id(bos)
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+        )
+        backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.begins_with_bos is expected
+    assert tokenizer.encode("done")[0] != tokenizer.bos_id

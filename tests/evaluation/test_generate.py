@@ -93,6 +93,20 @@ def test_stops_before_eos(model, greedy):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.9}])
+def test_completions_that_need_no_more_are_stopped(model, monkeypatch, sampling):
+    """Now and then: after blocks of three tokens here, and the others go on as they were."""
+    whole = decode(model, **sampling)
+    word = whole[0][1]
+    monkeypatch.setattr(generate, "_STOP_BLOCK", 3)
+    found = decode(model, stop=lambda ids: word in ids, **sampling)
+    for ids, all_ids in zip(found, whole, strict=True):
+        length = next((n for n in (3, 6) if word in all_ids[:n]), NEW)
+        assert ids == all_ids[:length]
+    assert len(found[0]) == 3
+    assert decode(model, stop=lambda ids: False, **sampling) == whole
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.9}])
 def test_batches_and_neighbours_do_not_matter(model, sampling):
     more = [*PROMPTS, list(range(1, 21))]  # makes a wider batch, and a batch of one prompt
     done = []
