@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
 from esft_jax.errors import InputError
-from esft_jax.files import read_text
+from esft_jax.files import read_text, write_bytes_atomic
 
 ROUTING_FILE = "routing.npz"
 _LOG_NAME = re.compile(r"expert_weights_(\d+)\.txt")
@@ -74,26 +75,18 @@ class RoutingLog:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `routing.npz`: ids in the narrowest type, gates in half precision."""
-        path = Path(folder) / ROUTING_FILE
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        buffer = BytesIO()
         arrays: dict[str, Any] = {} if self.tokens is None else {"tokens": self.tokens}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:  # given a name, numpy would append its own suffix
-                np.savez_compressed(
-                    file,
-                    layers=np.array(self.layers, np.int32),
-                    num_experts=np.int32(self.num_experts),
-                    expert_ids=self.expert_ids.astype(np.min_scalar_type(self.num_experts - 1)),
-                    gates=self.gates.astype(np.float16),
-                    starts=self.starts,
-                    **arrays,
-                )
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        np.savez_compressed(
+            buffer,
+            layers=np.array(self.layers, np.int32),
+            num_experts=np.int32(self.num_experts),
+            expert_ids=self.expert_ids.astype(np.min_scalar_type(self.num_experts - 1)),
+            gates=self.gates.astype(np.float16),
+            starts=self.starts,
+            **arrays,
+        )
+        write_bytes_atomic(Path(folder) / ROUTING_FILE, buffer.getvalue())
 
 
 def load_routing(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> RoutingLog | None:

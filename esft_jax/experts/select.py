@@ -61,3 +61,11 @@ def rank_and_take(
     order = np.argsort(-units, axis=-1, kind="stable")
     ranked = np.take_along_axis(units, order, axis=-1)
     return order, np.cumsum(ranked, axis=-1) - ranked < threshold
+
+
+def chosen_mask(scores: Float[np.ndarray, "*N E"], top_p: float) -> Bool[np.ndarray, "*N E"]:
+    """Which experts `select_experts` would choose."""
+    order, taken = rank_and_take(scores, top_p)
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, taken, axis=-1)
+    return mask

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from esft_jax.experts.routing_log import RoutingLog
-from esft_jax.experts.select import rank_and_take
+from esft_jax.experts.select import chosen_mask
+
+_OFF_SIZE = 0.25  # samples are whole sequences, which may miss the size that is asked for so far
 
 
 def gate_shares(gate: Float[np.ndarray, "*N E"]) -> Float64[np.ndarray, "*N E"]:
@@ -76,14 +78,6 @@ def alternate_halves(
     return sums[::2].sum(axis=0), sums[1::2].sum(axis=0)
 
 
-def chosen_mask(scores: Float[np.ndarray, "*N E"], top_p: float) -> Bool[np.ndarray, "*N E"]:
-    """Which experts `select_experts` would choose."""
-    order, taken = rank_and_take(scores, top_p)
-    mask = np.zeros(scores.shape, bool)
-    np.put_along_axis(mask, order, taken, axis=-1)
-    return mask
-
-
 def tuned_met(log: RoutingLog, chosen: Bool[np.ndarray, "L E"]) -> Int[np.ndarray, "L T"]:
     """How many of its K experts are chosen ones, for each token and layer."""
     return np.stack(
@@ -107,7 +101,7 @@ class SampleSize:
     """Two independent samples of `tokens` tokens, drawn again and again.
 
     Attributes:
-        tokens: of each sample, nominal; whole sequences are drawn until it is reached.
+        tokens: of each sample; whole sequences make that up to a quarter.
         agreement: 5th, 50th and 95th percentile of `agreement` of the choices.
         shared: the same of the top-K experts that both have, mean over layers.
     """
@@ -142,17 +136,16 @@ def sample_sizes(
         for _ in range(draws):
             order = rng.permutation(len(lengths))
             ends = np.cumsum(lengths[order])
-            one = 1 + int(np.searchsorted(ends, tokens))
-            two = 1 + int(np.searchsorted(ends, ends[one - 1] + tokens))
+            one = 1 + int(np.abs(ends - tokens).argmin())
+            two = 1 + int(np.abs(ends - ends[one - 1] - tokens).argmin())
             parts = order[:one], order[one:two]
-            if lengths[parts[1]].sum() < tokens:  # long sequences: nothing was left for the second
+            if any(abs(lengths[part].sum() / tokens - 1) > _OFF_SIZE for part in parts):
                 continue
             first, second = (sums[part].sum(axis=0) / lengths[part].sum() for part in parts)
             agreements.append(agreement(chosen_mask(first, top_p), chosen_mask(second, top_p)))
             shared.append(shared_top_k(first, second, k).mean())
-        if len(agreements) < draws / 2:
-            break
-        found.append(SampleSize(tokens, _percentiles(agreements), _percentiles(shared)))
+        if len(agreements) >= draws / 2:
+            found.append(SampleSize(tokens, _percentiles(agreements), _percentiles(shared)))
     return found
 
 

@@ -29,14 +29,14 @@ class Cost:
     operations: float
 
     @property
-    def adapter_gb(self) -> float:
-        """Size of the adapter in bfloat16, in GB."""
-        return self.parameters * ADAPTER_BYTES / 1e9
+    def adapter_bytes(self) -> int:
+        """Size of the adapter in bfloat16."""
+        return self.parameters * ADAPTER_BYTES
 
     @property
-    def state_gb(self) -> float:
-        """Masters, gradients and moments in training, in GB over all devices."""
-        return self.parameters * STATE_BYTES / 1e9
+    def state_bytes(self) -> int:
+        """Masters, gradients and moments in training, over all devices."""
+        return self.parameters * STATE_BYTES
 
 
 class CostModel:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from esft_jax.errors import InputError
 from esft_jax.experts.routing_log import RoutingLog, load_routing
 from esft_jax.experts.scores import ExpertScores, ScoreMethod, load_scores, round_scores
-from esft_jax.experts.select import rank_and_take
+from esft_jax.experts.select import chosen_mask, rank_and_take
 from esft_jax.reporting import analysis
 from esft_jax.training.run_folder import RunFolder
 
@@ -98,7 +98,7 @@ def choose(task: Task, method: ScoreMethod, top_p: float, top_k: int) -> Choice:
     scores, log = task.scores, task.log
     values = round_scores(scores.of(method))  # as `select_experts` does
     order, taken = rank_and_take(values, top_p)
-    chosen = analysis.chosen_mask(values, top_p)
+    chosen = chosen_mask(values, top_p)
     met = certainty = count_range = halves = None
     sizes: list[analysis.SampleSize] = []
     if log is not None:
