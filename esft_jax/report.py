@@ -103,12 +103,13 @@ def write_report(findings: Findings, folder: Path) -> None:
 
 
 def print_summary(findings: Findings, console: Console) -> None:
-    """The four answers for each task, and how much the tasks have in common."""
+    """The answers for each task, and how much the tasks have in common."""
     for index, choice in enumerate(findings.choices):
         found = answers(findings, index)
         table = Table(title=choice.task.name, title_justify="left", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column()
+        table.add_row("fit", found.fit)
         table.add_row("which", found.which)
         table.add_row("why", found.why)
         table.add_row("how sure", found.sure)

@@ -118,7 +118,7 @@ def _experts(findings: Findings, index: int) -> Figure:
     axes.invert_yaxis()
     axes.grid(False)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=30)
-    bar.set_label("score, times the layer's mean")
+    bar.set_label("times the layer's mean" if layers > 10 else "times the mean")
     bar.outline.set_visible(False)
     return figure
 
@@ -151,7 +151,7 @@ def _concentration(findings: Findings) -> Figure:
     right.set(title="Cumulated", xlabel="best experts", xlim=(0, findings.num_experts), ylim=(0, 1))
     right.legend(loc="lower right")
     for axes in (left, right):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
 
 
@@ -218,7 +218,7 @@ def _sample_size(findings: Findings) -> Figure:
             axes.fill_between(x, low, high, color=_line(i)["color"], alpha=0.15, lw=0)
     top.axhline(findings.enough, color="#555", lw=0.9, ls=":")
     top.set(title="Chosen experts that two independent samples have in common", ylim=(None, 1))
-    top.yaxis.set_major_formatter(PercentFormatter(1))
+    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.axhline(findings.chance, color="#555", lw=0.9, ls=":")
     bottom.annotate(
         "chance",
@@ -234,7 +234,7 @@ def _sample_size(findings: Findings) -> Figure:
     bottom.set_ylim(0, findings.top_k)
     bottom.set_xscale("log", base=2)
     bottom.xaxis.set_major_formatter(ScalarFormatter())
-    bottom.legend(loc="lower right")
+    bottom.legend(loc="center right")
     return figure
 
 
@@ -251,7 +251,7 @@ def _threshold(findings: Findings) -> Figure:
             panels[1].plot(p, operations, **_line(i))
     for axes in panels:
         axes.axvline(findings.top_p, color="#999", lw=0.9)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylim(0, 1)
     panels[0].set_title("Routed experts that are trained")
     if findings.method == "token":

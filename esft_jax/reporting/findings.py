@@ -17,6 +17,7 @@ from esft_jax.reporting.vocabulary import Word, rank_words
 
 ENOUGH = 0.9  # agreement of two samples from which more tokens change little
 SURE = 0.8  # of the resamples choose an expert
+NEARLY_EVEN = 1.25  # even routing would take so many times the experts
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ def _thresholds(
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for one task, one or two plain sentences each."""
+    """The answers for one task, a few plain sentences each."""
 
+    fit: str
     which: str
     why: str
     sure: str
@@ -142,15 +144,24 @@ class Answers:
 
 
 def answers(findings: Findings, index: int) -> Answers:
-    """Which experts, why, how sure, at what cost."""
+    """Whether ESFT suits, which experts, why, how sure, at what cost."""
     choice = findings.choices[index]
     counts, total = choice.counts, choice.chosen.size
     share = choice.chosen.mean()
     served, even = choice.served.mean(), findings.even_count
+    fewer = even / counts.mean()
+    fit = (
+        f"The task reaches p = {findings.top_p:g} with {share:.1%} of the experts. If they were"
+        f" all used alike, it would take {even / findings.num_experts:.1%}: {fewer:.1f} times as"
+        " many."
+    )
+    if fewer < NEARLY_EVEN:
+        fit += " Routing is close to even, so that choosing experts saves little."
+    else:
+        fit += " The routing is concentrated, which is what ESFT makes use of."
     which = (
-        f"{counts.sum()} of {total:,} experts ({share:.1%}), {counts.min()} to {counts.max()} in a"
-        f" layer. If all experts were alike, p = {findings.top_p:g} would take {even} in each layer"
-        f" ({even / findings.num_experts:.1%})."
+        f"{counts.sum()} of {total:,} experts, {counts.min()} to {counts.max()} in a layer; they"
+        " are framed and listed below."
     )
     mass = analysis.top_k_mass(choice.shares, findings.top_k).mean()
     why = (
@@ -160,7 +171,7 @@ def answers(findings: Findings, index: int) -> Answers:
     )
     if choice.met is not None:
         why += f" {choice.met.mean():.0%} of tokens meet at least one of them in a layer."
-    return Answers(which, why, sure(choice), _cost(findings, index))
+    return Answers(fit, which, why, sure(choice), _cost(findings, index))
 
 
 def sure(choice: Choice) -> str:
@@ -172,10 +183,11 @@ def sure(choice: Choice) -> str:
         )
     certainty = choice.certainty[choice.chosen]
     low, high = choice.count_range
+    span = str(low) if low == high else f"{low} to {high}"
+    doubtful = int((certainty < SURE).sum())
     text = (
-        f"Samples drawn again choose {low} to {high} experts (nine draws in ten), and each of"
-        f" these with {certainty.mean():.0%} certainty on average; {(certainty < SURE).sum()} are"
-        f" below {SURE:.0%}."
+        f"Nine resamples in ten choose {span} experts. Each of the {certainty.size} is chosen by"
+        f" {certainty.mean():.0%} of them on average, {doubtful or 'none'} by less than {SURE:.0%}."
     )
     return f"{text} {recommendation(choice)}"
 
@@ -219,9 +231,9 @@ def _cost(findings: Findings, index: int) -> str:
 
 def count_text(number: float) -> str:
     """A count for the eye: `1.07 billion`."""
-    for unit, name in ((1e9, "billion"), (1e6, "million")):
+    for unit, name in ((1e9, " billion"), (1e6, " million")):
         if number >= unit:
-            return f"{number / unit:.3g} {name}"
+            return f"{number / unit:.3g}{name}"
     return f"{number:,.0f}"
 
 
