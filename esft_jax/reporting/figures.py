@@ -17,6 +17,7 @@ _WIDTH = 5.6  # inches; a phone shows it at two thirds, which leaves 9 points le
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_BLUES = mpl.colormaps["Blues"].resampled(40)  # colour bars of more levels become pixels
 _CHOSEN = "#D55E00"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -104,7 +105,7 @@ def _experts(findings: Findings, index: int) -> Figure:
     figure, (axes,) = _new(0.9 + 0.125 * max(layers, 8))
     top = max(float(np.quantile(times_even, 0.995)), 2.0)
     x, y = np.arange(experts + 1) - 0.5, np.arange(layers + 1) - 0.5
-    mesh = axes.pcolormesh(x, y, np.minimum(times_even, top), cmap="Blues", vmin=0, vmax=top)
+    mesh = axes.pcolormesh(x, y, np.minimum(times_even, top), cmap=_BLUES, vmin=0, vmax=top)
     for row, expert in zip(*np.nonzero(choice.chosen), strict=True):
         frame = mpl.patches.Rectangle(
             (expert - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=_CHOSEN, linewidth=1.1
@@ -162,7 +163,7 @@ def _overlap(findings: Findings) -> Figure:
     figure, (axes,) = _new(1.4 + 0.55 * size)
     x = np.arange(size + 1) - 0.5
     mesh = axes.pcolormesh(
-        x, x, findings.overlap, cmap="Blues", vmin=0, vmax=findings.top_k, edgecolor="white"
+        x, x, findings.overlap, cmap=_BLUES, vmin=0, vmax=findings.top_k, edgecolor="white"
     )
     for (row, column), value in np.ndenumerate(findings.overlap.tolist()):
         colour = "white" if value > 0.6 * findings.top_k else "black"

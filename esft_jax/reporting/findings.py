@@ -160,7 +160,7 @@ def answers(findings: Findings, index: int) -> Answers:
     else:
         fit += " The routing is concentrated, which is what ESFT makes use of."
     which = (
-        f"{counts.sum()} of {total:,} experts, {counts.min()} to {counts.max()} in a layer; they"
+        f"{counts.sum()} of {total:,} experts, {_span(counts.min(), counts.max())} in a layer; they"
         " are framed and listed below."
     )
     mass = analysis.top_k_mass(choice.shares, findings.top_k).mean()
@@ -183,11 +183,11 @@ def sure(choice: Choice) -> str:
         )
     certainty = choice.certainty[choice.chosen]
     low, high = choice.count_range
-    span = str(low) if low == high else f"{low} to {high}"
     doubtful = int((certainty < SURE).sum())
     text = (
-        f"Nine resamples in ten choose {span} experts. Each of the {certainty.size} is chosen by"
-        f" {certainty.mean():.0%} of them on average, {doubtful or 'none'} by less than {SURE:.0%}."
+        f"Nine resamples in ten choose {_span(low, high)} experts. Each of the {certainty.size} is"
+        f" chosen by {certainty.mean():.0%} of them on average, {doubtful or 'none'} by less than"
+        f" {SURE:.0%}."
     )
     return f"{text} {recommendation(choice)}"
 
@@ -227,6 +227,10 @@ def _cost(findings: Findings, index: int) -> str:
         f" of {size_text(full.state_bytes)}, and {cost.operations / full.operations:.0%} of the"
         " operations of full fine-tuning."
     )
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def count_text(number: float) -> str:

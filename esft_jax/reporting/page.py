@@ -56,4 +56,4 @@ def _doubtful(choice: Choice, layers: tuple[int, ...]) -> list[tuple[int, int, f
         (layers[row], int(expert), float(choice.certainty[row, expert]))
         for row, expert in zip(*np.nonzero(choice.chosen & (choice.certainty < SURE)), strict=True)
     ]
-    return sorted(cells, key=lambda cell: cell[2])[:_SHOWN]
+    return sorted(cells, key=lambda cell: cell[2])[:10]

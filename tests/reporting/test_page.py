@@ -70,7 +70,7 @@ def test_answers_every_question_for_every_task(text: str) -> None:
     words = re.sub(r"\s+", " ", Page(text).words)
     for question in ("Does it fit?", "Which experts?", "Why these?", "How sure?", "What cost?"):
         assert words.count(question) == 2
-    assert re.search(r"\d+ of 24 experts, \d to \d in a layer", words)
+    assert re.search(r"\d+ of 24 experts, \d( to \d)? in a layer", words)
     assert re.search(r"They serve \d\d\.\d% of the task's assignments", words)
     assert re.search(r"Two independent samples of \d+ tokens agree on", words)
     assert re.search(
@@ -94,6 +94,8 @@ _MEASURE = """<script>addEventListener("load", () => {
     height: document.documentElement.scrollHeight,
     figures: Object.fromEntries([...document.querySelectorAll("figure")].map(
       f => [f.id, box(f.querySelector("svg"))])),
+    hidden: Math.max(...[...document.querySelectorAll(".scroll")].map(
+      e => e.scrollWidth - e.clientWidth)),
     letters: Math.min(...[...document.querySelectorAll("p, dd, td")].map(
       e => parseFloat(getComputedStyle(e).fontSize))),
   }); });</script></body>"""
@@ -120,6 +122,7 @@ def test_a_browser_shows_it(text: str, tmp_path: Path, width: int) -> None:
     assert found, dom[:500]
     measured = json.loads(found[1])
     assert measured["width"] <= width
+    assert measured["hidden"] <= 0, "a table needs to be scrolled sideways"
     assert measured["letters"] >= 11
     assert set(measured["figures"]) >= {"experts-0", "concentration", "overlap", "sample-size"}
     shot = tmp_path / "page.png"
