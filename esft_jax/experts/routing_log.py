@@ -89,26 +89,15 @@ class RoutingLog:
         write_bytes_atomic(Path(folder) / ROUTING_FILE, buffer.getvalue())
 
 
-def load_routing(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> RoutingLog | None:
-    """Read the routing in a folder: our `routing.npz`, or the reference's logs; None without.
-
-    Args:
-        path: the folder.
-        experts_per_token: K of the reference's logs, which do not say it themselves.
+def load_routing(folder: str | os.PathLike[str]) -> RoutingLog | None:
+    """Read the `routing.npz` of a folder; None where there is none.
 
     Raises:
-        InputError: the content is malformed (named by file and line).
+        InputError: it is damaged, or something else.
     """
-    path = Path(path)
-    if not path.is_dir():
+    path = Path(folder) / ROUTING_FILE
+    if not path.exists():
         return None
-    if (path / ROUTING_FILE).exists():
-        return _load(path / ROUTING_FILE)
-    logs = find_logs(path)
-    return read_logs(logs, experts_per_token) if logs else None
-
-
-def _load(path: Path) -> RoutingLog:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -43,7 +43,8 @@ class ExpertScores:
         token: Token scores, one row per layer.
         gate: Gate scores, one row per layer.
         provenance: Where the scores come from (data, tokens, base model); JSON values only.
-        routing: What they were counted from, or its beginning, where `score_experts` made them.
+        routing: What they were counted from, or its beginning; only where `score_experts` or
+            routing logs gave them.
     """
 
     layers: tuple[int, ...]
@@ -245,4 +246,5 @@ def _of_logs(log: RoutingLog) -> ExpertScores:
         token=np.stack(counts) / (log.top_k * log.num_tokens),
         gate=np.stack(sums) / log.num_tokens,
         provenance=provenance,
+        routing=log,
     )

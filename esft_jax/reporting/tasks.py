@@ -72,11 +72,11 @@ def read_tasks(arguments: Sequence[str], experts_per_token: int) -> list[Task]:
         path = Path(text if found else argument)
         folder = RunFolder(path).scores if RunFolder(path).scores.is_dir() else path
         if not found:
-            name = path.absolute().parent.name if path.name == "scores" else path.absolute().stem
+            name = _name(path.absolute())
         if not name or any(task.name == name for task in tasks):
             raise InputError(f"{argument}: {name!r} names no new task; expected NAME=PATH")
         scores = load_scores(folder, experts_per_token=experts_per_token)
-        log = load_routing(folder, experts_per_token=experts_per_token)
+        log = scores.routing if scores.routing is not None else load_routing(folder)
         if log is not None and (log.layers, log.num_experts) != (scores.layers, scores.num_experts):
             raise InputError(f"{folder}: scores and routing are of different models")
         tasks.append(Task(name, str(path), scores, log))
@@ -91,6 +91,12 @@ def read_tasks(arguments: Sequence[str], experts_per_token: int) -> list[Task]:
                 f" {first.scores.num_experts}; expected scores of one model"
             )
     return tasks
+
+
+def _name(path: Path) -> str:
+    if path.name == "scores":
+        return path.parent.name
+    return path.stem if path.is_file() else path.name
 
 
 def choose(task: Task, method: ScoreMethod, top_p: float, top_k: int) -> Choice:

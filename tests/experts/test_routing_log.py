@@ -3,7 +3,7 @@ import pytest
 
 from esft_jax.errors import InputError
 from esft_jax.experts.routing_log import ROUTING_FILE, RoutingLog, load_routing
-from esft_jax.experts.scores import ExpertScores
+from esft_jax.experts.scores import ExpertScores, load_scores
 
 LOG_1 = "0\t2\t2\t3\t\t0.5\t0.25\t0.125\t0.25\n3\t0\t\t0.5\t0.25\n"
 LOG_2 = "1\t0\t1\t2\t\t0.4\t0.2\t0.6\t0.1\n2\t1\t\t0.3\t0.3\n"
@@ -19,7 +19,7 @@ def make_log() -> RoutingLog:
 def test_logs_of_the_reference(tmp_path) -> None:
     (tmp_path / "expert_weights_1.txt").write_text(LOG_1)
     (tmp_path / "expert_weights_2.txt").write_text(LOG_2)
-    log = load_routing(tmp_path, experts_per_token=2)
+    log = load_scores(tmp_path, experts_per_token=2).routing
     assert log is not None
     assert (log.layers, log.num_experts, log.num_tokens, log.top_k) == ((1, 2), 4, 3, 2)
     np.testing.assert_array_equal(log.starts, [0, 2, 3])
