@@ -19,6 +19,7 @@ VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
     "score": "measure how relevant each expert is to a task",
     "select": "choose the experts to train from their scores",
+    "report": "show which experts a task needs, why, how sure that is, and what it costs",
     "plan": "see whether a run fits a TPU slice or GPUs, without having them",
     "train": "train the chosen experts, or the whole model",
     "evaluate": "let a model complete task prompts, and judge the completions",

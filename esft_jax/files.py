@@ -11,11 +11,16 @@ from esft_jax.errors import InputError
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 `text` under a temporary name in the same folder, then rename it to `path`."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """The same for bytes; `InputError` names the file where it cannot be written."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error

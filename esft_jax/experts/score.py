@@ -1,17 +1,23 @@
 """Measuring how relevant each expert is to a task (arXiv 2407.01906, equations 6 and 7)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.mesh import place_batch
 from esft_jax.model.transformer import Transformer
+
+# Tokens whose routing is kept beside the scores: as many as the paper scores, 61 MB before
+# compression for DeepSeek-V2-Lite.
+ROUTING_TOKENS = 2**17
 
 
 def sample_scores(
@@ -41,6 +47,8 @@ def score_experts(
 ) -> ExpertScores:
     """Run a model forward over task samples and average its routing.
 
+    The routing itself of the first rows, `ROUTING_TOKENS` tokens, is kept beside the averages.
+
     Args:
         model: the base model.
         batches: dicts with `tokens`, `segment_ids` and `positions`, int32 `[B, S]`; one row is
@@ -54,7 +62,7 @@ def score_experts(
     num_experts = model.config.router.num_experts
 
     @jax.jit
-    def add(totals: tuple, params: nnx.State, batch: dict[str, Array]) -> tuple:
+    def add(totals: tuple, params: nnx.State, batch: dict[str, Array]) -> tuple[tuple, _Batch]:
         model = nnx.merge(graph, params)
         _, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
         token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
@@ -62,13 +70,27 @@ def score_experts(
         tokens = (batch["segment_ids"] > 0).sum()
         # The paper's gates are the router's probabilities, before any scaling factor.
         gate = gate / model.config.router.scale
-        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens))
+        routing = _Batch(
+            router.expert_ids.astype(jnp.uint16),
+            (router.gates / model.config.router.scale).astype(jnp.float16),
+            batch["segment_ids"],
+            batch["tokens"],
+        )
+        if model.mesh is not None:  # every process reads all rows
+            everywhere = NamedSharding(model.mesh, PartitionSpec())
+            routing = jax.lax.with_sharding_constraint(routing, everywhere)
+        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens)), routing
 
     zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
     totals: Any = (zeros, zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    kept: list[_Batch] = []
+    room = ROUTING_TOKENS
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
-        totals = add(totals, params, place_batch(inputs, model.mesh))
+        totals, routing = add(totals, params, place_batch(inputs, model.mesh))
+        if room > 0:
+            kept.append(_Batch(*map(np.asarray, routing)))
+            room -= int((kept[-1].segment_ids > 0).sum())
     token, gate, samples, tokens = jax.device_get(totals)
     if samples == 0:
         raise ValueError("no sample to score; expected at least one batch with tokens")
@@ -77,4 +99,38 @@ def score_experts(
         token=token.astype(np.float64) / samples,
         gate=gate.astype(np.float64) / samples,
         provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
+        routing=_routing_log(kept, model.config.moe_layers, num_experts),
+    )
+
+
+class _Batch(NamedTuple):
+    """What is kept of one batch."""
+
+    expert_ids: Int[Any, "L B S K"]
+    gates: Float[Any, "L B S K"]
+    segment_ids: Int[Any, "B S"]
+    tokens: Int[Any, "B S"]
+
+
+def _routing_log(kept: list[_Batch], layers: tuple[int, ...], num_experts: int) -> RoutingLog:
+    real = [batch.segment_ids > 0 for batch in kept]
+    # A document starts where its number changes and where a row begins.
+    first = [
+        np.diff(batch.segment_ids, axis=1, prepend=-1)[filled] != 0
+        for batch, filled in zip(kept, real, strict=True)
+    ]
+    starts = np.flatnonzero(np.concatenate(first))
+    return RoutingLog(
+        layers=layers,
+        num_experts=num_experts,
+        expert_ids=np.concatenate(
+            [batch.expert_ids[:, filled] for batch, filled in zip(kept, real, strict=True)], axis=1
+        ),
+        gates=np.concatenate(
+            [batch.gates[:, filled] for batch, filled in zip(kept, real, strict=True)], axis=1
+        ),
+        starts=np.append(starts, sum(int(filled.sum()) for filled in real)),
+        tokens=np.concatenate(
+            [batch.tokens[filled] for batch, filled in zip(kept, real, strict=True)]
+        ),
     )

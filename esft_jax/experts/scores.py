@@ -7,17 +7,23 @@ where it was not chosen; a layer's gate scores sum to the mean gate mass of its 
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import layer_index
+from esft_jax.experts.routing_log import (
+    ROUTING_FILE,
+    RoutingLog,
+    check_no_gap,
+    find_logs,
+    read_logs,
+)
 from esft_jax.files import parse_json, read_text, write_text_atomic
 
 ScoreMethod = Literal["token", "gate"]
@@ -25,9 +31,7 @@ SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 SCORES_FILE = "scores.json"
 SUMMARY_FILE = "summary.json"
-_LOG_NAME = re.compile(r"expert_weights_(\d+)\.txt")
 _DECIMALS = 4
-_MAX_EXPERTS = 65_536  # a typing error in a log must not allocate gigabytes
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,15 @@ class ExpertScores:
         token: Token scores, one row per layer.
         gate: Gate scores, one row per layer.
         provenance: Where the scores come from (data, tokens, base model); JSON values only.
+        routing: What they were counted from, or its beginning; only where `score_experts` or
+            routing logs gave them.
     """
 
     layers: tuple[int, ...]
     token: Float64[np.ndarray, "L E"]
     gate: Float64[np.ndarray, "L E"]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    routing: RoutingLog | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         layers = list(self.layers)
@@ -88,7 +95,10 @@ class ExpertScores:
         return self.token if method == "token" else self.gate
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `summary.json` (the reference's format) and `scores.json` (full precision)."""
+        """Write `summary.json` (the reference's format) and `scores.json` (full precision).
+
+        The routing, if it is known, goes to `routing.npz`.
+        """
         summary = {f"{method}_scores": self._by_name(method) for method in SCORE_METHODS}
         scores = {
             "layers": list(self.layers),
@@ -96,8 +106,12 @@ class ExpertScores:
             "gate_scores": self.gate.tolist(),
             "provenance": dict(self.provenance),
         }
+        # Not beside new scores, even if writing these ends half-way.
+        (Path(folder) / ROUTING_FILE).unlink(missing_ok=True)
         write_text_atomic(Path(folder) / SUMMARY_FILE, json.dumps(summary))
-        # Last: whoever finds scores.json may rely on both files.
+        if self.routing is not None:
+            self.routing.save(folder)
+        # Last: whoever finds scores.json may rely on all files.
         write_text_atomic(Path(folder) / SCORES_FILE, json.dumps(scores))
 
     def _by_name(self, method: ScoreMethod) -> dict[str, dict[str, float]]:
@@ -128,15 +142,11 @@ def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> 
     """
     path = Path(path)
     if path.is_dir():
-        logs = {
-            int(match[1]): file
-            for file in path.iterdir()
-            if (match := _LOG_NAME.fullmatch(file.name))
-        }
+        logs = find_logs(path)
         if (path / SCORES_FILE).exists():
             path = path / SCORES_FILE
         elif logs:
-            return _read_logs(logs, experts_per_token)
+            return _of_logs(read_logs(logs, experts_per_token))
         elif (path / SUMMARY_FILE).exists():
             path = path / SUMMARY_FILE
         else:
@@ -195,7 +205,7 @@ def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
     if layers[0] != layers[1]:
         layer = min(set(layers[0]) ^ set(layers[1]))
         raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
-    _check_no_gap(layers[0], str(path))
+    check_no_gap(layers[0], str(path))
     provenance = {"source": "reference summary", "decimals": _DECIMALS}
     return ExpertScores(tuple(layers[0]), tables[0], tables[1], provenance)
 
@@ -220,80 +230,21 @@ def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "
         raise InputError(f"{where}: a score is beyond the range of floating point") from None
 
 
-def _check_no_gap(layers: list[int], where: str) -> None:
-    missing = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers))
-    if missing:
-        raise InputError(
-            f"{where}: layer {missing[0]} is missing; expected every layer from {layers[0]}"
-            f" to {layers[-1]}"
-        )
-
-
-def _read_logs(files: dict[int, Path], experts_per_token: int) -> ExpertScores:
-    layers = sorted(files)
-    _check_no_gap(layers, str(files[layers[0]].parent))
-    if experts_per_token < 1:
-        raise InputError(f"experts_per_token: {experts_per_token} is not a number from 1")
-    logs = [_read_log(files[layer], experts_per_token) for layer in layers]
-    tokens, sequences = logs[0][2:]
-    for layer, log in zip(layers, logs, strict=True):
-        if log[2:] != (tokens, sequences):
-            raise InputError(
-                f"{files[layer]}: {log[2]} tokens in {log[3]} sequences, but layer {layers[0]}"
-                f" has {tokens} in {sequences}; expected the same data in every layer"
-            )
-    # The logs do not say how many experts a layer has; one above every id ever chosen has score 0.
-    num_experts = 1 + max(int(ids.max()) for ids, *_ in logs)
-    counts = [np.bincount(ids, minlength=num_experts) for ids, *_ in logs]
-    sums = [np.bincount(ids, weights=gates, minlength=num_experts) for ids, gates, *_ in logs]
+def _of_logs(log: RoutingLog) -> ExpertScores:
+    ids = log.expert_ids.reshape(len(log.layers), -1)
+    gates = log.gates.reshape(len(log.layers), -1)
+    counts = [np.bincount(row, minlength=log.num_experts) for row in ids]
+    sums = [np.bincount(*row, minlength=log.num_experts) for row in zip(ids, gates, strict=True)]
     provenance = {
         "source": "reference routing logs",
-        "tokens": tokens,
-        "sequences": sequences,
-        "experts_per_token": experts_per_token,
+        "tokens": log.num_tokens,
+        "sequences": log.num_sequences,
+        "experts_per_token": log.top_k,
     }
     return ExpertScores(
-        layers=tuple(layers),
-        token=np.stack(counts) / (experts_per_token * tokens),
-        gate=np.stack(sums) / tokens,
+        layers=log.layers,
+        token=np.stack(counts) / (log.top_k * log.num_tokens),
+        gate=np.stack(sums) / log.num_tokens,
         provenance=provenance,
+        routing=log,
     )
-
-
-def _read_log(
-    path: Path, experts_per_token: int
-) -> tuple[Int64[np.ndarray, " TK"], Float64[np.ndarray, " TK"], int, int]:
-    """Read one layer's log: expert ids and gates of all assignments, tokens, sequences."""
-    all_ids, all_gates = [], []
-    lines = read_text(path).splitlines()
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        halves = line.split("\t\t")
-        if len(halves) != 2:
-            raise InputError(f"{where}: expected expert ids, two tabs, gates, all joined by tabs")
-        try:
-            ids = np.array(list(map(int, halves[0].split("\t"))), dtype=np.int64)
-            gates = np.array(list(map(float, halves[1].split("\t"))), dtype=np.float64)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{where}: {error}; expected whole ids and decimal gates") from None
-        if ids.size != gates.size:
-            raise InputError(f"{where}: {ids.size} expert ids but {gates.size} gates")
-        if ids.size % experts_per_token:
-            raise InputError(
-                f"{where}: {ids.size} expert ids are no multiple of {experts_per_token} per token"
-            )
-        if ids.min() < 0 or ids.max() >= _MAX_EXPERTS:
-            raise InputError(f"{where}: an expert id is not in 0 to {_MAX_EXPERTS - 1}")
-        if not (np.isfinite(gates) & (gates >= 0)).all():
-            raise InputError(f"{where}: a gate is not a finite number >= 0")
-        by_token = np.sort(ids.reshape(-1, experts_per_token), axis=1)
-        if (by_token[:, 1:] == by_token[:, :-1]).any():
-            raise InputError(
-                f"{where}: a token has one expert twice; expected {experts_per_token} distinct"
-            )
-        all_ids.append(ids)
-        all_gates.append(gates)
-    if not lines:
-        raise InputError(f"{path}: empty log; expected one line per sequence")
-    ids, gates = np.concatenate(all_ids), np.concatenate(all_gates)
-    return ids, gates, ids.size // experts_per_token, len(lines)

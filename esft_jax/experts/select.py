@@ -1,6 +1,7 @@
 """Select the experts to train from their scores (ESFT eq. 8)."""
 
 import numpy as np
+from jaxtyping import Bool, Float, Int64
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -38,12 +39,33 @@ def select_experts(
         raise InputError(f"method: {method!r} is unknown; expected {' or '.join(SCORE_METHODS)}")
     if not 0 < top_p <= 1:  # also false for NaN
         raise InputError(f"top_p: {top_p} is out of range; expected a number in (0, 1]")
-    units = np.rint(round_scores(scores.of(method)) * _UNIT).astype(np.int64)
+    order, taken = rank_and_take(round_scores(scores.of(method)), top_p)
+    experts = {
+        layer: tuple(order[row, taken[row]].tolist()) for row, layer in enumerate(scores.layers)
+    }
+    return ExpertConfig(experts, shared_experts, non_expert_modules)
+
+
+def rank_and_take(
+    scores: Float[np.ndarray, "*N E"], top_p: float
+) -> tuple[Int64[np.ndarray, "*N E"], Bool[np.ndarray, "*N E"]]:
+    """Experts in descending score, and which of these ranks are taken.
+
+    Args:
+        scores: with 4 decimals, or to be rounded so.
+        top_p: sum to reach.
+    """
+    units = np.rint(scores * _UNIT).astype(np.int64)
     # 0.07 * 10000 is a hair above 700, which would add one expert too many.
     threshold = round(top_p * _UNIT, 6)
-    experts = {}
-    for layer, row in zip(scores.layers, units, strict=True):
-        order = np.argsort(-row, kind="stable")
-        covered_before = np.cumsum(row[order]) - row[order]
-        experts[layer] = tuple(order[covered_before < threshold].tolist())
-    return ExpertConfig(experts, shared_experts, non_expert_modules)
+    order = np.argsort(-units, axis=-1, kind="stable")
+    ranked = np.take_along_axis(units, order, axis=-1)
+    return order, np.cumsum(ranked, axis=-1) - ranked < threshold
+
+
+def chosen_mask(scores: Float[np.ndarray, "*N E"], top_p: float) -> Bool[np.ndarray, "*N E"]:
+    """Which experts `select_experts` would choose."""
+    order, taken = rank_and_take(scores, top_p)
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, taken, axis=-1)
+    return mask

@@ -3,6 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, and kernels not at all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,12 @@ def _padded(width: int, block: int) -> int:
     return -(-width // block) * block
 
 
-def model_operations(config: ModelConfig, experts: ExpertConfig | None, length: int) -> float:
+def model_operations(
+    config: ModelConfig,
+    experts: ExpertConfig | None,
+    length: int,
+    served: Mapping[int, float] | None = None,
+) -> float:
     """Operations per trained token by arithmetic, nothing computed twice.
 
     Every layer runs forward; from the lowest trained one up, the gradients of the activations take
@@ -159,6 +165,8 @@ def model_operations(config: ModelConfig, experts: ExpertConfig | None, length: 
     Args:
         experts: what is trained; None for all.
         length: tokens per row.
+        served: by layer, the share of assignments that the trained experts serve; their share of
+            the layer's experts where it is not known.
     """
     rest = experts is None or experts.non_expert_modules
     shared_learn = experts is None or experts.shared_experts
@@ -180,7 +188,9 @@ def model_operations(config: ModelConfig, experts: ExpertConfig | None, length: 
             total += 3 * size * config.dense_width * (passes + rest)
             continue
         trained = 1.0
-        if experts is not None:
+        if served is not None:
+            trained = served[layer]
+        elif experts is not None:
             trained = len(experts.experts.get(layer, ())) / config.router.num_experts
         total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
         total += config.num_shared_experts * expert * (passes + shared_learn)

@@ -100,6 +100,33 @@ def test_scores_on_a_mesh_equal_those_of_one_device(model) -> None:
     one, other = score_experts(model, [rows]), score_experts(sharded, [rows])
     np.testing.assert_allclose(one.token, other.token, rtol=1e-5)
     np.testing.assert_allclose(one.gate, other.gate, rtol=1e-4)
+    np.testing.assert_array_equal(one.routing.tokens, other.routing.tokens)
+    np.testing.assert_array_equal(one.routing.expert_ids, other.routing.expert_ids)
+
+
+def test_the_routing_is_kept_by_document(model) -> None:
+    rows = make_rows(4)
+    rows["segment_ids"][1, 5:9] = 2  # two documents of 5 and 4 tokens in the second row of 9
+    scores = score_experts(model, [part(rows, 0, 2), part(rows, 2, 4)])
+    log = scores.routing
+    assert log is not None
+    np.testing.assert_array_equal(log.starts, [0, 8, 13, 17, 27, 38])
+    np.testing.assert_array_equal(log.tokens, rows["tokens"][rows["segment_ids"] > 0])
+    # Its sums, averaged as the paper does, are the scores.
+    counts, gates = log.sequence_sums()
+    samples = [[0], [1, 2], [3], [4]]
+    lengths = np.diff(log.starts)
+    for sums, expected in ((counts / 2, scores.token), (gates, scores.gate)):
+        means = [sums[s].sum(axis=0) / lengths[s].sum() for s in samples]
+        np.testing.assert_allclose(np.mean(means, axis=0), expected, rtol=1e-3)
+
+
+def test_the_routing_of_so_many_tokens_is_kept(model, monkeypatch) -> None:
+    rows = make_rows(6)
+    monkeypatch.setattr("esft_jax.experts.score.ROUTING_TOKENS", 20)
+    scores = score_experts(model, [part(rows, row, row + 1) for row in range(6)])
+    assert scores.provenance["tokens"] == rows["segment_ids"].sum()
+    assert scores.routing.num_sequences == 3  # 8, 9 and 10 tokens
 
 
 def test_gate_scores_leave_out_the_routers_scaling_factor(model) -> None:

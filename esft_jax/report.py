@@ -1,0 +1,131 @@
+"""Say from its scores whether ESFT suits a task: which experts, why, how sure, at what cost.
+
+Writes a page that opens offline, report.html, with its figures as PNG and its numbers as CSV.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from esft_jax.cli import command
+from esft_jax.errors import InputError
+from esft_jax.experts.scores import SCORE_METHODS
+from esft_jax.experts.select import DEFAULT_TOP_P
+from esft_jax.files import write_bytes_atomic, write_text_atomic
+from esft_jax.hf.load import local_folder
+from esft_jax.model.config import ModelConfig
+from esft_jax.reporting.cost import CostModel
+from esft_jax.reporting.figures import draw_figures, to_png, to_svg
+from esft_jax.reporting.findings import Findings, answers, find
+from esft_jax.reporting.page import render_page
+from esft_jax.reporting.tables import tables, to_csv
+from esft_jax.reporting.tasks import read_tasks
+from esft_jax.reporting.vocabulary import load_tokenizer
+
+PAGE = "report.html"
+
+
+@command
+def main(argv: Sequence[str] | None) -> None:
+    """Run `python -m esft_jax.report`; None stands for the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scores",
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="one per task: a run's folder, what `score` wrote, a reference summary.json, or a "
+        "folder of routing logs",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument("--method", choices=SCORE_METHODS, default="token", help="(default: token)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="threshold, as of `select` (default: as there)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the model's config.json adds costs, its tokenizer adds words; no weights are read",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        default=4096,
+        metavar="TOKENS",
+        help="of a row in training, for its operations (default: 4096)",
+    )
+    parser.add_argument(
+        "--experts-per-token",
+        type=int,
+        default=6,
+        metavar="K",
+        help="of scores that do not say it (default: 6)",
+    )
+    args = parser.parse_args(argv)
+
+    top_p = DEFAULT_TOP_P[args.method] if args.top_p is None else args.top_p
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p: {top_p} is out of range; expected a number in (0, 1]")
+    if args.sequence_length < 1:
+        raise InputError(f"--sequence-length: {args.sequence_length} is not a number from 1")
+    costs = tokenizer = None
+    if args.model is not None:
+        folder = local_folder(args.model, ("config.json", "tokenizer*", "special_tokens*"))
+        costs = CostModel(ModelConfig.load(folder), args.sequence_length)
+        tokenizer = load_tokenizer(folder)
+    tasks = read_tasks(args.scores, args.experts_per_token)
+    known = {task.log.top_k for task in tasks if task.log is not None}
+    if costs is not None:
+        known.add(costs.config.router.top_k)
+    if len(known) > 1:
+        raise InputError(f"experts per token: {sorted(known)} in one report; expected one model")
+    top_k = known.pop() if known else args.experts_per_token
+    findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
+    write_report(findings, Path(args.output))
+    print_summary(findings, Console())
+    print(f"report: {Path(args.output) / PAGE}")
+
+
+def write_report(findings: Findings, folder: Path) -> None:
+    """Write `data/*.csv`, `figures/*.png` and, last, `report.html`."""
+    for name, table in tables(findings).items():
+        write_text_atomic(folder / "data" / f"{name}.csv", to_csv(table))
+    figures = draw_figures(findings)
+    for name, figure in figures.items():
+        write_bytes_atomic(folder / "figures" / f"{name}.png", to_png(figure))
+    page = render_page(findings, {name: to_svg(figure, name) for name, figure in figures.items()})
+    write_text_atomic(folder / PAGE, page)
+
+
+def print_summary(findings: Findings, console: Console) -> None:
+    """The answers for each task, and how much the tasks have in common."""
+    for index, choice in enumerate(findings.choices):
+        found = answers(findings, index)
+        table = Table(title=choice.task.name, title_justify="left", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        table.add_row("fit", found.fit)
+        table.add_row("which", found.which)
+        table.add_row("why", found.why)
+        table.add_row("how sure", found.sure)
+        table.add_row("cost", found.cost)
+        console.print(table)
+    if findings.overlap is not None:
+        names = [choice.task.name for choice in findings.choices if choice.halves is not None]
+        table = Table(
+            f"shared top {findings.top_k} (chance {findings.chance:.2f})",
+            *names,
+            title_justify="left",
+        )
+        for name, row in zip(names, findings.overlap, strict=True):
+            table.add_row(name, *(f"{value:.2f}" for value in row))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.experts.routing_log import ROUTING_FILE, RoutingLog, load_routing
+from esft_jax.experts.scores import ExpertScores, load_scores
+
+LOG_1 = "0\t2\t2\t3\t\t0.5\t0.25\t0.125\t0.25\n3\t0\t\t0.5\t0.25\n"
+LOG_2 = "1\t0\t1\t2\t\t0.4\t0.2\t0.6\t0.1\n2\t1\t\t0.3\t0.3\n"
+
+
+def make_log() -> RoutingLog:
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((2, 9, 300)), axis=-1)[..., :2]
+    gates = rng.random(ids.shape).astype(np.float16)
+    return RoutingLog((3, 4), 300, ids, gates, np.array([0, 4, 9]), np.arange(9))
+
+
+def test_logs_of_the_reference(tmp_path) -> None:
+    (tmp_path / "expert_weights_1.txt").write_text(LOG_1)
+    (tmp_path / "expert_weights_2.txt").write_text(LOG_2)
+    log = load_scores(tmp_path, experts_per_token=2).routing
+    assert log is not None
+    assert (log.layers, log.num_experts, log.num_tokens, log.top_k) == ((1, 2), 4, 3, 2)
+    np.testing.assert_array_equal(log.starts, [0, 2, 3])
+    assert log.tokens is None
+    counts, gates = log.sequence_sums()
+    np.testing.assert_array_equal(
+        counts, [[[1, 0, 2, 1], [1, 2, 1, 0]], [[1, 0, 0, 1], [0, 1, 1, 0]]]
+    )
+    np.testing.assert_allclose(
+        gates, [[[0.5, 0, 0.375, 0.25], [0.2, 1, 0.1, 0]], [[0.25, 0, 0, 0.5], [0, 0.3, 0.3, 0]]]
+    )
+
+
+def test_own_file_round_trips(tmp_path) -> None:
+    log = make_log()
+    log.save(tmp_path)
+    loaded = load_routing(tmp_path)
+    assert loaded is not None
+    assert (loaded.layers, loaded.num_experts) == (log.layers, log.num_experts)
+    for name in ("expert_ids", "gates", "starts", "tokens"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(log, name))
+    assert loaded.expert_ids.dtype == np.uint16
+    assert [file.name for file in tmp_path.iterdir()] == [ROUTING_FILE]
+
+
+def test_a_folder_without_routing(tmp_path) -> None:
+    assert load_routing(tmp_path) is None
+    assert load_routing(tmp_path / "scores.json") is None
+
+
+def test_routing_is_never_left_beside_other_scores(tmp_path) -> None:
+    token = np.full((2, 4), 0.25)
+    ExpertScores((3, 4), token, token, routing=make_log()).save(tmp_path)
+    assert (tmp_path / ROUTING_FILE).exists()
+    ExpertScores((3, 4), token, token).save(tmp_path)
+    assert not (tmp_path / ROUTING_FILE).exists()
+
+
+def test_damaged_files_are_named(tmp_path) -> None:
+    path = tmp_path / ROUTING_FILE
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match=r"routing\.npz: not a file of `score`"):
+        load_routing(tmp_path)
+    np.savez(path, layers=np.array([1]))
+    with pytest.raises(InputError, match=r"routing\.npz: not a file of `score`"):
+        load_routing(tmp_path)
+    log = make_log()
+    RoutingLog(log.layers, 200, log.expert_ids, log.gates, log.starts).save(tmp_path)
+    with pytest.raises(InputError, match="do not fit together"):
+        load_routing(tmp_path)

@@ -1,0 +1,45 @@
+"""Two tasks of the model in `base`, scored on made-up routing, and their report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esft_jax.experts.routing_log import RoutingLog
+from esft_jax.experts.scores import ExpertScores
+from esft_jax.model import ModelConfig
+from esft_jax.report import main
+
+
+def write_scores(folder: Path, layers: tuple[int, ...], num_experts: int, seed: int) -> None:
+    """Sixty sequences of 25 tokens with two experts each; few experts are preferred."""
+    rng = np.random.default_rng(seed)
+    preferred = 4 * rng.random((len(layers), 1, num_experts)) ** 2
+    noise = rng.gumbel(size=(len(layers), 60 * 25, num_experts))
+    ids = np.argsort(-(preferred + noise), axis=-1)[..., :2]
+    gates = rng.uniform(0.1, 0.4, ids.shape)
+    tokens = rng.integers(300, 340, 60 * 25)
+    log = RoutingLog(layers, num_experts, ids, gates, np.arange(0, 60 * 25 + 1, 25), tokens)
+    counts, sums = (part.sum(axis=0) for part in log.sequence_sums())
+    provenance = {"tokens": log.num_tokens}
+    ExpertScores(
+        layers, counts / (2 * log.num_tokens), sums / log.num_tokens, provenance, log
+    ).save(folder)
+
+
+@pytest.fixture(scope="session")
+def scored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    config = ModelConfig.load(base)
+    folder = tmp_path_factory.mktemp("scored")
+    paths = [folder / "one", folder / "two" / "scores"]  # scores, and those in a run's folder
+    for seed, path in enumerate(paths):
+        write_scores(path, config.moe_layers, config.router.num_experts, seed)
+    return [paths[0], paths[1].parent]
+
+
+@pytest.fixture(scope="session")
+def report(base: Path, scored: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "out"
+    arguments = [*map(str, scored), "--model", str(base), "--top-p", "0.5"]
+    assert main([*arguments, "--sequence-length", "64", "--output", str(output)]) == 0
+    return output

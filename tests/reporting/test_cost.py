@@ -1,0 +1,39 @@
+"""Parameters, bytes and operations of a choice."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from esft_jax.model import ModelConfig, Transformer
+from esft_jax.planning.operations import model_operations
+from esft_jax.reporting.cost import CostModel
+
+
+def test_costs_of_a_choice(base) -> None:
+    config = ModelConfig.load(base)
+    costs = CostModel(config, 64)
+    state = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
+    assert costs.full.parameters == sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert costs.full.operations == model_operations(config, None, 64)
+    layers, experts = len(config.moe_layers), config.router.num_experts
+    token = np.full((layers, experts), 1 / experts)
+    chosen = np.zeros((layers, experts), bool)
+    chosen[-1, :2] = True
+    cost = costs.of(chosen, token)
+    one = 3 * config.hidden_size * config.expert_width
+    assert cost.parameters == 2 * one
+    assert (cost.adapter_bytes, cost.state_bytes) == (2 * 2 * one, 16 * 2 * one)
+    assert cost.operations < costs.full.operations
+
+
+def test_an_expert_is_charged_for_what_it_serves(base) -> None:
+    config = ModelConfig.load(base)
+    costs = CostModel(config, 64)
+    layers, experts = len(config.moe_layers), config.router.num_experts
+    chosen = np.zeros((layers, experts), bool)
+    chosen[:, 0] = True
+    rare, frequent = np.zeros((2, layers, experts))
+    rare[:, 0], frequent[:, 0] = 0.1, 0.6
+    more = costs.of(chosen, frequent).operations - costs.of(chosen, rare).operations
+    assignments = config.router.top_k * layers * 0.5
+    np.testing.assert_allclose(more, 2 * assignments * 3 * config.hidden_size * config.expert_width)

@@ -1,0 +1,123 @@
+"""The command from end to end: what it prints, writes and refuses."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from esft_jax.experts.scores import load_scores
+from esft_jax.experts.select import select_experts
+from esft_jax.report import main
+
+
+def rows(report: Path, name: str) -> list[dict[str, str]]:
+    with (report / "data" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mean(table: list[dict[str, str]], task: str, column: str) -> float:
+    cells = [float(row[column]) for row in table if row["task"] == task]
+    return sum(cells) / len(cells)
+
+
+def test_writes_page_figures_and_numbers(report: Path) -> None:
+    figures = {path.stem for path in (report / "figures").glob("*.png")}
+    expected = {"concentration", "overlap", "layers", "sample-size", "threshold"}
+    assert figures == expected | {"experts-0", "experts-1"}
+    data = {path.stem for path in (report / "data").glob("*.csv")}
+    assert data == expected | {"experts", "words"}
+
+
+def test_the_numbers_are_those_of_the_selection(report: Path, scored: list[Path]) -> None:
+    scores = load_scores(scored[0])
+    chosen = select_experts(scores, "token", 0.5).experts
+    table = [row for row in rows(report, "experts") if row["task"] == "one"]
+    found = {(int(row["layer"]), int(row["expert"])) for row in table if row["chosen"] == "1"}
+    assert found == {(layer, expert) for layer, ids in chosen.items() for expert in ids}
+    for row in table:
+        assert 0 <= float(row["certainty"]) <= 1
+    layers = [row for row in rows(report, "layers") if row["task"] == "one"]
+    assert [int(row["experts"]) for row in layers] == [len(ids) for ids in chosen.values()]
+    served = scores.token[0, list(chosen[scores.layers[0]])].sum()
+    assert float(layers[0]["assignments_served"]) == pytest.approx(served, rel=1e-5)
+    here = [
+        row for row in rows(report, "threshold") if row["task"] == "one" and row["top_p"] == "0.5"
+    ]
+    assert int(here[0]["experts"]) == len(found)
+    assert int(here[0]["adapter_bytes"]) == 2 * int(here[0]["parameters"])
+
+
+def test_words_name_tokens(report: Path) -> None:
+    words = [row for row in rows(report, "words") if row["task"] == "two"]
+    assert {int(row["token"]) for row in words} == set(range(300, 340))
+    met = [float(row["tuned_experts_met"]) for row in words]
+    assert met == sorted(met, reverse=True)
+    assert not any(row["text"].startswith("#") for row in words)  # the tokenizer is known
+
+
+def test_summary_alone_gives_what_it_can(scored: list[Path], tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out"
+    summary = scored[0] / "summary.json"
+    assert main([f"task={summary}", "--experts-per-token", "2", "--output", str(output)]) == 0
+    assert {path.stem for path in (output / "data").iterdir()} == {
+        "concentration",
+        "experts",
+        "layers",
+        "threshold",
+    }
+    page = (output / "report.html").read_text()
+    assert "Not known: these scores came without the routing" in page
+    assert "--model" in page
+    assert "Not known" in capsys.readouterr().out
+
+
+def test_by_gate_score(scored: list[Path], tmp_path: Path) -> None:
+    arguments = [str(scored[0]), "--method", "gate", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    chosen = select_experts(load_scores(scored[0]), "gate", 0.1)
+    found = [row for row in rows(tmp_path, "experts") if row["chosen"] == "1"]
+    assert len(found) == chosen.num_experts_selected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{one}", "{one}"], "'one' names no new task; expected NAME=PATH"),
+        (["nowhere"], "nowhere: cannot be read"),
+        (["{one}", "--top-p", "2"], "--top-p: 2.0 is out of range"),
+        (["{one}", "--sequence-length", "0"], "--sequence-length: 0 is not a number from 1"),
+        (["{one}", "--model", "models/deepseek-v2-lite"], "experts per token: [2, 6]"),
+        (["{one}", "other={other}"], "expected scores of one model"),
+    ],
+)
+def test_bad_input_is_one_line(
+    scored: list[Path], tmp_path: Path, capsys, arguments: list[str], message: str
+) -> None:
+    other = tmp_path / "scores.json"
+    other.write_text('{"layers": [1], "token_scores": [[1.0]], "gate_scores": [[0.5]]}')
+    filled = [argument.format(one=scored[0], other=other) for argument in arguments]
+    output = tmp_path / "out"
+    assert main([*filled, "--output", str(output)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not output.exists()
+
+
+def test_released_logs(esft_reference: Path, tmp_path: Path) -> None:
+    """What is known of DeepSeek-V2-Lite on two tasks of the paper."""
+    logs = esft_reference / "results" / "expert_scores"
+    assert main([str(logs / "intent"), str(logs / "law"), "--output", str(tmp_path)]) == 0
+    layers = rows(tmp_path, "layers")
+    for task, mass, shared, experts, served, met in (
+        ("intent", 0.330, 5.81, 124, 0.223, 0.79),
+        ("law", 0.277, 5.35, 153, 0.215, 0.73),
+    ):
+        assert round(mean(layers, task, "top_6_gate_share"), 3) == mass
+        assert sum(int(row["experts"]) for row in layers if row["task"] == task) == experts
+        assert round(mean(layers, task, "assignments_served"), 3) == served
+        assert round(mean(layers, task, "tokens_served"), 2) == met
+        overlap = {(row["task"], row["other"]): row for row in rows(tmp_path, "overlap")}
+        assert round(float(overlap[task, task]["shared_top_k"]), 2) == shared
+        assert float(overlap[task, task]["chance"]) == 6 * 6 / 64
+    assert float(overlap["intent", "law"]["shared_top_k"]) < 1
