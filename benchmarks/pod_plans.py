@@ -8,6 +8,7 @@ Runs `esft_jax.plan` for each, one after the other. Prints Markdown, writes JSON
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def make_plan(name: str, model: Path, output: Path) -> dict[str, Any]:
 
 def row(name: str, plan: dict[str, Any]) -> list[str]:
     """What the table says of a plan."""
-    memory, devices = plan["memory"], plan["mesh"]["data"] * plan["mesh"]["expert"]
+    memory, devices = plan["memory"], math.prod(plan["mesh"].values())
     operations = [plan["operations"], plan["model_operations"]]
     words = [name, plan["topology"], str(devices), "yes" if plan["fits"] else "no"]
     sizes = [memory["frozen"], memory["tuned"] + memory["moments"], memory["temporary"]]

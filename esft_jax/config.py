@@ -55,14 +55,16 @@ class MeshConfig:
     """Number of devices on each mesh axis.
 
     Attributes:
-        data: Devices that share the batch; -1 takes all that `expert` leaves.
+        data: Devices that share the batch; -1 takes all that the others leave.
         expert: Devices that share the experts of a layer.
+        replica: Copies of all weights; none takes one for each TPU slice or GPU host.
         cpu_devices: Without an accelerator, devices that JAX splits the CPU into; about one per
             core is fastest; none leaves it to JAX. Ignored on TPU and GPU.
     """
 
     data: Annotated[int, Field(strict=True, ge=-1)] = -1
     expert: Count = 1
+    replica: Count | None = None
     cpu_devices: Count | None = None
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.experts import (
     BaseExperts,
@@ -72,7 +72,7 @@ class MoE(nnx.Module):
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
             base = tuple(map(_partition, banks))
-            copies = PartitionSpec(DATA, RULES.experts)
+            copies = PartitionSpec((REPLICA, DATA), RULES.experts)
             out, carried = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,

@@ -9,7 +9,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 
 # Positions per chunk; logits exist for one chunk of every row at a time.
 CHUNK = 64
@@ -109,12 +109,13 @@ def _with_gradients(
     def on_shard(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple:
         if not is_split:
             total, dhidden, dhead = scan(hidden, head, targets, weights)
-            return *jax.lax.psum((total, dhead), (DATA, EXPERT)), dhidden
+            return *jax.lax.psum((total, dhead), RULES.batch), dhidden
         head = jax.lax.all_gather(head, DATA, axis=1, tiled=True)
         total, dhidden, dhead = scan(hidden, head, targets, weights, group=EXPERT)
         if dhead is not None:
             dhead = jax.lax.psum_scatter(dhead, DATA, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(total, DATA), dhead, dhidden
+            dhead = jax.lax.psum(dhead, REPLICA)
+        return jax.lax.psum(total, (REPLICA, DATA)), dhead, dhidden
 
     batch = PartitionSpec(RULES.batch)
     total, dhead, dhidden = jax.shard_map(

@@ -12,9 +12,9 @@ from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.load import local_folder
-from esft_jax.mesh import make_mesh
+from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.model.config import ModelConfig
-from esft_jax.planning.collectives import received_bytes
+from esft_jax.planning.collectives import received_bytes, within_slices
 from esft_jax.planning.operations import Routing, count_operations, model_operations
 from esft_jax.planning.program import (
     StepMemory,
@@ -25,7 +25,7 @@ from esft_jax.planning.program import (
     step_shapes,
 )
 from esft_jax.planning.roofline import PEAKS, Roofline
-from esft_jax.topology import ahead_of_time_devices
+from esft_jax.topology import ahead_of_time_devices, hardware
 from esft_jax.training.setup import check_fit, given_experts
 
 
@@ -43,7 +43,8 @@ class Plan:
         operations: floating-point operations per token as compiled, loops, kernels and what is
             computed again included; None where they cannot be counted, which is only on TPUs.
         model_operations: the same by arithmetic, nothing computed twice.
-        received: bytes that one device receives from others in a step, by kind of collective; None
+        received: bytes that one device receives from others in a step, by kind of collective, and
+            apart for those between slices; None
             if nothing was compiled.
         roofline: least time of a step; None for unknown hardware, or if nothing was compiled.
         seconds: spent on tracing and compiling.
@@ -119,7 +120,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     """
     model = ModelConfig.load(local_folder(config.model, files=("config.json",)))
     devices = ahead_of_time_devices(topology)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
     check_fit(config, model, mesh)
@@ -167,8 +168,9 @@ def make_plan(case: Case) -> Plan:
     memory, text = compile_step(shapes, traced)
     received = roofline = None
     if text is not None:
-        received = received_bytes(text, mesh.size)
-        roofline = _roofline(case, memory, operations or by_arithmetic, sum(received.values()))
+        received = received_bytes(text, mesh.size, count_slices(list(mesh.devices.flat)))
+        moved = sum(within_slices(received).values())
+        roofline = _roofline(case, memory, operations or by_arithmetic, moved)
     return Plan(
         topology=case.topology,
         mesh=dict(mesh.shape),
@@ -187,7 +189,7 @@ def make_plan(case: Case) -> Plan:
 def _roofline(
     case: Case, memory: StepMemory, operations: float, received: float
 ) -> Roofline | None:
-    peaks = PEAKS.get(case.topology.partition(":")[0])
+    peaks = PEAKS.get(hardware(case.topology))
     if peaks is None:
         return None
     # Every micro-batch reads all weights forward and backward; the optimizer reads and writes

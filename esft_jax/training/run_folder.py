@@ -14,6 +14,7 @@ from esft_jax.files import read_text, write_text_atomic
 _CHANGEABLE = {
     "mesh.data",
     "mesh.expert",
+    "mesh.replica",
     "mesh.cpu_devices",
     "train.steps",
     "train.eval_every",

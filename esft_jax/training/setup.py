@@ -55,7 +55,7 @@ def open_setup(config: RunConfig) -> Setup:
     run.check(config)
     folder = local_folder(config.model)
     model_config = ModelConfig.load(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
     experts = given_experts(config, model_config)
     tokenizer = Tokenizer.load(folder)

@@ -108,10 +108,12 @@ def test_logits_never_exist_for_all_tokens(inputs):
     assert max(sizes) == B * CHUNK * V
 
 
-@pytest.mark.parametrize(("data", "expert"), [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize(
+    ("replica", "data", "expert"), [(1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+)
 @pytest.mark.parametrize("words", [200, V])
-def test_a_mesh_shares_the_vocabulary_out(inputs, data, expert, words):
-    mesh = make_mesh(data, expert)
+def test_a_mesh_shares_the_vocabulary_out(inputs, replica, data, expert, words):
+    mesh = make_mesh(data, expert, replica=replica)
     inputs = {key: np.tile(x, (4, *[1] * (x.ndim - 1))) for key, x in inputs.items()}
     inputs["head"] = inputs["head"][:D, :words]
     inputs["targets"] = inputs["targets"] % words
@@ -128,7 +130,7 @@ def test_a_mesh_shares_the_vocabulary_out(inputs, data, expert, words):
     compiled = on_mesh.lower(**jax.tree.map(jax.device_put, inputs, places)).compile()
     close(compiled(**jax.tree.map(jax.device_put, inputs, places)), plain(**inputs), 1e-5)
     # Logits of a chunk: the group's rows by the device's own words.
-    rows = 8 // (data * expert)
+    rows = 8 // mesh.size
     own = f"f32[{rows * expert},{CHUNK},{words // expert}]" if words % 8 == 0 else None
     program = compiled.as_text()
     assert (own or f"f32[{rows},{CHUNK},{words}]") in program
