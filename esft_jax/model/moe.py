@@ -58,7 +58,7 @@ class MoE(nnx.Module):
             carried: of the tuned experts, from layer to layer (`carry_banks`).
         """
         shape = x.shape
-        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
+        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
         tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None

@@ -25,6 +25,10 @@ _KINDS = (
     "collective-permute",
 )
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 BETWEEN = " between slices"
@@ -181,21 +185,26 @@ def _group(attributes: str, devices: int) -> list[int]:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(place) for place in listed[1].split(",")]
     if iota := _IOTA.search(attributes):
-        shape = [int(size) for size in iota[2].split(",")]
-        order = [int(axis) for axis in iota[3].split(",")] if iota[3] else None
-        places = np.arange(math.prod(shape)).reshape(shape).transpose(order)
-        return places.reshape(-1)[: int(iota[1])].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        return _places(iota[2], iota[3])[: int(iota[1])].tolist()
+    if named := _MESH.search(attributes):
         # Some name a part of an axis: 'data':(2)4 are 4 neighbours, in each of 2 parts of it.
-        parts = {name: rest for name, *rest in _AXIS.findall(named[2])}
+        parts = {name: rest for name, *rest in _AXIS.findall(named[4])}
         shape, chosen = [], []
         for name, size in re.findall(r"'(\w+)'=(\d+)", named[1]):
             before, part = (int(text or 0) for text in parts.get(name, ("", "")))
             before, part = before or 1, part or int(size)
             shape += [before, part, int(size) // (before * part)]
             chosen += [0, slice(None) if name in parts else 0, 0]
-        return np.arange(math.prod(shape)).reshape(shape)[tuple(chosen)].reshape(-1).tolist()
+        places = _places(named[2], named[3]) if named[2] else np.arange(math.prod(shape))
+        return places.reshape(shape)[tuple(chosen)].reshape(-1).tolist()
     return list(range(devices))
+
+
+def _places(shape: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 on in a grid, axes in another order: of `[2,4]T(1,0)` 0, 4, 1, 5, ..."""
+    sizes = [int(size) for size in shape.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
 
 
 def _spans_slices(attributes: str, devices: int, slices: int) -> bool:

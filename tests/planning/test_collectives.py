@@ -72,6 +72,8 @@ def test_what_connects_slices_counts_apart() -> None:
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
         ("replica_groups={}", [0, 1, 2, 3, 4, 5, 6, 7]),
     ],
 )
