@@ -58,6 +58,8 @@ class MeshConfig:
         data: Devices that share the batch; -1 takes all that the others leave.
         expert: Devices that share the experts of a layer.
         replica: Copies of all weights; none takes one for each TPU slice or GPU host.
+        transport: How tokens reach the devices of their experts: all to all of them, or each to its
+            own.
         cpu_devices: Without an accelerator, devices that JAX splits the CPU into; about one per
             core is fastest; none leaves it to JAX. Ignored on TPU and GPU.
     """
@@ -65,6 +67,7 @@ class MeshConfig:
     data: Annotated[int, Field(strict=True, ge=-1)] = -1
     expert: Count = 1
     replica: Count | None = None
+    transport: Literal["all_gather", "ragged_all_to_all"] = "all_gather"
     cpu_devices: Count | None = None
 
 

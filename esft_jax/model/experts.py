@@ -63,7 +63,7 @@ def base_bank(experts: BaseExperts, layer: Int[Array, ""]) -> Float[Array, "E _ 
     return Bank.layer_of(experts, layer) if experts.ndim == 4 else experts
 
 
-class _Banks(NamedTuple):
+class Banks(NamedTuple):
     """Matrices of all groups in order: of the tuned experts, if there are any, and of the base."""
 
     gate_up: tuple[Float[Array, "_ D F2"] | Bank, ...]
@@ -91,13 +91,13 @@ def apply_experts(
             run as it takes, and nothing is as long as all assignments but indices.
     """
     local = len(gate_up)
-    banks = _Banks((gate_up,), (down,))
+    banks = Banks((gate_up,), (down,))
     if tuned is None:
         here = (expert_ids >= first) & (expert_ids < first + local)
         groups, num_groups = jnp.where(here, expert_ids - first, local), local
     else:
         groups, num_groups = tuned.groups[expert_ids], len(tuned.gate_up) + local
-        banks = _Banks((tuned.gate_up, gate_up), (tuned.down, down))
+        banks = Banks((tuned.gate_up, gate_up), (tuned.down, down))
     dispatch = sort_by_group(groups, num_groups)
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
@@ -105,10 +105,10 @@ def apply_experts(
     return _at_once(x, flat, banks, dispatch)
 
 
-def _apply_to_rows(
+def apply_to_rows(
     rows: Float[Array, "M D"],
     gates: Float[Array, " M"],
-    banks: _Banks,
+    banks: Banks,
     group_sizes: Int[Array, " G"],
 ) -> Float[Array, "M D"]:
     """For each of the sorted rows, its expert's output times its gate."""
@@ -127,13 +127,23 @@ def _apply_to_rows(
 def _at_once(
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, all of them at once."""
     rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
-    rows = _apply_to_rows(rows, gates, banks, dispatch.group_sizes)
+    rows = apply_to_rows(rows, gates, banks, dispatch.group_sizes)
     return combine(rows, dispatch, len(x))
+
+
+def filled(differentiated: tuple, operands: tuple) -> tuple:
+    """Operands, where they are not differentiated themselves."""
+    return jax.tree.map(
+        lambda own, given: given if own is None else own,
+        differentiated,
+        operands,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,7 +151,7 @@ def _in_pieces(
     piece: int,
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, a piece of the sorted ones at a time.
@@ -152,7 +162,7 @@ def _in_pieces(
 
     def add_piece(i: Array, out: Array) -> Array:
         order, sizes = piece_of(dispatch, i, piece)
-        rows = _apply_to_rows(x[order // top_k], gates[order], banks, sizes)
+        rows = apply_to_rows(x[order // top_k], gates[order], banks, sizes)
         return add_to_tokens(out, rows, dispatch, i * piece)
 
     out = jnp.zeros(x.shape, jnp.float32)
@@ -164,7 +174,7 @@ def _pieces(dispatch: Dispatch, piece: int) -> Int[Array, ""]:
 
 
 @dataclass
-class _Needed:
+class Needed:
     """Trace-time facts for the backward rule: which of `x`, `gates` and `banks` are differentiated.
 
     The same tree as theirs, of flags; `of` keeps what is differentiated of one, and None elsewhere.
@@ -172,7 +182,18 @@ class _Needed:
 
     flags: tuple = field(pytree_node=False)
 
-    def of(self, *operands: Array | _Banks) -> tuple:
+    @classmethod
+    def read(cls, *operands: Any) -> tuple[tuple, "Needed"]:
+        """The values of a forward rule's operands, and which of the first three are needed."""
+
+        def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
+            return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+        values = each(lambda leaf: leaf.value, operands)
+        return values, cls(each(lambda leaf: leaf.perturbed, operands[:3]))
+
+    def of(self, *operands: Array | Banks) -> tuple:
+        """What is differentiated of the operands; None elsewhere."""
         return jax.tree.map(lambda value, flag: value if flag else None, operands, self.flags)
 
 
@@ -180,14 +201,10 @@ def _forward(
     piece: int,
     x: CustomVJPPrimal,
     gates: CustomVJPPrimal,
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> tuple[Array, tuple]:
-    def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
-        return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
-
-    values = each(lambda leaf: leaf.value, (x, gates, banks, dispatch))
-    needed = _Needed(each(lambda leaf: leaf.perturbed, (x, gates, banks)))
+    values, needed = Needed.read(x, gates, banks, dispatch)
     return _in_pieces(piece, *values), (*values, needed)
 
 
@@ -200,14 +217,9 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
         tokens = order // top_k
         operands = (x[tokens], gates[order], banks)
 
-        def apply(*differentiated: Array | _Banks | None) -> Array:
-            rows, row_gates, all_banks = jax.tree.map(
-                lambda own, given: given if own is None else own,
-                differentiated,
-                operands,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            return _apply_to_rows(rows, row_gates, all_banks, sizes)
+        def apply(*differentiated: Array | Banks | None) -> Array:
+            rows, row_gates, all_banks = filled(differentiated, operands)
+            return apply_to_rows(rows, row_gates, all_banks, sizes)
 
         _, pull = jax.vjp(apply, *needed.of(*operands))
         # Rows of nobody are 0, and so are their gradients.

@@ -1,8 +1,9 @@
 """The Mixture-of-Experts feed-forward layer, dropless, with experts split over devices.
 
 Tokens of one expert group (the devices along the `expert` mesh axis) are gathered, every device
-computes its own experts for them, and the results are summed back to the tokens' owners. Expert
-weights never move.
+computes its own experts for them, and the results are summed back to the tokens' owners; or tokens
+are sent to the devices of their experts only, and results come back (`exchange.py`). Expert weights
+never move.
 """
 
 import math
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.exchange import Transport, exchange_and_apply, owners_of
 from esft_jax.model.experts import (
     BaseExperts,
     LearnedStack,
@@ -50,6 +52,7 @@ class MoE(nnx.Module):
         tuned: TunedExperts | None,
         carried: Carried | None,
         mesh: Mesh | None,
+        transport: Transport = "all_gather",
     ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
@@ -62,7 +65,8 @@ class MoE(nnx.Module):
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
         tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
-        apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
+        layout = tuned.layout if tuned else None
+        apply = partial(_apply_on_shard, layout=layout, transport=transport)
         if mesh is None or mesh.size == 1:
             with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
                 out, carried = apply(
@@ -101,22 +105,27 @@ def _apply_on_shard(
     carried: Carried | None,
     *,
     layout: TunedLayout | None,
+    transport: Transport,
     shards: int,
 ) -> tuple[Float[Array, "B S D"], Carried | None]:
     """One device's part: its own tokens in and out, its own experts for the whole group."""
     shape = x.shape
     x, expert_ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, gates))
-    shard: Array | int = 0
-    if shards > 1:
-        shard = jax.lax.axis_index(EXPERT)
-        x, expert_ids, gates = (
-            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
-        )
+    shard: Array | int = 0 if shards == 1 else jax.lax.axis_index(EXPERT)
     tuned = None
     if tuned_banks is not None and layout is not None and carried is not None:
         tuned, carried = layer_window(*tuned_banks, carried, layout, layer, shard)
-    piece = None if shards == 1 else _piece(expert_ids.size, shards)
     gate_up, down = (base_bank(experts, layer) for experts in base)
+    if shards > 1 and transport == "ragged_all_to_all":
+        owners = owners_of(layout, layer, len(gate_up), shards)
+        quota = math.ceil(ROOM * expert_ids.size / shards)
+        out = exchange_and_apply(x, expert_ids, gates, gate_up, down, tuned, owners, quota)
+        return out.reshape(shape), carried
+    if shards > 1:
+        x, expert_ids, gates = (
+            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
+        )
+    piece = None if shards == 1 else _piece(expert_ids.size, shards)
     first = shard * len(gate_up)
     out = apply_experts(x, expert_ids, gates, gate_up, down, tuned, first, piece)
     if shards > 1:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esft_jax.mesh import RULES, constrain_batch
 from esft_jax.model.attention import LatentAttention, LatentCache
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.exchange import Transport
 from esft_jax.model.experts import LearnedStack
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
@@ -63,6 +64,8 @@ class Transformer(nnx.Module):
         dtype: type of activations and matrix products; norms, router, softmax and loss are
             float32.
         mesh: devices the parameters and the batch are split over, or None for one device.
+        transport: how tokens reach the devices of their experts, and come back; decoding, which has
+            few tokens, always gathers them.
         tuned_experts: the selected experts under training, or None.
     """
 
@@ -74,8 +77,10 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
+        transport: Transport = "all_gather",
     ):
         self.config, self.dtype, self.mesh = config, jnp.dtype(dtype), mesh
+        self.transport = transport
         params = ParamFactory(rngs, param_dtype or dtype, config.init_std)
         self.embedding = params.weight((config.vocab_size, config.hidden_size), (None, "embed"))
         moe_layers = len(config.moe_layers)
@@ -150,7 +155,7 @@ class Transformer(nnx.Module):
             x, carried = carry
             x = attend(block, x)
             out, router, carried = block.moe(
-                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh
+                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh, self.transport
             )
             return (x + out, carried), router
 

@@ -98,6 +98,7 @@ def run_parts(
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.float32 if config.init == "random" else None,
         mesh=mesh,
+        transport=config.mesh.transport,
     )
     if experts is not None:
         attach_tuned_experts(transformer, experts)

@@ -15,6 +15,7 @@ _CHANGEABLE = {
     "mesh.data",
     "mesh.expert",
     "mesh.replica",
+    "mesh.transport",
     "mesh.cpu_devices",
     "train.steps",
     "train.eval_every",

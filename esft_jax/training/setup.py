@@ -158,7 +158,9 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
 
 def load_pretrained(setup: Setup) -> LoadedBase:
     """The base model on the mesh."""
-    return load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    base = load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    base.model.transport = setup.config.mesh.transport
+    return base
 
 
 def random_model(setup: Setup) -> Transformer:
@@ -171,6 +173,7 @@ def random_model(setup: Setup) -> Transformer:
             dtype=jnp.dtype(setup.config.dtype),
             param_dtype=jnp.float32,
             mesh=setup.mesh,
+            transport=setup.config.mesh.transport,
         )
 
     graph, abstract = nnx.split(nnx.eval_shape(make))

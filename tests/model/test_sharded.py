@@ -58,9 +58,12 @@ def batch():
     }
 
 
-def train_step(params, batch, mesh):
+def train_step(params, batch, mesh, transport="all_gather"):
     """Loss, gradients by (layer, expert), the compiled program's text, and the tuned layout."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh)))
+    model = nnx.eval_shape(
+        lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh, transport=transport)
+    )
+    graph = nnx.graphdef(model)
     places = param_shardings(params, mesh)
     model = nnx.merge(graph, jax.tree.map(jax.device_put, params, places))
     attach_tuned_experts(model, EXPERTS)
@@ -156,3 +159,25 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, replic
         assert between.keys() == {f"all-reduce{BETWEEN}"}
         summed = between[f"all-reduce{BETWEEN}"]
         assert bank * 2 * (groups - 1) / groups <= summed < 1.01 * bank * 2 * (groups - 1) / groups
+
+
+def equal_steps(one, other):
+    np.testing.assert_allclose(one[0], other[0], atol=1e-5, rtol=0)
+    assert one[1].keys() == other[1].keys()
+    for key, expected in other[1].items():
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(one[1][key] / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("replica", "data", "expert"), [(1, 4, 2), (1, 1, 8), (2, 1, 4)])
+def test_tokens_sent_to_their_experts_give_the_same(params, batch, alone, replica, data, expert):
+    mesh = make_mesh(data, expert, replica=replica)
+    step = train_step(params, batch, mesh, "ragged_all_to_all")
+    equal_steps(step, alone)
+    # Tokens are sent, not gathered; expert weights stay where they are.
+    assert "all-to-all" in {name for name, _ in collectives(step[2])}
+    for name, shapes in collectives(step[2]):
+        for *leading, rows, columns in (shape for shape in shapes if len(shape) > 1):
+            if (rows, columns) in MATRICES or (columns, rows) in MATRICES:
+                assert name == "all-reduce" and leading == [step[3].rows_per_shard], (name, shapes)
