@@ -60,7 +60,11 @@ def test_run_folder_holds_everything(finished) -> None:
     config, result = finished
     folder = result.folder
     assert load_config(folder / "config.yaml") == config
-    assert {p.name for p in (folder / "scores").iterdir()} == {"scores.json", "summary.json"}
+    assert {p.name for p in (folder / "scores").iterdir()} == {
+        "routing.npz",
+        "scores.json",
+        "summary.json",
+    }
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last", "best"}
     assert any((folder / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
