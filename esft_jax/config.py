@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +45,8 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
+# Part of the names of metrics.
+SourceName = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_-]+$")]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
 CaseName = Annotated[Text, AfterValidator(_case_name)]
 
@@ -72,6 +75,21 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SourceConfig:
+    """Examples that are mixed into those of the task.
+
+    Attributes:
+        train: As `data.train`.
+        valid: As `data.valid`.
+        weight: Packed rows of this source for each one of `data.train`.
+    """
+
+    train: Annotated[tuple[Text, ...], Field(min_length=1)]
+    valid: tuple[Text, ...] = ()
+    weight: Positive = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataConfig:
     """Training and validation examples.
 
@@ -81,6 +99,8 @@ class DataConfig:
         format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
         sequence_length: Tokens per packed row.
         too_long: What to do with an example longer than a row: stop, or cut it.
+        mix: Other sources to train on, by name, such as the alignment data of the model; experts
+            are scored on `train` alone.
     """
 
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -88,6 +108,12 @@ class DataConfig:
     format: Literal["chat", "text"] = "chat"
     sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
     too_long: Literal["error", "cut"] = "error"
+    mix: dict[SourceName, SourceConfig] = field(default_factory=dict)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """`task` for what is not in `mix`, and the names there."""
+        return ("task", *self.mix)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -283,7 +309,11 @@ class RunConfig:
         """Check what concerns several keys at once; each message starts with the key to change."""
         train, optimizer = self.train, self.optimizer
         problem = None
-        if self.method == "esft" and self.init == "random":
+        if "task" in self.data.mix:
+            problem = "data.mix.task: this is the name of data.train; expected another one"
+        elif missing := [n for n, s in self.data.mix.items() if s.valid and not self.data.valid]:
+            problem = f"data.mix.{missing[0]}.valid: needs data.valid, which chooses the best step"
+        elif self.method == "esft" and self.init == "random":
             problem = "init: random weights have no experts to select; expected pretrained"
         elif self.method == "full" and self.expert_cfg is not None:
             problem = "expert_cfg: method full trains every expert; expected no expert_cfg"

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -87,9 +88,8 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         InputError: damaged weights, or a checkpoint of another run; before any training.
     """
     begin = time.perf_counter()
-    say(_describe("train", setup.train_set))
-    if setup.valid_set is not None:
-        say(_describe("valid", setup.valid_set))
+    for line in _describe_data(setup):
+        say(line)
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     on_first_process(lambda: setup.run.create(setup.config), "run folder")
     experts = loads = None
@@ -125,6 +125,21 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         time.perf_counter() - begin,
         outcome.timing,
     )
+
+
+def _describe_data(setup: Setup) -> list[str]:
+    if isinstance(setup.train_set, MixedDataset):
+        train = [
+            _describe(f"train {source.name} (weight {source.weight:g})", source.dataset)
+            for source in setup.train_set.sources
+        ]
+    else:
+        train = [_describe("train", setup.task_set)]
+    valid = [
+        _describe("valid" if len(train) == 1 else f"valid {name}", dataset)
+        for name, dataset in setup.valid_sets.items()
+    ]
+    return train + valid
 
 
 def _describe(name: str, dataset: PackedDataset) -> str:
@@ -203,7 +218,7 @@ class _Run:
     ):
         self.setup, self.source, self.experts = setup, source, experts
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
-        self.train_set, self.valid_set = setup.train_set, setup.valid_set
+        self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         if experts is not None:
             attach_tuned_experts(model, experts, loads)
@@ -279,10 +294,11 @@ class _Run:
                     skipped.clear()
                     log.write(step, self._scalars(step, metrics) | self._speed(*laps))
                     self.checkpoints.check()
-                if self.valid_set is not None and (last or step % config.eval_every == 0):
+                if self.valid_sets and (last or step % config.eval_every == 0):
                     with watch.other("evaluation"):
-                        loss = _finite("validation loss", step, self.evaluate())
-                    log.write(step, {"valid_loss": loss})
+                        losses = self.evaluate()
+                        loss = _finite("validation loss", step, losses["valid_loss"])
+                    log.write(step, losses)
                     if self.best_loss is None or loss < self.best_loss:
                         self.best_loss = loss
                         with watch.other("checkpoints"):
@@ -362,24 +378,37 @@ class _Run:
         return {
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
             "learning_rate": float(schedule(step - 1)),
-            "epoch": step * self.config.train.batch_size / len(self.train_set),
+            **self.train_set.epochs(step * self.config.train.batch_size),
             "peak_memory_bytes": peak_memory(),
             "trained_share": self.trained / self.total,
         }
 
-    def evaluate(self) -> float:
-        """Mean loss over the validation set, nats per token."""
-        assert self.valid_set is not None
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses over the validation sets in nats per token, by metric name.
+
+        `valid_loss` is that of the task. Of several sources: also `valid_loss/NAME` and
+        `valid_target_tokens/NAME`.
+        """
+        sums = {name: self._valid_sums(dataset) for name, dataset in self.valid_sets.items()}
+        metrics = {"valid_loss": sums["task"][0] / sums["task"][1]}
+        if self.config.data.mix:
+            for name, (total, weight) in sums.items():
+                metrics |= {
+                    f"valid_loss/{name}": total / weight,
+                    f"valid_target_tokens/{name}": weight,
+                }
+        return metrics
+
+    def _valid_sums(self, dataset: PackedDataset) -> tuple[float, float]:
+        """Summed loss over a validation set, and the number of its target tokens."""
         size = self.config.train.batch_size // self.config.train.micro_batches
         # Read at the end, so that the next batch is made while one is computed.
         sums = [
             self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
-            for batch in eval_batches(
-                self.valid_set, size, jax.process_index(), jax.process_count()
-            )
+            for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count())
         ]
         total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        return float(total / weight)
+        return float(total), float(weight)
 
     def write_result(self, outcome: _Outcome) -> Path:
         """Write `adapter/` (esft) or `model/` (full)."""

@@ -9,7 +9,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
-from esft_jax.data.pipeline import PackedDataset, build_dataset, eval_batches, sample_rows
+from esft_jax.data.mix import MixedDataset, Source
+from esft_jax.data.pipeline import (
+    Dataset,
+    PackedDataset,
+    build_dataset,
+    eval_batches,
+    sample_rows,
+)
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -30,6 +37,9 @@ class Setup:
         run: where results go.
         folder: where the model's `config.json` and tokenizer lie.
         mesh: of the whole run.
+        task_set: the rows of `data.train`.
+        train_set: the same, mixed with those of `data.mix` if there are any.
+        valid_sets: by source name, `task` first; empty without `data.valid`.
         experts: the ones to train, if they are chosen already: by `expert_cfg`, or by the run that
             is being resumed.
     """
@@ -40,8 +50,9 @@ class Setup:
     model_config: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
-    train_set: PackedDataset
-    valid_set: PackedDataset | None
+    task_set: PackedDataset
+    train_set: Dataset
+    valid_sets: dict[str, PackedDataset]
     experts: ExpertConfig | None
 
 
@@ -60,10 +71,38 @@ def open_setup(config: RunConfig) -> Setup:
     experts = given_experts(config, model_config)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model_config.vocab_size)
-    length = config.data.sequence_length
-    train_set = _packed(config, config.data.train, tokenizer, length)
-    valid_set = _packed(config, config.data.valid, tokenizer, length) if config.data.valid else None
-    return Setup(config, run, folder, model_config, tokenizer, mesh, train_set, valid_set, experts)
+    task_set, train_set, valid_sets = _data(config, tokenizer)
+    return Setup(
+        config,
+        run,
+        folder,
+        model_config,
+        tokenizer,
+        mesh,
+        task_set,
+        train_set,
+        valid_sets,
+        experts,
+    )
+
+
+def _data(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[PackedDataset, Dataset, dict[str, PackedDataset]]:
+    """`task_set`, `train_set` and `valid_sets` of a `Setup`."""
+    data, length = config.data, config.data.sequence_length
+    task_set = _packed(config, data.train, tokenizer, length)
+    train_set: Dataset = task_set
+    valid_sets = {"task": _packed(config, data.valid, tokenizer, length)} if data.valid else {}
+    if data.mix:
+        sources = [Source("task", 1.0, task_set)]
+        for name, source in data.mix.items():
+            packed = _packed(config, source.train, tokenizer, length)
+            sources.append(Source(name, source.weight, packed))
+            if source.valid:
+                valid_sets[name] = _packed(config, source.valid, tokenizer, length)
+        train_set = MixedDataset(tuple(sources))
+    return task_set, train_set, valid_sets
 
 
 def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
@@ -129,12 +168,12 @@ def _packed(
 
 
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
-    """Score the base model's experts on samples of the training data.
+    """Score the base model's experts on samples of the task's training data.
 
     Raises:
         InputError: `score.sequence_length` is beyond the model's limit.
     """
-    config, dataset = setup.config, setup.train_set
+    config, dataset = setup.config, setup.task_set
     _check_rows("score", config.score.sequence_length, setup.model_config)
     length = config.score.sequence_length
     if length != dataset.sequence_length:

@@ -254,6 +254,33 @@ def test_a_diverged_run_ends_without_a_result(finished, tmp_path) -> None:
     assert not (tmp_path / "diverged" / "adapter").exists()
 
 
+def test_sources_are_mixed_by_weight_and_logged(make_config, chats, tmp_path) -> None:
+    text = chats.read_text()
+    (tmp_path / "other.jsonl").write_text(text.replace("What is", "Tell me"))
+    other = {"train": [str(tmp_path / "other.jsonl")], "valid": [str(chats)], "weight": 3}
+    data = make_config().data.__dict__ | {"sequence_length": 32, "mix": {"other": other}}
+    train = {"steps": 4, "batch_size": 8, "eval_every": 4, "log_every": 1, "micro_batches": 2}
+    result = run(make_config(data=data, train=train))
+    *steps, valid = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
+    for line in steps:
+        tokens = line["target_tokens/task"], line["target_tokens/other"]
+        assert sum(tokens) == line["target_tokens"]
+        mean = (tokens[0] * line["loss/task"] + tokens[1] * line["loss/other"]) / sum(tokens)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+        # Of eight rows, two and six.
+        assert line["epoch/other"] == pytest.approx(3 * line["epoch/task"])
+        assert 2 < tokens[1] / tokens[0] < 4
+    assert valid["valid_loss"] == valid["valid_loss/task"] == result.valid_loss
+    # Here both sources are validated on the same examples.
+    assert valid["valid_loss/other"] == valid["valid_loss/task"]
+    assert valid["valid_target_tokens/other"] > 0
+    manifest = json.loads((result.result / "manifest.json").read_text())
+    assert list(manifest["data_sha256"]) == [str(chats), str(tmp_path / "other.jsonl")]
+    # Experts are scored on the task alone.
+    scores = json.loads((result.folder / "scores" / "scores.json").read_text())
+    assert list(scores["provenance"]["data_sha256"]) == [str(chats)]
+
+
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     config = make_config(
         method="full",
@@ -336,6 +363,19 @@ def test_updates_that_are_not_finite_are_skipped_and_listed(make_config, poisone
     for examples in listed.values():
         assert poisoned[0] in examples and len(examples) < 20  # of 40
     assert all(np.isfinite(x).all() for x in adapter_tensors(config).values())
+
+
+def test_skipped_updates_of_a_mix_name_the_right_file(
+    make_config, poisoned, chats, tmp_path
+) -> None:
+    (tmp_path / "other.jsonl").write_text(chats.read_text())
+    mix = {"other": {"train": [str(tmp_path / "other.jsonl")]}}
+    data = make_config().data.__dict__ | {"valid": (), "mix": mix}
+    train = {"steps": 3, "batch_size": 4, "log_every": 3}
+    result = run(make_config(train=train, data=data))
+    listed = [p.read_text() for p in result.folder.glob("skipped/*")]
+    assert any(poisoned[0] + "\n" in examples for examples in listed)
+    assert all(str(tmp_path) in text and str(chats) in text for text in listed)
 
 
 def test_too_many_skipped_updates_end_the_run_with_the_batch_named(make_config, poisoned) -> None:
