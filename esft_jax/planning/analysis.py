@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import affordable_experts
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import count_slices, make_mesh
@@ -113,7 +114,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
 
     Args:
         experts_per_layer: how many experts `esft` is assumed to train in every layer, where none
-            are chosen yet; default: a tenth of them.
+            are chosen yet; default: what `select.top_k` or a budget says, or else a tenth of them.
 
     Raises:
         InputError: naming what does not fit together.
@@ -141,7 +142,10 @@ def trained_experts(
             raise InputError("--experts-per-layer: the run has its experts already")
         chosen = given.num_experts_selected
         return given, f"{chosen} of {total * len(model.moe_layers)} experts, as chosen"
-    per_layer = max(1, total // 10) if per_layer is None else per_layer
+    if per_layer is None:
+        affordable = affordable_experts(config.select, model, config.dtype)
+        spread = None if affordable is None else min(total, affordable // len(model.moe_layers))
+        per_layer = config.select.top_k or spread or max(1, total // 10)
     if not 1 <= per_layer <= total:
         raise InputError(f"--experts-per-layer: {per_layer}; expected 1 to {total}")
     ids = tuple(i * total // per_layer for i in range(per_layer))

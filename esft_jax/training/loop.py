@@ -18,11 +18,11 @@ from jaxtyping import Float
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
 from esft_jax.experts.placement import Placement, expected_loads, place_experts
 from esft_jax.experts.scores import load_scores
-from esft_jax.experts.select import select_experts
 from esft_jax.files import write_text_atomic
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
@@ -160,16 +160,10 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
     else:
         scores = measure_scores(setup, base)
         on_first_process(lambda: scores.save(setup.run.scores), "scores")
-        experts = select_experts(
-            scores,
-            select.method,
-            select.threshold,
-            select.shared_experts,
-            select.non_expert_modules,
-        )
+        experts = choose_experts(select, [scores], setup.model_config, setup.config.dtype)
         say(
             f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
-            f"{select.method} score, p = {select.threshold:g}"
+            f"{describe(select)}"
         )
     on_first_process(lambda: experts.save(setup.run.expert_cfg), "experts")
     return experts
@@ -177,7 +171,8 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
 
 def _expected_loads(setup: Setup) -> Float[np.ndarray, "L E"] | None:
     """What the scores say of the experts' shares of tokens, where it decides where they lie."""
-    if setup.config.expert_cfg is not None or setup.mesh.shape[EXPERT] == 1:
+    given = setup.config.expert_cfg is not None or setup.config.select.scores
+    if given or setup.mesh.shape[EXPERT] == 1:
         return None
     return load_scores(setup.run.scores).token
 
@@ -427,8 +422,7 @@ class _Run:
             "base_fingerprint": self.source.fingerprint,
             "scores_sha256": None if given else _file_hash(self.folder.scores / "scores.json"),
             "data_sha256": self.train_set.stats.sha256,
-            "method": None if given else config.select.method,
-            "top_p": None if given else config.select.threshold,
+            "select": None if given else dataclasses.asdict(config.select),
             "step": outcome.step,
             "valid_loss": outcome.valid_loss,
         }

@@ -19,6 +19,7 @@ from esft_jax.data.pipeline import (
 )
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import check_select, choose_experts, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
@@ -40,8 +41,8 @@ class Setup:
         task_set: the rows of `data.train`.
         train_set: the same, mixed with those of `data.mix` if there are any.
         valid_sets: by source name, `task` first; empty without `data.valid`.
-        experts: the ones to train, if they are chosen already: by `expert_cfg`, or by the run that
-            is being resumed.
+        experts: the ones to train, if nothing is to be measured: those of `expert_cfg`, of the run
+            that is being resumed, or chosen by `select.scores`.
     """
 
     config: RunConfig
@@ -106,15 +107,20 @@ def _data(
 
 
 def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
-    """The experts to train, if they are chosen already; see `Setup.experts`.
+    """The experts to train, if nothing is to be measured; see `Setup.experts`.
 
     Raises:
         InputError: the file does not fit the model.
     """
-    run = RunFolder(config.output)
-    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
-    if config.method != "esft" or not chosen.exists():
+    run, select = RunFolder(config.output), config.select
+    if config.method != "esft":
         return None
+    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
+    if not chosen.exists():
+        if not select.scores:
+            return None
+        tasks = load_tasks(select.scores, model.router.top_k)
+        return choose_experts(select, tasks, model, config.dtype)
     experts = ExpertConfig.load(chosen)
     try:
         experts.validate(model.moe_layers, model.router.num_experts)
@@ -144,6 +150,7 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     # Where nothing is scored, the defaults of `score` need not fit.
     if config.method == "esft" and config.expert_cfg is None:
         _check_rows("score", config.score.sequence_length, model)
+        check_select(config.select, model, config.dtype)
 
 
 def _check_rows(section: str, length: int, model: ModelConfig) -> None:

@@ -15,6 +15,8 @@ from esft_jax.config import RunConfig, load_config
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.groups import group_experts
+from esft_jax.experts.scores import load_scores
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.planning.analysis import make_plan, open_case
@@ -93,7 +95,7 @@ def test_adapter_holds_exactly_the_selected_experts_and_its_provenance(finished,
     assert sum(tensor.size for tensor in tensors.values()) == result.trained
     manifest = json.loads((result.result / "manifest.json").read_text())
     assert manifest["base_fingerprint"] == load_base(base).fingerprint
-    assert (manifest["method"], manifest["top_p"], manifest["step"]) == ("token", 0.3, 4)
+    assert (manifest["select"]["top_p"], manifest["step"]) == (0.3, 4)
     assert manifest["scores_sha256"]
     assert list(manifest["data_sha256"]) == list(config.data.train)
 
@@ -281,6 +283,54 @@ def test_sources_are_mixed_by_weight_and_logged(make_config, chats, tmp_path) ->
     assert list(scores["provenance"]["data_sha256"]) == [str(chats)]
 
 
+def test_groups_are_measured_selected_and_trained(make_config) -> None:
+    config = make_config(select={"top_k": 4, "group_size": 2}, train={"steps": 1, "batch_size": 4})
+    result = run(config)
+    scores = load_scores(result.folder / "scores")
+    for layer, together in zip(scores.layers, scores.together, strict=True):
+        whole = {tuple(group) for group in group_experts(together, 2).tolist()}
+        ids = set(result.experts.experts[layer])
+        assert len(ids) == 4
+        assert ids == {e for group in whole if ids & set(group) for e in group}
+
+
+def test_selections_of_other_tasks_need_no_measuring(make_config, finished, tmp_path) -> None:
+    scores, first = str(finished[1].folder / "scores"), finished[1].experts
+    select = {"scores": [scores], "top_p": 0.3, "random_seed": 1}
+    config = make_config(select=select, train={"steps": 1, "batch_size": 4})
+    result = run(config)
+    assert not (result.folder / "scores").exists()
+    counts = {layer: len(ids) for layer, ids in first.experts.items()}
+    assert {layer: len(ids) for layer, ids in result.experts.experts.items()} == counts
+    assert result.experts != first
+    assert adapter_tensors(config)
+    wrong = dataclasses.replace(
+        config,
+        output=str(tmp_path / "wrong"),
+        select=dataclasses.replace(config.select, top_p=None, top_k=9),
+    )
+    with pytest.raises(InputError, match=r"select.top_k: 9; the model has 8 experts per layer"):
+        open_setup(wrong)
+
+
+@pytest.mark.parametrize("parts", [{}, {"shared_experts": True, "non_expert_modules": True}])
+def test_a_budget_is_never_exceeded(make_config, parts) -> None:
+    expert = 3 * 32 * 16
+    fixed = run_parameters(make_config(select=parts | {"top_k": 1})) - 3 * expert
+    select = parts | {"max_parameters": fixed + 7 * expert - 1}
+    assert run_parameters(make_config(select=select)) == fixed + 6 * expert
+    select = parts | {"max_parameters": fixed + expert - 1}
+    with pytest.raises(InputError, match="select.max_parameters: .* is too little; one expert"):
+        open_setup(make_config(select=select))
+
+
+def run_parameters(config: RunConfig) -> int:
+    """Trained parameters of a run of one step."""
+    train = dataclasses.replace(config.train, steps=1)
+    shutil.rmtree(config.output, ignore_errors=True)
+    return run(dataclasses.replace(config, train=train)).trained
+
+
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     config = make_config(
         method="full",
@@ -371,11 +421,13 @@ def test_skipped_updates_of_a_mix_name_the_right_file(
     (tmp_path / "other.jsonl").write_text(chats.read_text())
     mix = {"other": {"train": [str(tmp_path / "other.jsonl")]}}
     data = make_config().data.__dict__ | {"valid": (), "mix": mix}
-    train = {"steps": 3, "batch_size": 4, "log_every": 3}
-    result = run(make_config(train=train, data=data))
-    listed = [p.read_text() for p in result.folder.glob("skipped/*")]
-    assert any(poisoned[0] + "\n" in examples for examples in listed)
-    assert all(str(tmp_path) in text and str(chats) in text for text in listed)
+    config = make_config(train={"steps": 8, "batch_size": 4, "log_every": 4}, data=data)
+    sources = open_setup(config).train_set.sources
+    bad = {source.dataset.places([3])[0] for source in sources}
+    assert len(bad) == 2
+    listed = [set(p.read_text().splitlines()) for p in run(config).folder.glob("skipped/*")]
+    assert all(bad & examples for examples in listed)
+    assert bad <= set().union(*listed)
 
 
 def test_too_many_skipped_updates_end_the_run_with_the_batch_named(make_config, poisoned) -> None:
