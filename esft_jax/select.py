@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None) -> None:
         if len(tasks) > 1:
             console.print(f"{path}:", soft_wrap=True)
         print_selection(task, config, console)
-    rule = describe(select, scored=bool(scored))
-    print(f"{config.num_experts_selected} experts by {rule}; written to {args.output}")
+    how = describe(select, scored=bool(scored))
+    print(f"{config.num_experts_selected} experts by {how}; written to {args.output}")
 
 
 def _select_config(args: argparse.Namespace) -> SelectConfig:

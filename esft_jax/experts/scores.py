@@ -206,7 +206,7 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
             ) from None
         if (together < 0).any():
             raise InputError(f"{path}: chosen_together: expected numbers from 0")
-    return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together)
+    return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together=together)
 
 
 def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
