@@ -313,24 +313,6 @@ def test_selections_of_other_tasks_need_no_measuring(make_config, finished, tmp_
         open_setup(wrong)
 
 
-@pytest.mark.parametrize("parts", [{}, {"shared_experts": True, "non_expert_modules": True}])
-def test_a_budget_is_never_exceeded(make_config, parts) -> None:
-    expert = 3 * 32 * 16
-    fixed = run_parameters(make_config(select=parts | {"top_k": 1})) - 3 * expert
-    select = parts | {"max_parameters": fixed + 7 * expert - 1}
-    assert run_parameters(make_config(select=select)) == fixed + 6 * expert
-    select = parts | {"max_parameters": fixed + expert - 1}
-    with pytest.raises(InputError, match="select.max_parameters: .* is too little; one expert"):
-        open_setup(make_config(select=select))
-
-
-def run_parameters(config: RunConfig) -> int:
-    """Trained parameters of a run of one step."""
-    train = dataclasses.replace(config.train, steps=1)
-    shutil.rmtree(config.output, ignore_errors=True)
-    return run(dataclasses.replace(config, train=train)).trained
-
-
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     config = make_config(
         method="full",
