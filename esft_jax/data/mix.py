@@ -37,7 +37,7 @@ class Interleaving:
     """
 
     def __init__(self, weights: Sequence[float]):
-        # As the decimals that were written: 0.1 and 0.2 are exactly 1 : 2.
+        # As the decimals that were written: 0.1 and 0.3 are exactly 1 : 3.
         exact = [Fraction(str(weight)) for weight in weights]
         unit = math.lcm(*(weight.denominator for weight in exact))
         self._weights = [int(weight * unit) for weight in exact]

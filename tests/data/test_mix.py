@@ -49,7 +49,7 @@ def test_every_source_gets_its_share_of_any_beginning(weights: tuple[float, ...]
 
 
 def test_weights_are_exact_decimals() -> None:
-    assert Interleaving((0.1, 0.2)).counts(3 * 10**15) == (10**15, 2 * 10**15)
+    assert Interleaving((0.1, 0.3)).counts(4 * 10**17) == (10**17, 3 * 10**17)
     assert [Interleaving((1, 1))[n] for n in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
