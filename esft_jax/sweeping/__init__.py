@@ -1,0 +1,1 @@
+"""Comparing methods: the same runs for many methods, tasks and seeds."""

@@ -1,0 +1,147 @@
+"""What a sweep compares: a run configuration, and what changes in it from cell to cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from esft_jax import strict_yaml
+from esft_jax.config import Positive, RunConfig, Seed, Text, load_config
+from esft_jax.errors import InputError
+
+# Every task is also judged with the base alone, under this name.
+BASE = "base"
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == BASE:
+        raise ValueError(f"expected a name of a-z, 0-9, '-' and '.', not {BASE!r}, got {name!r}")
+    return name
+
+
+Name = Annotated[Text, AfterValidator(_plain_name)]
+Overrides = tuple[Text, ...]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SweepConfig:
+    """A table of methods x tasks x seeds.
+
+    Attributes:
+        output: Folder of the sweep.
+        run: Run configuration that every cell begins with.
+        tasks: For each task, what it changes (`key=value`): its data, its metric.
+        methods: For each method, what it changes.
+        seeds: One run for each.
+        learning_rates: For each method that has some, learning rates that are tried on all tasks
+            with the first seed. The one with the lowest validation loss, averaged over the tasks,
+            is used with the other seeds.
+    """
+
+    output: Text
+    run: Text
+    tasks: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    methods: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    learning_rates: dict[Name, Annotated[tuple[Positive, ...], Field(min_length=1)]] = (
+        dataclasses.field(default_factory=dict)
+    )
+
+    def __post_init__(self) -> None:
+        """Check what concerns several keys; the message starts with the key to change."""
+        for method in self.learning_rates:
+            if method not in self.methods:
+                raise ValueError(
+                    f"learning_rates.{method}: no such method; expected one of "
+                    f"{', '.join(self.methods)}"
+                )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is there twice; expected different ones")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a sweep; `method` may be `BASE`, which trains nothing.
+
+    Attributes:
+        learning_rate: if the method tries several; None leaves the run configuration's.
+    """
+
+    task: str
+    method: str
+    learning_rate: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder in the sweep's."""
+        rate = "" if self.learning_rate is None else f"/lr-{self.learning_rate:g}"
+        return f"{self.task}/{self.method}{rate}/seed-{self.seed}"
+
+
+def load_sweep(path: str | Path) -> SweepConfig:
+    """Read a sweep and check the configuration of each of its cells.
+
+    Raises:
+        InputError: naming the file and the line, or the cell and what is wrong with it.
+    """
+    sweep = strict_yaml.load(SweepConfig, path)
+    for cell in [*base_cells(sweep), *all_cells(sweep)]:
+        config = run_config(sweep, cell)
+        if config.evaluation.data is None or not config.data.valid:
+            raise InputError(
+                f"{path}: tasks.{cell.task}: cells are compared by evaluation.data and data.valid; "
+                "expected both"
+            )
+    return sweep
+
+
+def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:
+    """The configuration of a cell's run."""
+    overrides = [*sweep.tasks[cell.task], *sweep.methods.get(cell.method, ())]
+    if cell.learning_rate is not None:
+        overrides.append(f"optimizer.learning_rate={cell.learning_rate}")
+    overrides += [f"seed={cell.seed}", f"output={Path(sweep.output) / 'cells' / cell.name}"]
+    try:
+        return load_config(sweep.run, overrides)
+    except InputError as error:
+        raise InputError(f"cell {cell.name}: {error}") from None
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Tells configurations of runs apart, wherever they are written to."""
+    content = dataclasses.asdict(config) | {"output": None}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def base_cells(sweep: SweepConfig) -> list[Cell]:
+    """The base alone, on each task."""
+    return [Cell(task, BASE, None, sweep.seeds[0]) for task in sweep.tasks]
+
+
+def search_cells(sweep: SweepConfig) -> Iterator[Cell]:
+    """What decides on the learning rates: every one on all tasks, with the first seed."""
+    for method in sweep.methods:
+        for rate in sweep.learning_rates.get(method, (None,)):
+            for task in sweep.tasks:
+                yield Cell(task, method, rate, sweep.seeds[0])
+
+
+def method_cells(sweep: SweepConfig, method: str, rate: float | None) -> list[Cell]:
+    """All seeds of a method with one learning rate."""
+    return [Cell(task, method, rate, seed) for seed in sweep.seeds for task in sweep.tasks]
+
+
+def all_cells(sweep: SweepConfig) -> Iterator[Cell]:
+    """Every cell that may be run, whichever learning rates turn out best."""
+    for method in sweep.methods:
+        for rate in sweep.learning_rates.get(method, (None,)):
+            yield from method_cells(sweep, method, rate)

@@ -1,0 +1,88 @@
+"""What the finished cells of a sweep have given, one line each, so that none is run twice."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from esft_jax.errors import InputError
+from esft_jax.files import parse_json, read_text
+from esft_jax.sweeping.config import Cell
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One finished cell.
+
+    Attributes:
+        config_sha256: of its run configuration.
+        metric, value: the task's metric, in percent.
+        valid_loss: on the task's validation data, nats per target token.
+        retention: held-out loss of what was not trained on, nats per token, by name.
+        trained, total: parameters.
+        experts: that were trained; None if they were not chosen.
+        stored_bytes: of the run's result.
+        step_bytes: arguments and temporaries of the training step, per device.
+        seconds: of training, scoring and compiling included.
+    """
+
+    cell: Cell
+    config_sha256: str
+    metric: str
+    value: float
+    valid_loss: float
+    retention: dict[str, float] = field(default_factory=dict)
+    trained: int = 0
+    total: int = 0
+    experts: int | None = None
+    stored_bytes: int = 0
+    step_bytes: int | None = None
+    seconds: float = 0.0
+
+
+class Record:
+    """The finished cells, in a JSON Lines file that only ever grows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.results: dict[Cell, CellResult] = {}
+        if not path.exists():
+            return
+        lines = read_text(path).split("\n")
+        for number, line in enumerate(lines[:-1], 1):
+            result = _read(line, f"{path}:{number}")
+            self.results[result.cell] = result
+        if lines[-1]:  # a kill may leave half a line behind: its cell is run again
+            os.truncate(path, path.stat().st_size - len(lines[-1].encode()))
+
+    def find(self, cell: Cell, config_sha256: str) -> CellResult | None:
+        """The result of a cell, if it is finished.
+
+        Raises:
+            InputError: it was run with other settings.
+        """
+        found = self.results.get(cell)
+        if found is not None and found.config_sha256 != config_sha256:
+            raise InputError(
+                f"{self.path}: cell {cell.name} was run with other settings; expected the same "
+                "ones, or another output"
+            )
+        return found
+
+    def add(self, result: CellResult) -> None:
+        """Write down a finished cell."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.results[result.cell] = result
+
+
+def _read(line: str, where: str) -> CellResult:
+    content = parse_json(line, where)
+    try:
+        return CellResult(**content | {"cell": Cell(**content["cell"])})
+    except (KeyError, TypeError):
+        raise InputError(f"{where}: expected the result of a cell of a sweep") from None

@@ -1,0 +1,78 @@
+"""The cells of a sweep, and what is wrong with one before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.sweeping.config import (
+    Cell,
+    all_cells,
+    base_cells,
+    config_sha256,
+    load_sweep,
+    run_config,
+    search_cells,
+)
+
+
+def test_cells(sweep_file: Path) -> None:
+    sweep = load_sweep(sweep_file)
+    base = [cell.name for cell in base_cells(sweep)]
+    assert base == ["intent/base/seed-3", "licence/base/seed-3"]
+    searched = [cell.name for cell in search_cells(sweep)]
+    assert searched == [
+        "intent/token/seed-3",
+        "licence/token/seed-3",
+        "intent/full/lr-1e-05/seed-3",
+        "licence/full/lr-1e-05/seed-3",
+        "intent/full/lr-0.001/seed-3",
+        "licence/full/lr-0.001/seed-3",
+    ]
+    assert len(list(all_cells(sweep))) == len({c.name for c in all_cells(sweep)}) == 12
+
+
+def test_the_run_of_a_cell(sweep_file: Path) -> None:
+    sweep = load_sweep(sweep_file)
+    token = run_config(sweep, Cell("intent", "token", None, 4))
+    assert (token.seed, token.select.top_p, token.method) == (4, 0.3, "esft")
+    assert (token.evaluation.metric, token.data.train) == ("intent", ("train.jsonl",))
+    assert token.output == f"{sweep.output}/cells/intent/token/seed-4"
+    full = run_config(sweep, Cell("licence", "full", 1e-5, 3))
+    assert (full.method, full.optimizer.learning_rate) == ("full", 1e-5)
+    assert (full.evaluation.metric, full.data.train) == ("exact_match", ("l.jsonl",))
+    assert run_config(sweep, base_cells(sweep)[0]).evaluation.metric == "intent"
+
+
+def test_a_configuration_is_the_same_wherever_it_writes(sweep_file: Path) -> None:
+    sweep = load_sweep(sweep_file)
+    one = run_config(sweep, Cell("intent", "token", None, 4))
+    sweep_file.write_text(sweep_file.read_text().replace("/sweep", "/elsewhere"))
+    moved = run_config(load_sweep(sweep_file), Cell("intent", "token", None, 4))
+    assert one.output != moved.output
+    assert config_sha256(one) == config_sha256(moved)
+    other = run_config(sweep, Cell("intent", "token", None, 3))
+    assert config_sha256(one) != config_sha256(other)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"full": ["method=full"]', '"full": ["method=ful"]', "cell intent/full/lr-1e-05/seed-3"),
+        ('{"full": [1e-05', '{"ful": [1e-05', "learning_rates.ful: no such method"),
+        ("[3, 4]", "[3, 3]", "seeds: one is there twice"),
+        ("[3, 4]", "[]", "seeds: expected at least one item"),
+        ('"token":', '"base":', "expected a name of a-z"),
+        ('"token":', '"a/b":', "expected a name of a-z"),
+        ('"seeds"', '"sedes"', "did you mean seeds?"),
+        ("select.top_p=0.3", "data.valid=[]", "expected both"),
+    ],
+)
+def test_mistakes_are_named(sweep_file: Path, before: str, after: str, message: str) -> None:
+    text = sweep_file.read_text()
+    assert before in text
+    sweep_file.write_text(text.replace(before, after))
+    with pytest.raises(InputError) as error:
+        load_sweep(sweep_file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,59 @@
+"""Finished cells are kept, whatever a kill does to the last line."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.sweeping.config import Cell
+from esft_jax.sweeping.record import CellResult, Record
+
+ONE = CellResult(Cell("intent", "full", 1e-5, 3), "a", "intent", 12.5, 0.75, {"python": 1.5})
+TWO = CellResult(Cell("intent", "token", None, 3), "b", "intent", 50.0, 0.25, experts=7)
+
+
+def test_results_come_back(tmp_path: Path) -> None:
+    record = Record(tmp_path / "sweep" / "results.jsonl")
+    assert record.find(ONE.cell, "a") is None
+    record.add(ONE)
+    record.add(TWO)
+    again = Record(record.path)
+    assert again.results == {ONE.cell: ONE, TWO.cell: TWO}
+    assert again.find(ONE.cell, "a") == ONE
+
+
+def test_half_a_line_is_a_cell_that_is_not_finished(tmp_path: Path) -> None:
+    record = Record(tmp_path / "results.jsonl")
+    record.add(ONE)
+    record.add(TWO)
+    content = record.path.read_bytes()
+    first = content.index(b"\n") + 1
+    for end in (first, first + 1, len(content) - 1):
+        record.path.write_bytes(content[:end])
+        cut = Record(record.path)
+        assert list(cut.results) == [ONE.cell]
+        cut.add(TWO)
+        assert record.path.read_bytes() == content
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    record = Record(tmp_path / "results.jsonl")
+    record.add(ONE)
+    with pytest.raises(InputError, match=r"intent/full/lr-1e-05/seed-3 was run with other"):
+        record.find(ONE.cell, "other")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"cell": {}}', '{"cell": 3}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "results.jsonl"
+    Record(path).add(ONE)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match=r"results.jsonl:2: "):
+        Record(path)
+
+
+def test_a_result_is_plain_json(tmp_path: Path) -> None:
+    Record(tmp_path / "r.jsonl").add(dataclasses.replace(ONE, step_bytes=3))
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert line.startswith('{"cell": {"task": "intent", "method": "full", "learning_rate": 1e-05')

@@ -1,0 +1,78 @@
+"""Means, spreads and the choice of a learning rate, against figures made by hand."""
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from esft_jax.sweeping.config import BASE, Cell, SweepConfig, load_sweep
+from esft_jax.sweeping.record import CellResult, Record
+from esft_jax.sweeping.table import Spread, best_learning_rate, summarise, to_csv
+
+
+@pytest.fixture
+def sweep(sweep_file: Path) -> SweepConfig:
+    return load_sweep(sweep_file)
+
+
+def add(
+    record: Record, task: str, method: str, rate: float | None, seed: int, value: float, loss: float
+) -> None:
+    trained = {BASE: 0, "token": 20, "full": 100}[method]
+    record.add(
+        CellResult(
+            Cell(task, method, rate, seed),
+            "",
+            "m",
+            value,
+            loss,
+            retention={"a": loss + 1, "b": loss + 2},
+            trained=trained,
+            total=100,
+            stored_bytes=4 * trained,
+            seconds=10.0 * seed,
+        )
+    )
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    record = Record(tmp_path / "results.jsonl")
+    add(record, "intent", BASE, None, 3, 0, 4)
+    add(record, "licence", BASE, None, 3, 2, 4)
+    for rate, losses in ((1e-5, (0.5, 0.9)), (0.001, (0.8, 0.4))):
+        add(record, "intent", "full", rate, 3, 40, losses[0])
+        add(record, "licence", "full", rate, 3, 60, losses[1])
+    return record
+
+
+def test_the_learning_rate_with_the_lowest_mean_loss(sweep: SweepConfig, record: Record) -> None:
+    assert best_learning_rate(sweep, record, "full") == 0.001
+
+
+def test_rows_of_what_is_finished(sweep: SweepConfig, record: Record) -> None:
+    base, full = summarise(sweep, record)
+    assert (base.method, base.average) == (BASE, Spread(1.0, 0.0, 1))
+    assert full.values == {"intent": Spread(40.0, 0.0, 1), "licence": Spread(60.0, 0.0, 1)}
+    # One task of the second seed: the average waits for the other.
+    add(record, "intent", "full", 0.001, 4, 50, 1)
+    assert summarise(sweep, record)[1].average == Spread(50.0, 0.0, 1)
+    add(record, "licence", "full", 0.001, 4, 64, 1)
+    full = summarise(sweep, record)[1]
+    assert full.values["intent"].mean == 45
+    assert full.values["intent"].deviation == pytest.approx(50**0.5)
+    assert full.average.mean == 53.5
+    assert full.average.deviation == pytest.approx(24.5**0.5)  # of 50 and 57
+    assert full.retention is not None
+    assert full.retention.mean == pytest.approx((0.6 + 1.5 + 1 + 1.5) / 2)
+    assert (full.trained_share, full.stored_bytes, full.seconds) == (1.0, 400.0, 35.0)
+
+
+def test_csv(sweep: SweepConfig, record: Record) -> None:
+    add(record, "intent", "token", None, 3, 30, 1)
+    add(record, "licence", "token", None, 3, 50, 1)
+    rows = list(csv.DictReader(io.StringIO(to_csv(summarise(sweep, record)))))
+    assert [row["method"] for row in rows] == [BASE, "token", "full"]
+    assert (rows[1]["average"], rows[1]["trained_share"], rows[1]["seeds"]) == ("40.0", "0.2", "1")
+    assert (rows[2]["learning_rate"], rows[2]["licence"]) == ("0.001", "60.0")
