@@ -22,6 +22,7 @@ VERBS = {
     "report": "show which experts a task needs, why, how sure that is, and what it costs",
     "plan": "see whether a run fits a TPU slice or GPUs, without having them",
     "train": "train the chosen experts, or the whole model",
+    "sweep": "compare methods on tasks, in a table of runs",
     "evaluate": "let a model complete task prompts, and judge the completions",
     "harness": "run the tasks of lm-evaluation-harness on a model",
     "generate": "let a model complete one prompt",
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="`esft VERB --help` says more")
     # Everything after the verb belongs to the verb.
     verb = parser.parse_args(arguments[:1]).verb
-    if argv is None and verb == "train":
+    if argv is None and verb in ("train", "sweep"):
         restart_with_huge_pages()
     sys.argv[0] = f"esft {verb}"  # the name of the command in its own usage line
     exit_code: int = importlib.import_module(f"esft_jax.{verb}").main(arguments[1:])

@@ -62,6 +62,8 @@ class RunResult:
         valid_loss: its mean validation loss in nats per token, if there is a validation set.
         trained, total: parameters trained, and in the model.
         experts: what was trained; None for full fine-tuning.
+        step_bytes: arguments and temporaries of the update, per device; None where the backend does
+            not say.
         seconds: spent in this call.
         timing: of its steps, and of the run as a whole.
     """
@@ -73,6 +75,7 @@ class RunResult:
     trained: int
     total: int
     experts: ExpertConfig | None
+    step_bytes: int | None
     seconds: float
     timing: RunTiming
 
@@ -122,6 +125,7 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         run.trained,
         run.total,
         experts,
+        run.step_bytes,
         time.perf_counter() - begin,
         outcome.timing,
     )
