@@ -1,7 +1,6 @@
 """Fine-tune a model as one YAML file says: score, select, train, evaluate, save an adapter."""
 
 import argparse
-import dataclasses
 import datetime
 import sys
 from collections.abc import Sequence
@@ -11,14 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command, open_config
-from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
-from esft_jax.evaluation.run import (
-    EvaluationInputs,
-    EvaluationReport,
-    check_evaluation,
-    run_evaluation,
-)
+from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
@@ -60,22 +53,13 @@ def _train(config: RunConfig, console: Console) -> None:
         )
         return
     if inputs is not None:
-        after = _evaluate_result(config, result, inputs)
+        after = evaluate_result(config, result.result, inputs)
         print_measures(console, after, before)
         if before is not None:
             on_first_process(
                 lambda: write_comparison(setup.run.comparison, after, before), "comparison"
             )
     _print_summary(console, result)
-
-
-def _evaluate_result(
-    config: RunConfig, result: RunResult, inputs: EvaluationInputs
-) -> EvaluationReport:
-    if config.method == "esft":
-        return run_evaluation(config, result.result, inputs, reuse=True)
-    trained = dataclasses.replace(config, model=str(result.result))
-    return run_evaluation(trained, None, inputs, reuse=True)
 
 
 def _print_summary(console: Console, result: RunResult) -> None:

@@ -233,6 +233,14 @@ def run_evaluation(
     return EvaluationReport(done, time.perf_counter() - begin, fingerprint, target)
 
 
+def evaluate_result(config: RunConfig, result: Path, inputs: EvaluationInputs) -> EvaluationReport:
+    """Evaluate what a run has left behind: its model (`method: full`), or its adapter."""
+    if config.method == "full":
+        trained = dataclasses.replace(config, model=str(result))
+        return run_evaluation(trained, None, inputs, reuse=True)
+    return run_evaluation(config, result, inputs, reuse=True)
+
+
 def kept_evaluation(
     config: RunConfig, inputs: EvaluationInputs, fingerprint: str
 ) -> EvaluationReport | None:

@@ -20,10 +20,12 @@ class CellResult:
         metric, value: the task's metric, in percent.
         valid_loss: on the task's validation data, nats per target token.
         retention: held-out loss of what was not trained on, nats per token, by name.
+        other_values: metrics of tasks that were not trained on, in percent, by name.
         trained, total: parameters.
         experts: that were trained; None if they were not chosen.
         stored_bytes: of the run's result.
         step_bytes: arguments and temporaries of the training step, per device.
+        step_seconds: median time of an update.
         seconds: of training, scoring and compiling included.
     """
 
@@ -33,11 +35,13 @@ class CellResult:
     value: float
     valid_loss: float
     retention: dict[str, float] = field(default_factory=dict)
+    other_values: dict[str, float] = field(default_factory=dict)
     trained: int = 0
     total: int = 0
     experts: int | None = None
     stored_bytes: int = 0
     step_bytes: int | None = None
+    step_seconds: float | None = None
     seconds: float = 0.0
 
 

@@ -1,5 +1,6 @@
 """Running the cells of a sweep that are not finished."""
 
+import dataclasses
 import fcntl
 import gc
 import shutil
@@ -11,7 +12,13 @@ import jax
 
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
-from esft_jax.evaluation.tasks import EvaluationReport, evaluate_result, run_evaluation
+from esft_jax.evaluation.run import (
+    OWN,
+    EvaluationReport,
+    check_evaluation,
+    evaluate_result,
+    run_evaluation,
+)
 from esft_jax.files import write_text_atomic
 from esft_jax.sweeping.config import (
     BASE,
@@ -33,8 +40,8 @@ from esft_jax.training.setup import open_setup
 def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record | None:
     """Run what is not finished: the base, the search for learning rates, the other seeds.
 
-    Every finished cell is a line of `results.jsonl` in the output folder and is never run again; one
-    that was interrupted goes on from its last checkpoint. `table.csv` has what is known so far.
+    Every finished cell is a line of `results.jsonl` in the output folder and is never run again;
+    one that was interrupted goes on from its last checkpoint. `table.csv` has what is known so far.
 
     Returns:
         All results; None if a signal stopped the run of a cell, which saved.
@@ -70,20 +77,20 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
 
 def run_cell(cell: Cell, config: RunConfig, sha256: str) -> CellResult | None:
     """Run one cell to its end; None if a signal stopped it."""
+    inputs = check_evaluation(config)
     if cell.method == BASE:
-        return _judged(cell, sha256, run_evaluation(config))
+        return _judged(cell, sha256, run_evaluation(config, None, inputs))
     result = run_training(open_setup(config))
     if result.result is None:
         return None
-    judged = _judged(
-        cell,
-        sha256,
-        evaluate_result(config, result.result),
+    judged = dataclasses.replace(
+        _judged(cell, sha256, evaluate_result(config, result.result, inputs)),
         trained=result.trained,
         total=result.total,
         experts=result.experts and result.experts.num_experts_selected,
         stored_bytes=sum(file.stat().st_size for file in result.result.glob("*.safetensors")),
         step_bytes=result.step_bytes,
+        step_seconds=result.timing.step and result.timing.step.p50,
         seconds=result.seconds,
     )
     # The result stays; what it could be resumed from is many times as large.
@@ -94,10 +101,20 @@ def run_cell(cell: Cell, config: RunConfig, sha256: str) -> CellResult | None:
     return judged
 
 
-def _judged(cell: Cell, sha256: str, report: EvaluationReport, **training: object) -> CellResult:
-    assert report.heldout is not None  # `load_sweep` has checked that there is such data
-    loss = report.heldout.nats_per_token
-    return CellResult(cell, sha256, report.metric, report.value, loss, **training)  # type: ignore[arg-type]
+def _judged(cell: Cell, sha256: str, report: EvaluationReport) -> CellResult:
+    own = report.scores[OWN]
+    others = {name: score for name, score in report.scores.items() if name != OWN}
+    # `load_sweep` has checked that there is such data.
+    assert own.metric is not None and own.value is not None and own.heldout is not None
+    return CellResult(
+        cell,
+        sha256,
+        own.metric,
+        own.value,
+        own.heldout.nats_per_token,
+        retention={n: s.heldout.nats_per_token for n, s in others.items() if s.heldout},
+        other_values={n: s.value for n, s in others.items() if s.value is not None},
+    )
 
 
 @contextmanager

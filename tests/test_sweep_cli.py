@@ -1,0 +1,166 @@
+"""`python -m esft_jax.sweep`: a whole table, and one that is killed on the way."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from esft_jax import sweep
+from esft_jax.sweeping.config import load_sweep
+from esft_jax.sweeping.run import run_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep_file(short_run: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, of which one tries two learning rates, on two tasks; two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    evaluation = ["train.steps=4", "train.eval_every=2", "evaluation.max_new_tokens=2"]
+    evaluation += ["evaluation.limit=2", f"evaluation.data={chats}"]
+    others = f"evaluation.others={{numbers: {{valid: [{chats}], format: chat}}}}"
+    content = {
+        "output": str(folder / "done"),
+        "run": str(short_run),
+        "tasks": {"sums": [*evaluation, others], "doubles": [*evaluation, "score.samples=4"]},
+        "methods": {
+            "token": ["mesh.data=1"],
+            "full": ["method=full", "train.verify_frozen=false", "mesh.data=1"],
+        },
+        "seeds": [0, 1],
+        "learning_rates": {"full": [1e-4, 1e-3]},
+    }
+    path = folder / "sweep.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def results(output: Path) -> dict[str, dict]:
+    """What the record says of every cell, but how long it took."""
+    path, found = output / "results.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        content = json.loads(line)
+        name = "/".join(map(str, content.pop("cell").values()))
+        assert name not in found, "a finished cell was run again"
+        found[name] = {k: v for k, v in content.items() if not k.endswith("seconds")}
+    return found
+
+
+def table(output: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader((output / "table.csv").open()))
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(sweep_file: Path) -> Path:
+    """The folder of the whole sweep."""
+    assert sweep.main(["--config", str(sweep_file)]) == 0
+    return sweep_file.parent / "done"
+
+
+def test_every_cell_is_run_once_and_judged(done: Path, sweep_file: Path) -> None:
+    found = results(done)
+    # The base, then three learning rates in all with the first seed, then two with the second.
+    assert len(found) == 2 * (1 + 3 + 2)
+    assert {name.split("/")[1] for name in found} == {"base", "token", "full"}
+    for name, result in found.items():
+        task, method, _, _ = name.split("/")
+        assert 0 < result["valid_loss"] < 10
+        assert result["retention"].keys() == ({"numbers"} if task == "sums" else set())
+        shares = {"base": 0, "full": 1}
+        if method in shares:
+            assert result["trained"] == shares[method] * result["total"]
+        else:
+            assert 0 < result["trained"] < result["total"] / 2
+            assert 4 * result["trained"] < result["stored_bytes"] < 4.2 * result["trained"] + 10_000
+        if method != "base":
+            assert result["step_bytes"] > 0
+    full = [row for row in table(done) if row["method"] == "full"]
+    losses = {
+        rate: sum(found[f"{task}/full/{rate}/0"]["valid_loss"] for task in ("sums", "doubles"))
+        for rate in ("0.0001", "0.001")
+    }
+    assert [row["learning_rate"] for row in full] == [min(losses, key=losses.__getitem__)]
+    assert full[0]["seeds"] == "2"
+    # What a run could be resumed from is gone; its result is not.
+    assert not list(done.glob("cells/*/*/**/checkpoints"))
+    assert len(list(done.glob("cells/*/token/*/adapter/model.safetensors"))) == 4
+
+
+def test_a_finished_sweep_runs_nothing(
+    done: Path, sweep_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = (done / "results.jsonl").read_bytes()
+    monkeypatch.setattr("esft_jax.sweeping.run.run_cell", None)
+    assert sweep.main(["--config", str(sweep_file)]) == 0
+    assert (done / "results.jsonl").read_bytes() == before
+    assert "token" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_share_a_sweep(done: Path, sweep_file: Path) -> None:
+    code = (
+        "import fcntl, sys, time\n"
+        f"lock = open({str(done / 'lock')!r}, 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert sweep.main(["--config", str(sweep_file)]) == 2
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_same_table(done: Path, sweep_file: Path) -> None:
+    output = done.with_name("killed")
+    config = sweep_file.with_name("killed.json")
+    config.write_text(sweep_file.read_text().replace("/done", "/killed"))
+    command = [sys.executable, "-m", "esft_jax.sweep", "--config", str(config)]
+    kept: dict[str, dict] = {}
+    for number, enough in (
+        (signal.SIGKILL, 1),
+        (signal.SIGKILL, 4),
+        (signal.SIGTERM, 6),
+        (signal.SIGKILL, 9),
+    ):
+        with (output.parent / "log").open("a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            while len(results(output)) < enough:
+                assert process.poll() is None, (output.parent / "log").read_text()
+                time.sleep(0.05)
+            time.sleep(1)  # into the next cell
+            process.send_signal(number)
+            code = process.wait()
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        now = results(output)
+        assert kept.items() <= now.items()
+        kept = now
+    assert run_sweep(load_sweep(config), print) is not None
+    assert kept.items() <= results(output).items()
+    assert results(output) == results(done)
+    assert table(output) == table(done)
+    shutil.rmtree(output)
+
+
+def test_a_mistake_in_a_cell_is_found_before_any_is_run(
+    sweep_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = tmp_path / "sweep.json"
+    text = sweep_file.read_text().replace("method=full", "method=fool")
+    config.write_text(text.replace("/done", "/never"))
+    assert sweep.main(["--config", str(config)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cell sums/full/lr-0.0001/seed-0: override 'method=fool'")
+    assert not (sweep_file.parent / "never").exists()
+    assert os.path.exists(sweep_file)
