@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command, open_config
+from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
 from esft_jax.huge_pages import restart_with_huge_pages

@@ -87,10 +87,10 @@ def run_cell(cell: Cell, config: RunConfig, sha256: str) -> CellResult | None:
         _judged(cell, sha256, evaluate_result(config, result.result, inputs)),
         trained=result.trained,
         total=result.total,
-        experts=result.experts and result.experts.num_experts_selected,
+        experts=None if result.experts is None else result.experts.num_experts_selected,
         stored_bytes=sum(file.stat().st_size for file in result.result.glob("*.safetensors")),
         step_bytes=result.step_bytes,
-        step_seconds=result.timing.step and result.timing.step.p50,
+        step_seconds=None if result.timing.step is None else result.timing.step.p50,
         seconds=result.seconds,
     )
     # The result stays; what it could be resumed from is many times as large.

@@ -76,3 +76,14 @@ def test_mistakes_are_named(sweep_file: Path, before: str, after: str, message: 
         load_sweep(sweep_file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_shipped_sweep_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    sweep = load_sweep("configs/paper/main.yaml")
+    for task in sweep.tasks:
+        config = run_config(sweep, Cell(task, "token", None, 0))
+        for path in (*config.data.train, *config.data.valid, config.evaluation.data):
+            assert path is not None and Path(path).parent.name == task and Path(path).is_file()
+        others = config.evaluation.others.values()
+        assert all(Path(path).is_file() for other in others for path in other.valid)
