@@ -24,10 +24,11 @@ from esft_jax.model.experts import (
     apply_experts,
     base_bank,
 )
+from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
-from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout, layer_window
+from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
 ROOM = 1.25
@@ -47,7 +48,7 @@ class MoE(nnx.Module):
         x: Float[Array, "B S D"],
         keep: Bool[Array, "B S"],
         layer: Int[Array, ""],
-        tuned: TunedExperts | None,
+        tuned: TunedExperts | LowRankExperts | None,
         carried: Carried | None,
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
@@ -61,7 +62,7 @@ class MoE(nnx.Module):
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
-        tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
+        tuned_banks = tuned.banks if tuned else None
         apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
         if mesh is None or mesh.size == 1:
             with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
@@ -97,7 +98,7 @@ def _apply_on_shard(
     gates: Float[Array, "B S K"],
     layer: Int[Array, ""],
     base: tuple[BaseExperts, BaseExperts],
-    tuned_banks: tuple[Array, Array] | None,
+    tuned_banks: tuple[Array, ...] | None,
     carried: Carried | None,
     *,
     layout: TunedLayout | None,
@@ -114,7 +115,7 @@ def _apply_on_shard(
         )
     tuned = None
     if tuned_banks is not None and layout is not None and carried is not None:
-        tuned, carried = layer_window(*tuned_banks, carried, layout, layer, shard)
+        tuned, carried = layout.layer_window(tuned_banks, carried, layer, shard)
     piece = None if shards == 1 else _piece(expert_ids.size, shards)
     gate_up, down = (base_bank(experts, layer) for experts in base)
     first = shard * len(gate_up)

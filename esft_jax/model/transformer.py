@@ -19,6 +19,7 @@ from esft_jax.mesh import constrain_batch
 from esft_jax.model.attention import LatentAttention, LatentCache
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.experts import LearnedStack
+from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
@@ -63,7 +64,7 @@ class Transformer(nnx.Module):
         dtype: type of activations and matrix products; norms, router, softmax and loss are
             float32.
         mesh: devices the parameters and the batch are split over, or None for one device.
-        tuned_experts: the selected experts under training, or None.
+        tuned_experts: the selected experts under training, or factors of experts, or None.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
         if not config.tie_embeddings:
             self.head = params.weight((config.hidden_size, config.vocab_size), (None, "vocab"))
-        self.tuned_experts: TunedExperts | None = nnx.data(None)
+        self.tuned_experts: TunedExperts | LowRankExperts | None = nnx.data(None)
 
     def __call__(
         self,
@@ -145,7 +146,7 @@ class Transformer(nnx.Module):
             )
 
         def moe_layer(
-            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | None
+            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | LowRankExperts | None
         ) -> tuple:
             x, carried = carry
             x = attend(block, x)
@@ -243,7 +244,7 @@ class Transformer(nnx.Module):
         return self.logits(self.norm(x)), cache
 
     def _carried(self) -> Carried | None:
-        return carry_banks(self.tuned_experts, self.mesh) if self.tuned_experts else None
+        return carry_banks(self.tuned_experts.banks, self.mesh) if self.tuned_experts else None
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return constrain_batch(self.embedding[...][tokens].astype(self.dtype), self.mesh)
