@@ -72,7 +72,7 @@ def _train(config: RunConfig, console: Console) -> None:
 def _evaluate_result(
     config: RunConfig, result: RunResult, inputs: EvaluationInputs
 ) -> EvaluationReport:
-    if config.method == "esft":
+    if config.method != "full":
         return run_evaluation(config, result.result, inputs, reuse=True)
     trained = dataclasses.replace(config, model=str(result.result))
     return run_evaluation(trained, None, inputs, reuse=True)
@@ -96,7 +96,8 @@ def _print_summary(console: Console, result: RunResult) -> None:
     elapsed = datetime.timedelta(seconds=round(timing.elapsed))
     table.add_row("goodput", f"{timing.goodput:.0%} of {elapsed} since the first start")
     console.print(table)
-    console.print(f"{'adapter' if result.experts else 'model'}: {result.result}", soft_wrap=True)
+    assert result.result is not None
+    console.print(f"{result.result.name}: {result.result}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -94,9 +94,9 @@ def attach_factors(
             update(mlp, name, "gate_up", 2)
         update(mlp, "down", "down")
 
-    blocks = [model.moe_blocks] if model.dense_blocks is None else [
-        model.dense_blocks, model.moe_blocks
-    ]
+    blocks = (
+        [model.moe_blocks] if model.dense_blocks is None else [model.dense_blocks, model.moe_blocks]
+    )
     if "attention" in lora.targets:
         for block in blocks:
             for name in ("q", "q_down", "q_up", "kv_down", "kv_up", "out"):
@@ -168,9 +168,7 @@ def label(path: Path, experts: ExpertConfig | None) -> str:
     return TUNED if trained else FROZEN
 
 
-def partition(
-    model: Transformer, trained: Trained
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def partition(model: Transformer, trained: Trained) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Split a model into structure, tuned parameters (float32 masters) and frozen ones."""
 
     def is_tuned(path: Path, value: Any) -> bool:

@@ -72,7 +72,8 @@ def place_updated_experts(
     Args:
         loads: see `place_experts`; without it, experts stay on their devices while there is room.
     """
-    owners, positions, local = [], [], num_experts // shards
+    owners: list[tuple[int, ...]] = []
+    positions, local = [], num_experts // shards
     for layer, (ids, room) in enumerate(zip(selected, _rooms(selected, shards), strict=True)):
         if not any(selected[: layer + 1]):
             owners.append(())

@@ -58,7 +58,7 @@ class LatentAttention(nnx.Module):
             (None, "embed"),
         )
         self.out = params.weight((heads * config.v_head_dim, size), (None, "embed"))
-        self.lora = nnx.Dict()  # of any of these weights, by name
+        self.lora: nnx.Dict = nnx.Dict()  # of any of these weights, by name
 
     def _queries(
         self, x: Float[Array, "B S D"], cos: Array, sin: Array

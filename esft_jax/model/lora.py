@@ -8,7 +8,7 @@ expert), like tuned experts (`tuned.py`).
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class LowRank(nnx.Module):
         return self.scale * (self.a[...] @ self.b[...])
 
 
-def project(x: Float[Array, "... in"], module: nnx.Module, name: str) -> Float[Array, "... out"]:
+def project(x: Float[Array, "... in"], module: Any, name: str) -> Float[Array, "... out"]:
     """Product with a module's weight of this name, and with its factors if it has some."""
     out = x @ getattr(module, name)[...].astype(x.dtype)
     update = module.lora.get(name)
@@ -87,7 +87,7 @@ class LowRankLayout(TunedLayout):
         num_experts: int,
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> "LowRankLayout":
+    ) -> Self:
         """Layout of experts placed by `place_updated_experts`."""
         placement = place_updated_experts(selected, num_experts, shards, loads)
         return cls(selected, num_experts, shards, placement)
@@ -205,11 +205,15 @@ class LowRankExperts(nnx.Module):
         Args:
             size, width: D and F.
         """
-        held = [-1 if row is None else row[0] * layout.num_experts + row[1] for row in layout.by_row()]
+        held = [
+            -1 if row is None else row[0] * layout.num_experts + row[1] for row in layout.by_row()
+        ]
         ids, axes = jnp.asarray(held), ("experts", None, None)
 
         def draw(key: jax.Array, width: int) -> Array:
-            rows = jax.vmap(lambda i: _uniform(jax.random.fold_in(key, i), (1, width, rank))[0])(ids)
+            rows = jax.vmap(lambda i: _uniform(jax.random.fold_in(key, i), (1, width, rank))[0])(
+                ids
+            )
             return jnp.where((ids >= 0)[:, None, None], rows, 0)
 
         def factors(key: jax.Array, side_in: int, side_out: int) -> LowRank:
@@ -226,7 +230,9 @@ class LowRankExperts(nnx.Module):
     @property
     def banks(self) -> tuple[Float[Array, "R _ _"], ...]:
         """A and scaled B of gate, up and down."""
-        pairs = ((each.a[...], each.scale * each.b[...]) for each in (self.gate, self.up, self.down))
+        pairs = (
+            (each.a[...], each.scale * each.b[...]) for each in (self.gate, self.up, self.down)
+        )
         return tuple(factor for pair in pairs for factor in pair)
 
 

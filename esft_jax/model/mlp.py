@@ -39,7 +39,7 @@ class MLP(nnx.Module):
     def __init__(self, size: int, width: int, params: ParamFactory):
         self.gate_up = params.weight((size, 2 * width), ("embed", None))
         self.down = params.weight((width, size), (None, "embed"))
-        self.lora = nnx.Dict()  # of `gate`, `up` and `down`
+        self.lora: nnx.Dict = nnx.Dict()  # of `gate`, `up` and `down`
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Apply the layer to each position."""

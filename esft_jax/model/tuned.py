@@ -9,7 +9,7 @@ that a run differentiates, keeps moments for, and saves.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class TunedLayout:
         num_experts: int,
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> "TunedLayout":
+    ) -> Self:
         """Layout of experts placed by `place_experts`."""
         placement = place_experts(selected, num_experts, shards, loads)
         return cls(selected, num_experts, shards, placement)
@@ -61,7 +61,7 @@ class TunedLayout:
         num_experts: int,
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> "TunedLayout":
+    ) -> Self:
         """Layout for expert ids given by decoder layer index; absent layers select none."""
         selected = tuple(tuple(sorted(experts.get(layer, ()))) for layer in moe_layers)
         return cls.place(selected, num_experts, shards, loads)
@@ -247,10 +247,10 @@ Carried = tuple[Float[Array, "N R _ _"], ...]
 def carry_banks(banks: tuple[Float[Array, "R _ _"], ...], mesh: Mesh | None) -> Carried:
     """What a scan over layers carries along so that their gradients add up in place.
 
-    It has the values of the banks, which are read only where they are small. Going backwards it is the gradient, to
-    which each layer adds its own rows. If every layer cut its rows out of the bank itself, each
-    would make a gradient as large as the bank, and sum it over the devices along `data`. With N of
-    these, each of them has a gradient of its own, and they are summed once.
+    It has the values of the banks, which are read only where they are small. Going backwards it is
+    the gradient, to which each layer adds its own rows. If every layer cut its rows out of the bank
+    itself, each would make a gradient as large as the bank, and sum it over the devices along
+    `data`. With N of these, each of them has a gradient of its own, and they are summed once.
     """
     copies = 1 if mesh is None else mesh.shape[DATA]
 

@@ -130,7 +130,7 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     assert remat.startswith("train.remat=full instead of dots")
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
     assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
-    full = dataclasses.replace(case, config=make_config(**FULL), experts=None)
+    full = dataclasses.replace(case, config=make_config(**FULL), trained=None)
     memory = dataclasses.replace(fitting.memory, available=1, needed=None)
     method, *_ = suggestions(full, dataclasses.replace(fitting, memory=memory))
     assert method.startswith("method=esft:") and "1 of 8 experts in each layer, assumed" in method
