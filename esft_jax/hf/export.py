@@ -33,8 +33,8 @@ def export_model(
 ) -> None:
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
-    A few tensors are in memory at a time. Unless `dtype` is given, tensors keep their types: those of
-    an adapter of experts are not cast to the base's, and `config.json` names the widest type, so
+    A few tensors are in memory at a time. Unless `dtype` is given, tensors keep their types: those
+    of an adapter of experts are not cast to the base's, and `config.json` names the widest type, so
     that nothing is lost on loading. Low-rank updates are added in float32, then stored in the type
     of the base.
 

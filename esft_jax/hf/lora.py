@@ -221,6 +221,10 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
             if ids:
                 chosen = "|".join(map(str, sorted(ids)))
                 modules.append(rf"{layer}\.mlp\.experts\.({chosen})\.(gate|up|down)_proj")
+        if lora.experts.num_experts_selected:
+            # No model has this module. Of fused experts, it asks for a half of a tensor, which
+            # `peft` refuses; without it, `peft` would leave out the experts and say nothing.
+            modules.append(r"\d+\.mlp\.experts\.gate_proj")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -174,6 +174,11 @@ def test_gradients_and_logits_are_those_of_peft(tiny, tokens, padded, tmp_path):
     check_against_peft(ours, theirs, tiny, tokens)
 
 
+def test_peft_refuses_what_it_cannot_say(adapters):
+    with pytest.raises(ValueError, match="they are fused into gate_up_proj"):
+        peft.PeftModel.from_pretrained(torch_model(), adapters / "selected")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention", "modules", "shared-experts", "experts", "all"])
 def test_peft_loads_adapters_of_any_targets(tiny, tokens, tmp_path, kind):

@@ -137,6 +137,39 @@ def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
     assert bytes_used["esft"] < 0.5 * bytes_used["full"]
 
 
+@pytest.mark.parametrize(
+    ("experts", "trained"),
+    [
+        (ExpertConfig({}, shared_experts=True), {"shared_experts"}),
+        pytest.param(
+            ExpertConfig({1: (3,)}, non_expert_modules=True),
+            {"attention", "router", "mlp", "embedding", "head", "norm", "tuned_experts"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ExpertConfig({1: (3,)}, shared_experts=True),
+            {"shared_experts", "tuned_experts"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["shared-alone", "experts-and-rest", "experts-and-shared"],
+)
+def test_other_modules_train_when_asked_for(base, batch, experts, trained) -> None:
+    model = load_model(base)
+    attach_tuned_experts(model, experts)
+    graph, tuned, frozen = partition(model, experts)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.0), steps=10)
+    before = init_state(optimizer, tuned, frozen)
+    after, _ = jax.jit(make_train_step(graph, optimizer))(before, frozen, batch)
+    parts = [{*path} for path, _ in nnx.to_flat_state(before.tuned)]
+    assert trained <= set().union(*parts)
+    assert not any("experts" in part for part in parts)
+    assert any("shared_experts" in part for part in parts) == experts.shared_experts
+    assert any("attention" in part for part in parts) == experts.non_expert_modules
+    change = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before.tuned, after.tuned)
+    assert all(leaf > 0 for leaf in jax.tree.leaves(change))
+
+
 def test_a_lora_step_has_gradients_and_moments_of_factors_only(base, batch) -> None:
     config = ModelConfig.load(base)
     config = dataclasses.replace(
