@@ -257,7 +257,7 @@ EXPERT = "base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_"
         (lambda f: edit(f, use_rslora=True), "adapter_config.json: use_rslora: True is not supp"),
         (lambda f: edit(f, rank_pattern={"q": 2}), "rank_pattern: .* is not supported"),
         (lambda f: edit(f, peft_type="IA3"), "expected a JSON object with peft_type = 'LORA'"),
-        (lambda f: edit(f, r=4), r"has shape \[3, 32\]; config.json expects \[4, 32\]"),
+        (lambda f: edit(f, r=4), r"has shape \[3, 48\]; config.json expects \[4, 48\]"),
         (lambda f: edit(f, r=0), "r: 0; expected a number from 1"),
         (lambda f: edit(f, lora_alpha=None), "lora_alpha: None; expected a number"),
         (lambda f: (f / "manifest.json").write_text("{}"), "'base_fingerprint' is missing"),

@@ -34,11 +34,14 @@ def factors(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_run_and_its_adapter(make_config, tmp_path) -> None:
+@pytest.fixture
+def config(make_config):
     config = make_config(method="lora", lora=LORA, select={"top_p": 0.3})
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, verify_frozen=True)
-    )
+    train = dataclasses.replace(config.train, verify_frozen=True)
+    return dataclasses.replace(config, train=train)
+
+
+def test_a_run_and_its_adapter(config) -> None:
     result = run(config)
     stored, selected = factors(result.folder), result.experts
     assert ExpertConfig.load(result.folder / "expert_cfg.json") == selected
@@ -59,8 +62,15 @@ def test_a_run_and_its_adapter(make_config, tmp_path) -> None:
     merged = sum(float(loss(params, batch)) for batch in batches) / weight
     assert merged == pytest.approx(result.valid_loss, rel=1e-5)
 
-    # Half of it, the rest on another mesh, where rows and base experts lie elsewhere.
-    again = dataclasses.replace(config, output=str(tmp_path / "again"))
+    with pytest.raises(InputError, match=r"holds a run with lora.rank = 2, not 3"):
+        open_setup(dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=3)))
+
+
+@pytest.mark.slow
+def test_a_run_continues_on_another_mesh(config, tmp_path) -> None:
+    """Where rows and base experts lie elsewhere."""
+    result, again = run(config), dataclasses.replace(config, output=str(tmp_path / "again"))
+    stored = factors(result.folder)
     run(steps(again, 2))
     moved = run(steps(again, 4, mesh=dataclasses.replace(config.mesh, data=1, expert=4)))
     assert moved.step == result.step == 4
@@ -68,9 +78,6 @@ def test_a_run_and_its_adapter(make_config, tmp_path) -> None:
     assert continued.keys() == stored.keys()
     for name, tensor in stored.items():
         np.testing.assert_allclose(continued[name], tensor, atol=1e-4, err_msg=name)
-
-    with pytest.raises(InputError, match=r"holds a run with lora.rank = 2, not 3"):
-        open_setup(dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=3)))
 
 
 def test_given_experts_are_checked(make_config, tmp_path) -> None:
