@@ -173,8 +173,10 @@ def update_rows(
 ) -> Float[Array, "M out"]:
     """Low-rank update of each of the sorted rows' products; 0 for those of experts without one."""
     sizes = jnp.append(group_sizes, 0)[sources]
-    narrow = grouped_matmul(rows, (factors[0],), sizes)
-    return grouped_matmul(narrow, (factors[1],), sizes)
+    a, b = factors
+    if a.shape[-1] == 1:  # kernels for TPUs do not compile for a single column
+        a, b = jnp.pad(a, ((0, 0), (0, 0), (0, 1))), jnp.pad(b, ((0, 0), (0, 1), (0, 0)))
+    return grouped_matmul(grouped_matmul(rows, (a,), sizes), (b,), sizes)
 
 
 class LowRankExperts(nnx.Module):
