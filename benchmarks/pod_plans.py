@@ -7,7 +7,9 @@ Runs `esft_jax.plan` for each, one after the other. Prints Markdown, writes JSON
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,18 +22,28 @@ from measuring import machine, print_table, write_report
 ROOT = Path(__file__).parents[1]
 PODS = {
     "v5e-8": "v5e:2x4",
+    "v5e-8x2": "2xv5e:2x4",
     "v5e-64": "v5e:8x8",
     "v5p-16": "v5p:2x2x2",
     "v6e-8": "v6e:2x4",
     "h100x8": "h100:8",
 }
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+TRANSPORTS = ("all_gather", "ragged_all_to_all")  # of `mesh.transport`
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 
 
-def make_plan(name: str, model: Path, output: Path) -> dict[str, Any]:
+def make_plan(name: str, transport: str, model: Path, output: Path) -> dict[str, Any]:
     """The plan of one configuration, by the command."""
     command = [sys.executable, "-m", "esft_jax.plan", "--topology", PODS[name], "--json", output]
     command += ["--config", ROOT / "configs" / "pods" / f"{name}.yaml", f"model={model}"]
+    command += [f"mesh.transport={transport}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):  # it fits, or it does not
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
@@ -41,12 +53,15 @@ def make_plan(name: str, model: Path, output: Path) -> dict[str, Any]:
 
 def row(name: str, plan: dict[str, Any]) -> list[str]:
     """What the table says of a plan."""
-    memory, devices = plan["memory"], plan["mesh"]["data"] * plan["mesh"]["expert"]
+    memory, devices = plan["memory"], math.prod(plan["mesh"].values())
     operations = [plan["operations"], plan["model_operations"]]
     words = [name, plan["topology"], str(devices), "yes" if plan["fits"] else "no"]
     sizes = [memory["frozen"], memory["tuned"] + memory["moments"], memory["temporary"]]
     sizes += [memory["needed"], memory["available"]]
-    received = [plan["received"].get(kind, 0) for kind in KINDS] if plan["received"] else [None] * 5
+    received: list[float | None] = [None] * (len(KINDS) + 1)
+    if plan["received"]:
+        received = [plan["received"].get(kind, 0) for kind in KINDS]
+        received.append(sum(plan["received"].values()) - sum(received))
     roofline = plan["roofline"] or {"overlapped": None, "serial": None}
     return [
         *words,
@@ -74,6 +89,7 @@ def report(plans: dict[str, dict[str, Any]]) -> None:
             "GFLOP per token",
             "of the model",
             *(f"{kind} GB" for kind in KINDS),
+            "between slices GB",
             "roofline s",
             "without overlap s",
             "plan took s",
@@ -86,11 +102,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Plan the configurations of configs/pods.")
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "deepseek-v2-lite")
     parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS))
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS[:1])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "pod_plans.json")
     options = parser.parse_args(arguments)
     plans: dict[str, dict[str, Any]] = {}
-    for name in options.pods:
-        plans[name] = make_plan(name, options.model, options.output.with_name(f"{name}.json"))
+    for name, transport in itertools.product(options.pods, options.transports):
+        output = options.output.with_name(f"{name}.json")
+        key = name if transport == TRANSPORTS[0] else f"{name}, {transport}"
+        plans[key] = make_plan(name, transport, options.model, output)
         write_report(options.output, {"machine": machine(os.cpu_count() or 1), "plans": plans})
     report(plans)
 

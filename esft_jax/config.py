@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -45,6 +46,12 @@ def _case_name(name: str) -> str:
     return name
 
 
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
+    return name
+
+
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -56,6 +63,8 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
+# Part of the names of metrics.
+SourceName = Annotated[Text, AfterValidator(_plain_name)]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
 CaseName = Annotated[Text, AfterValidator(_case_name)]
 
@@ -67,15 +76,35 @@ class MeshConfig:
     """Number of devices on each mesh axis.
 
     Attributes:
-        data: Devices that share the batch; -1 takes all that `expert` leaves.
+        data: Devices that share the batch; -1 takes all that the others leave.
         expert: Devices that share the experts of a layer.
+        replica: Copies of all weights; none takes one for each TPU slice or GPU host.
+        transport: How tokens reach the devices of their experts: all to all of them, or each to its
+            own.
         cpu_devices: Without an accelerator, devices that JAX splits the CPU into; about one per
             core is fastest; none leaves it to JAX. Ignored on TPU and GPU.
     """
 
     data: Annotated[int, Field(strict=True, ge=-1)] = -1
     expert: Count = 1
+    replica: Count | None = None
+    transport: Literal["all_gather", "ragged_all_to_all"] = "all_gather"
     cpu_devices: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SourceConfig:
+    """Examples that are mixed into those of the task.
+
+    Attributes:
+        train: As `data.train`.
+        valid: As `data.valid`.
+        weight: Packed rows of this source for each one of `data.train`.
+    """
+
+    train: Annotated[tuple[Text, ...], Field(min_length=1)]
+    valid: tuple[Text, ...] = ()
+    weight: Positive = 1.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -88,6 +117,8 @@ class DataConfig:
         format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
         sequence_length: Tokens per packed row.
         too_long: What to do with an example longer than a row: stop, or cut it.
+        mix: Other sources to train on, by name, such as the alignment data of the model; experts
+            are scored on `train` alone.
     """
 
     train: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -95,6 +126,12 @@ class DataConfig:
     format: Literal["chat", "text"] = "chat"
     sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
     too_long: Literal["error", "cut"] = "error"
+    mix: dict[SourceName, SourceConfig] = field(default_factory=dict)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """`task` for what is not in `mix`, and the names there."""
+        return ("task", *self.mix)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -116,23 +153,75 @@ class ScoreConfig:
 class SelectConfig:
     """Which experts are trained.
 
+    At most one of `top_p`, `top_k`, `max_parameters` and `max_bytes` is set; without any, `top_p`
+    is the paper's value for the method.
+
     Attributes:
         method: Relevance score: `token` (share of the routed tokens) or `gate` (mean gate).
-        top_p: Share of a layer's relevance its chosen experts reach together; none takes the
-            paper's value for the method.
+        top_p: Share of a layer's relevance its chosen experts reach together.
+        top_k: Experts in every layer.
+        max_parameters: Trained parameters, at most; the best experts of all layers are taken.
+        max_bytes: The same, as bytes of the adapter's tensors.
+        group_size: Experts that are selected together, grouped by the tokens they share.
+        groups_from: Scores or routing logs to group by, such as those of alignment data; none
+            takes the scores that are selected by.
+        scores: Scores or expert configurations of one or several tasks, instead of measuring.
+        combine: What to train of the experts that several tasks select.
+        random_seed: Train as many random experts in each layer instead, as a control.
         shared_experts: Train the shared experts too.
         non_expert_modules: Train everything that is no expert too (attention, embedding, ...).
     """
 
     method: Literal["token", "gate"] = "token"
     top_p: Share | None = None
+    top_k: Count | None = None
+    max_parameters: Count | None = None
+    max_bytes: Count | None = None
+    group_size: Count = 1
+    groups_from: Text | None = None
+    scores: tuple[Text, ...] = ()
+    combine: Literal["union", "intersection"] = "union"
+    random_seed: Seed | None = None
     shared_experts: Flag = False
     non_expert_modules: Flag = False
 
     @property
-    def threshold(self) -> float:
-        """`top_p`, or the paper's value for the method: 0.2 for token, 0.1 for gate."""
-        return DEFAULT_TOP_P[self.method] if self.top_p is None else self.top_p
+    def has_rule(self) -> bool:
+        """Whether one of the four rules is set."""
+        return bool(self._rules)
+
+    @property
+    def threshold(self) -> float | None:
+        """`top_p`; without any rule the paper's value: 0.2 for token, 0.1 for gate."""
+        return self.top_p if self.has_rule else DEFAULT_TOP_P[self.method]
+
+    def problem(self) -> str | None:
+        """What does not fit together, starting with the key to change."""
+        rules = self._rules
+        if len(rules) > 1:
+            return f"{rules[1]}: {rules[0]} is set too; expected one of them"
+        if (
+            len(self.scores) > 1
+            and self.combine == "union"
+            and rules
+            in (
+                ["max_parameters"],
+                ["max_bytes"],
+            )
+        ):
+            return f"{rules[0]}: the union of several tasks would exceed it; expected one task"
+        if self.groups_from is not None and self.group_size == 1:
+            return "groups_from: group_size is 1; expected a larger one"
+        if self.group_size > 1 and len(self.scores) > 1 and self.groups_from is None:
+            return "groups_from: each task would have its own groups; expected scores to group by"
+        if self.top_k is not None and self.top_k % self.group_size:
+            return f"top_k: {self.top_k} is no multiple of group_size = {self.group_size}"
+        return None
+
+    @property
+    def _rules(self) -> list[str]:
+        names = ("top_p", "top_k", "max_parameters", "max_bytes")
+        return [name for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -313,8 +402,16 @@ class RunConfig:
         problem = self._lora_problem()
         if problem:
             pass
+        elif "task" in self.data.mix:
+            problem = "data.mix.task: this is the name of data.train; expected another one"
+        elif missing := [n for n, s in self.data.mix.items() if s.valid and not self.data.valid]:
+            problem = f"data.mix.{missing[0]}.valid: needs data.valid, which chooses the best step"
         elif self.method == "esft" and self.init == "random":
             problem = "init: random weights have no experts to select; expected pretrained"
+        elif mistake := self.select.problem():
+            problem = f"select.{mistake}"
+        elif self.expert_cfg is not None and self.select.scores:
+            problem = "select.scores: expert_cfg says already what is trained; expected one of them"
         elif self.method == "full" and self.expert_cfg is not None:
             problem = "expert_cfg: method full trains every expert; expected no expert_cfg"
         elif self.method == "esft" and train.balance_loss > 0:

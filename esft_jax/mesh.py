@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esft_jax.errors import InputError
 
-DATA, EXPERT = "data", "expert"
+REPLICA, DATA, EXPERT = "replica", "data", "expert"
 
 
 def split_cpu(devices: int | None) -> None:
@@ -37,34 +38,83 @@ def use_cpu_only() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def make_mesh(data: int = -1, expert: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes `data` and `expert`.
+def make_mesh(
+    data: int = -1,
+    expert: int = 1,
+    devices: Sequence[Any] | None = None,
+    replica: int | None = None,
+) -> Mesh:
+    """A mesh with axes `replica`, `data` and `expert`.
+
+    Slices lie along `replica`, or within a replica along `data`: an expert group never spans two of
+    them.
 
     Args:
-        data: devices along `data`; -1 takes all that `expert` leaves.
+        data: devices along `data`; -1 takes all that the others leave.
         expert: devices that the experts of a layer are split over.
         devices: defaults to all devices of all processes.
+        replica: copies of all weights; None takes one for each slice.
 
     Raises:
         InputError: the shape does not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    slices = count_slices(devices)
+    replica = slices if replica is None else replica
     if data == -1:
-        if len(devices) % expert:
-            raise InputError(f"mesh.expert: {expert} does not divide the {len(devices)} devices")
-        data = len(devices) // expert
-    if data * expert > len(devices):
+        if len(devices) % (replica * expert):
+            times = f"{replica} x {expert}" if replica > 1 else str(expert)
+            raise InputError(f"mesh.expert: {times} does not divide the {len(devices)} devices")
+        data = len(devices) // (replica * expert)
+    shape = (replica, data, expert)
+    size = math.prod(shape)
+    named = f"data {data} x expert {expert}"
+    if replica > 1:
+        named = f"replica {replica} x {named}"
+    if size > len(devices):
+        raise InputError(f"mesh: {named} needs {size} devices; {len(devices)} available")
+    if size < len(devices) and (jax.process_count() > 1 or slices > 1):
         raise InputError(
-            f"mesh: data {data} x expert {expert} needs {data * expert} devices; "
-            f"{len(devices)} available"
+            f"mesh: {named} leaves devices of some hosts unused; expected {len(devices)} devices"
         )
-    if data * expert < len(devices) and jax.process_count() > 1:
+    if size < len(devices) or devices[0].platform == "cpu":
+        grid = np.asarray(devices[:size]).reshape(shape)
+    else:
+        grid = _arrange(devices, slices, shape)
+    return Mesh(grid, (REPLICA, DATA, EXPERT))
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many groups the devices form that a slower network connects: TPU slices, GPU hosts."""
+    if devices[0].platform == "cpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arrange(devices: list[Any], slices: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """All devices of accelerators, neighbours in the network next to each other."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    replica, _, expert = shape
+    per_slice = len(devices) // slices
+    if per_slice % expert:
         raise InputError(
-            f"mesh: data {data} x expert {expert} leaves devices of some hosts unused; "
-            f"expected {len(devices)} devices"
+            f"mesh.expert: {expert} does not divide the {per_slice} devices of a slice; an expert "
+            "group must lie within one"
         )
-    grid = np.asarray(devices[: data * expert]).reshape(data, expert)
-    return Mesh(grid, (DATA, EXPERT))
+    if replica % slices == 0:
+        across = (slices, 1, 1)
+    elif slices % replica == 0:
+        across = (replica, slices // replica, 1)
+    else:
+        raise InputError(
+            f"mesh.replica: {replica} replicas on {slices} slices; expected one number to divide "
+            "the other"
+        )
+    within = tuple(size // parts for size, parts in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 @dataclass(frozen=True)
@@ -75,13 +125,14 @@ class ShardingRules:
         batch: rows of the batch. All devices hold different rows; the devices of one expert group
             exchange tokens.
         experts: routed experts, and rows of the tuned bank.
-        embed: the model-width side of every other matrix (fully sharded, gathered when used).
+        embed: the model-width side of every other matrix (fully sharded over a replica, gathered
+            when used).
         vocab: the words of the head. An expert group shares them out, as it does experts; each
             part is fully sharded over `data`, like `embed`.
         layers: the stacking axis; never split.
     """
 
-    batch: tuple[str, ...] = (DATA, EXPERT)
+    batch: tuple[str, ...] = (REPLICA, DATA, EXPERT)
     experts: tuple[str, ...] = (EXPERT,)
     embed: tuple[str, ...] = (DATA, EXPERT)
     vocab: tuple[str, ...] = (EXPERT, DATA)

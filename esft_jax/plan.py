@@ -18,6 +18,7 @@ from esft_jax.cli import add_config_arguments, command
 from esft_jax.config import RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
+from esft_jax.planning.collectives import within_slices
 from esft_jax.planning.suggest import suggestions
 
 
@@ -70,20 +71,21 @@ def _full(config: RunConfig) -> RunConfig:
 
 
 def _table(plans: Sequence[Plan]) -> Table:
-    data, expert = plans[0].mesh.values()
-    table = Table(title=f"{plans[0].topology}, mesh {data} x {expert}; GB are 10^9 bytes")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plans[0].mesh.items())
+    table = Table(title=f"{plans[0].topology}, mesh: {mesh}; GB are 10^9 bytes")
     table.add_column("of one device")
     for plan in plans:
         table.add_column(plan.method, justify="right")
     rows = [_rows(plan) for plan in plans]
     for name in dict.fromkeys(name for each in rows for name in each):
         table.add_row(name, *(each.get(name, "") for each in rows))
-        if name in ("fits", "operations by arithmetic, GFLOP per token", _NETWORK):
+        if name in ("fits", "operations by arithmetic, GFLOP per token", _NETWORK, _BETWEEN):
             table.add_section()
     return table
 
 
 _NETWORK = "received from other devices, GB per step"
+_BETWEEN = "received from other slices, GB per step; not in the roofline"
 
 
 def _rows(plan: Plan) -> dict[str, str]:
@@ -106,7 +108,10 @@ def _rows(plan: Plan) -> dict[str, str]:
     rows["operations by arithmetic, GFLOP per token"] = f"{plan.model_operations / 1e9:.2f}"
     if plan.received is not None:
         rows |= {f"{kind}, GB": _gigabytes(size) for kind, size in sorted(plan.received.items())}
-        rows[_NETWORK] = _gigabytes(sum(plan.received.values()))
+        within = sum(within_slices(plan.received).values())
+        rows[_NETWORK] = _gigabytes(within)
+        if len(within_slices(plan.received)) < len(plan.received):
+            rows[_BETWEEN] = _gigabytes(sum(plan.received.values()) - within)
     if plan.roofline is not None:
         roofline = plan.roofline
         rows |= {

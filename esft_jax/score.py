@@ -1,6 +1,7 @@
 """Measure how relevant each expert is to a task: run the base model over samples of its data."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ import jax
 from rich.console import Console
 
 from esft_jax.cli import add_config_arguments, command, open_config
-from esft_jax.experts.select import select_experts
+from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import load_pretrained, measure_scores, open_setup
@@ -29,12 +30,13 @@ def main(argv: Sequence[str] | None) -> None:
     folder = args.output or RunFolder(config.output).scores
     if jax.process_index() == 0:
         scores.save(folder)
-        select = config.select
-        chosen = select_experts(scores, select.method, select.threshold)
+        # Of these scores, whatever the configuration will train on.
+        select = dataclasses.replace(config.select, scores=())
+        chosen = choose_experts(select, [scores], setup.model_config, config.dtype)
         console = Console()
         console.print(
             f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
-            f"a choice by {select.method} score with p = {select.threshold:g}:"
+            f"a choice by {describe(select)}:"
         )
         print_selection(scores, chosen, console)
         console.print(f"scores: {folder}", soft_wrap=True)

@@ -1,17 +1,24 @@
 """Select the experts to train from their scores and write `expert_cfg.json`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from esft_jax.cli import command
+from esft_jax.config import SelectConfig
+from esft_jax.errors import InputError
+from esft_jax.experts.choose import check_select, choose_experts, describe, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.scores import SCORE_METHODS, ExpertScores, load_scores
-from esft_jax.experts.select import DEFAULT_TOP_P, select_experts
+from esft_jax.experts.scores import SCORE_METHODS, ExpertScores
+from esft_jax.experts.select import DEFAULT_TOP_P
+from esft_jax.hf.load import local_folder
+from esft_jax.model.config import ModelConfig
 
 
 @command
@@ -21,11 +28,15 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--scores",
         required=True,
+        nargs="+",
         metavar="PATH",
-        help="folder or file of `score`, a reference summary.json, or a folder of routing logs",
+        help="folder or file of `score`, a reference summary.json, a folder of routing logs, or an "
+        "expert_cfg.json; several, for several tasks",
     )
+    parser.add_argument("--output", required=True, metavar="FILE", help="expert_cfg.json to write")
     parser.add_argument("--method", choices=SCORE_METHODS, default="token", help="(default: token)")
-    parser.add_argument(
+    rule = parser.add_argument_group("how many experts (one of these)")
+    rule.add_argument(
         "--top-p",
         type=float,
         metavar="P",
@@ -33,9 +44,28 @@ def main(argv: Sequence[str] | None) -> None:
         + ", ".join(f"{top_p} for {method}" for method, top_p in DEFAULT_TOP_P.items())
         + ")",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="expert_cfg.json to write")
+    rule.add_argument("--top-k", type=int, metavar="N", help="experts in every layer")
+    rule.add_argument(
+        "--max-parameters", type=int, metavar="N", help="best experts of all layers for so many"
+    )
+    rule.add_argument("--max-bytes", type=int, metavar="N", help="the same, by the adapter's size")
+    parser.add_argument("--group-size", type=int, default=1, metavar="N", help="select in groups")
+    parser.add_argument("--groups-from", metavar="PATH", help="scores or logs to group by")
+    parser.add_argument(
+        "--combine", choices=("union", "intersection"), default="union", help="(default: union)"
+    )
+    parser.add_argument(
+        "--random-seed", type=int, metavar="SEED", help="as many random experts in each layer"
+    )
     parser.add_argument("--train-shared-experts", action="store_true")
     parser.add_argument("--train-non-expert-modules", action="store_true")
+    parser.add_argument("--model", metavar="FOLDER", help="of the base, for a budget or a check")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the adapter, for --max-bytes (default: bfloat16)",
+    )
     parser.add_argument(
         "--experts-per-token",
         type=int,
@@ -45,14 +75,44 @@ def main(argv: Sequence[str] | None) -> None:
     )
     args = parser.parse_args(argv)
 
-    scores = load_scores(args.scores, experts_per_token=args.experts_per_token)
-    top_p = DEFAULT_TOP_P[args.method] if args.top_p is None else args.top_p
-    config = select_experts(
-        scores, args.method, top_p, args.train_shared_experts, args.train_non_expert_modules
-    )
+    select = _select_config(args)
+    model = None
+    if args.model is not None:
+        model = ModelConfig.load(local_folder(args.model, files=("config.json",)))
+        check_select(select, model, args.dtype)
+    tasks = load_tasks(args.scores, args.experts_per_token)
+    config = choose_experts(select, tasks, model, args.dtype, args.experts_per_token)
     config.save(args.output)
-    print_selection(scores, config, Console())
-    print(f"Selected by {args.method} score, p = {top_p:g}; written to {args.output}")
+    console = Console()
+    scored = [
+        (path, task)
+        for path, task in zip(args.scores, tasks, strict=True)
+        if isinstance(task, ExpertScores)
+    ]
+    for path, task in scored:
+        if len(tasks) > 1:
+            console.print(f"{path}:", soft_wrap=True)
+        print_selection(task, config, console)
+    how = describe(select, scored=bool(scored))
+    print(f"{config.num_experts_selected} experts by {how}; written to {args.output}")
+
+
+def _select_config(args: argparse.Namespace) -> SelectConfig:
+    names = [field.name for field in dataclasses.fields(SelectConfig) if hasattr(args, field.name)]
+    values = {name: getattr(args, name) for name in names}
+    try:
+        select = SelectConfig(
+            **values | {"scores": tuple(args.scores)},
+            shared_experts=args.train_shared_experts,
+            non_expert_modules=args.train_non_expert_modules,
+        )
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        expected = mistake["msg"].replace("Input should be", "expected")
+        raise InputError(f"{mistake['loc'][0]}: {mistake['input']}; {expected}") from None
+    if problem := select.problem():
+        raise InputError(problem)
+    return select
 
 
 def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console) -> None:
@@ -75,7 +135,7 @@ def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console
     whole = [layer for layer, ids in config.experts.items() if len(ids) == scores.num_experts]
     if whole:
         names = ", ".join(map(str, whole))
-        console.print(f"Note: p takes every expert of layer {names}")
+        console.print(f"Note: this takes every expert of layer {names}")
 
 
 def _cells(count: float, token: float, gate: float) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -44,12 +45,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 # The compiler ends the process when it is asked for a slice with too many or too few dimensions.
-_TOPOLOGY = re.compile(r"(cpu|h100):N|(v5e|v6e):NxN|(v4|v5p|tpu7x):NxNxN".replace("N", r"[1-9]\d*"))
+_TOPOLOGY = re.compile(
+    r"(cpu|h100):N|(Nx)?(v5e|v6e):NxN|(Nx)?(v4|v5p|tpu7x):NxNxN".replace("N", r"[1-9]\d*")
+)
 
 
 def ahead_of_time_devices(name: str) -> list[jax.Device]:
-    """Devices of a TPU slice (`v5e:2x4`), of a host with H100 GPUs (`h100:8`), or of a CPU that is
-    split (`cpu:8`).
+    """Devices of a TPU slice (`v5e:2x4`), of several (`2xv5e:2x4`), of a host with H100 GPUs
+    (`h100:8`), or of a CPU that is split (`cpu:8`).
 
     Raises:
         InputError: no such topology, or its compiler is not installed.
@@ -57,7 +60,7 @@ def ahead_of_time_devices(name: str) -> list[jax.Device]:
     if not _TOPOLOGY.fullmatch(name):
         raise InputError(
             f"topology: {name!r}; expected a TPU slice such as v5e:2x4 (or v6e) or v5p:2x2x1 (or "
-            "v4, tpu7x), h100:COUNT or cpu:COUNT"
+            "v4, tpu7x), several such as 2xv5e:2x4, h100:COUNT or cpu:COUNT"
         )
     kind, _, count = name.partition(":")
     match kind:
@@ -107,7 +110,7 @@ def h100_devices(count: int) -> list[jax.Device]:
 
 
 def tpu_devices(name: str) -> list[jax.Device]:
-    """Devices of a TPU slice, such as `v5e:2x4`, for meshes to compile for but not to run on.
+    """Devices of TPU slices, such as `v5e:2x4`, for meshes to compile for but not to run on.
 
     Raises:
         InputError: the TPU compiler is not installed.
@@ -120,5 +123,13 @@ def tpu_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = _CONFIG.get(name.partition(":")[0], {})
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    count, _, one_slice = name.partition("x") if name[0].isdigit() else ("", "", name)
+    options: dict[str, Any] = dict(_CONFIG.get(hardware(name), {}))
+    if count:
+        options["num_slices"] = int(count)
+    return topologies.get_topology_desc(platform="tpu", topology_name=one_slice, **options).devices
+
+
+def hardware(name: str) -> str:
+    """Of a topology: `v5e` of `v5e:2x4` and of `2xv5e:2x4`."""
+    return re.sub(r"^\d+x", "", name).partition(":")[0]

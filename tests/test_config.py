@@ -75,6 +75,7 @@ def test_threshold_of_the_paper_unless_given() -> None:
     assert SelectConfig(method="token").threshold == 0.2
     assert SelectConfig(method="gate").threshold == 0.1
     assert SelectConfig(method="gate", top_p=0.5).threshold == 0.5
+    assert SelectConfig(top_k=3).threshold is SelectConfig(max_bytes=10**9).threshold is None
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,13 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("data.train=task.jsonl", "data.train: expected a list, got 'task.jsonl'"),
         ("data.train=[]", "data.train: expected at least one item, got []"),
         ("data.train=[a, 3]", "data.train.1: expected a valid string, got 3"),
+        ("data.mix.x.train=a", "data.mix.x.train: expected a list, got 'a'"),
+        ("data.mix={x: {train: [a], wait: 2}}", "unknown key data.mix.x.wait; did you mean "),
+        ("data.mix.x.weight=0", "data.mix.x.train: this key is missing"),
+        ("data.mix={task: {train: [a]}}", "data.mix.task: this is the name of data.train"),
+        ("data.mix={x: {train: [a], valid: [b]}}", "data.mix.x.valid: needs data.valid"),
+        ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of letters"),
+        ("data.mix=[a]", "data.mix: expected a valid dictionary, got ['a']"),
         ("model=", "model: expected a valid string, got None"),
         ("method=lor", "method: expected 'esft', 'full' or 'lora', got 'lor'"),
         ("lora.rank=0", "lora.rank: expected greater than or equal to 1, got 0"),
@@ -110,6 +118,18 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected greater than 0, got 0"),
         ("optimizer.beta1=1.0", "optimizer.beta1: expected less than 1, got 1.0"),
         ("select.top_p=0.0", "select.top_p: expected greater than 0, got 0.0"),
+        ("select.top_k=0", "select.top_k: expected greater than or equal to 1, got 0"),
+        ("select={top_p: 0.1, top_k: 3}", "select.top_k: top_p is set too; expected one of them"),
+        ("select={top_k: 3, group_size: 2}", "select.top_k: 3 is no multiple of group_size = 2"),
+        ("select.groups_from=x", "select.groups_from: group_size is 1; expected a larger one"),
+        (
+            "select={scores: [a, b], max_bytes: 3}",
+            "select.max_bytes: the union of several tasks would exceed it; expected one task",
+        ),
+        (
+            "select={scores: [a, b], group_size: 2}",
+            "select.groups_from: each task would have its own groups; expected scores to group by",
+        ),
         ("evaluation.top_p=1.5", "evaluation.top_p: expected less than or equal to 1, got 1.5"),
         ("optimizer.final_lr_fraction=2", "optimizer.final_lr_fraction: expected less than or"),
         ("evaluation.metric=f1", "evaluation.metric: expected one of intent, exact_match, chrf"),
@@ -138,6 +158,7 @@ def test_bad_override_is_named(file: Path, override: str, problem: str) -> None:
         (["method=lora", "select.shared_experts=true"], "select.shared_experts: lora.targets says"),
         (["method=lora", "init=random"], "init: low-rank updates need weights to update"),
         (["method=lora", "train.balance_loss=0.1"], "the router is frozen with method lora"),
+        ([f"expert_cfg={__file__}", "select.scores=[a]"], "select.scores: expert_cfg says already"),
         (["expert_cfg=none.json"], "expert_cfg: no file 'none.json'; expected one written by"),
     ],
 )

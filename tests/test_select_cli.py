@@ -52,7 +52,7 @@ def test_the_token_score_has_its_own_default(scores, tmp_path, capsys):
 def test_says_when_p_takes_everything(scores, tmp_path, capsys):
     output = tmp_path / "c.json"
     main(["--scores", str(scores), "--method", "gate", "--top-p", "0.9", "--output", str(output)])
-    assert "Note: p takes every expert of layer 1, 2" in capsys.readouterr().out
+    assert "Note: this takes every expert of layer 1, 2" in capsys.readouterr().out
 
 
 def test_logs_of_another_number_of_experts_per_token(tmp_path, capsys):
@@ -66,8 +66,27 @@ def test_logs_of_another_number_of_experts_per_token(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--top-p", "0"], "error: top_p: 0.0 is out of range; expected a number in (0, 1]"),
-        (["--top-p", "nan"], "error: top_p: nan is out of range; expected a number in (0, 1]"),
+        (["--top-p", "0"], "error: top_p: 0.0; expected greater than 0"),
+        (["--top-p", "nan"], "error: top_p: nan; expected less than or equal to 1"),
+        (["--top-k", "0"], "error: top_k: 0; expected greater than or equal to 1"),
+        (["--top-k", "4"], "error: select.top_k: 4; SCORES has 3 experts per layer"),
+        (
+            ["--top-k", "1", "--top-p", "0.5"],
+            "error: top_k: top_p is set too; expected one of them",
+        ),
+        (
+            ["--max-bytes", "1000"],
+            "error: --model: a budget needs the size of an expert; expected a model's folder",
+        ),
+        (
+            ["--group-size", "3"],
+            "error: select.group_size: the scores do not say which experts are chosen together; "
+            "expected scores by `score`, routing logs, or select.groups_from",
+        ),
+        (
+            ["--group-size", "2"],
+            "error: select.group_size: 2 does not divide 3 experts",
+        ),
         (["--scores", "nowhere"], "error: nowhere: cannot be read: No such file or directory"),
     ],
 )
@@ -75,9 +94,46 @@ def test_bad_input_is_one_line_and_code_2(scores, tmp_path, capsys, change, mess
     output = tmp_path / "c.json"
     assert main(["--scores", str(scores), "--output", str(output), *change]) == 2
     captured = capsys.readouterr()
-    assert captured.err == message + "\n"
+    assert captured.err == message.replace("SCORES", str(scores)) + "\n"
     assert captured.out == ""
     assert not output.exists()
+
+
+def test_several_tasks_and_random_controls(scores, tmp_path, capsys):
+    ExpertConfig({1: (2,), 2: (1,)}).save(tmp_path / "other.json")
+    output = tmp_path / "c.json"
+    both = ["--scores", str(scores), str(tmp_path / "other.json"), "--output", str(output)]
+    assert main([*both]) == 0
+    assert ExpertConfig.load(output) == ExpertConfig({1: (0, 2), 2: (2, 1)})
+    assert "4 experts by token score, p = 0.2, union of 2 tasks" in capsys.readouterr().out
+    assert main([*both, "--combine", "intersection"]) == 2
+    assert "the intersection of the tasks' experts is empty" in capsys.readouterr().err
+    one = ["--scores", str(tmp_path / "other.json"), "--output", str(output)]
+    assert main([*one, "--random-seed", "3"]) == 2
+    assert "--model: random experts need their number" in capsys.readouterr().err
+    assert main([*one, "--top-k", "1"]) == 2
+    assert "other.json: is a selection already" in capsys.readouterr().err
+    three = ["--scores", str(scores), "--top-k", "2", "--random-seed", "3"]
+    assert main([*three, "--output", str(output)]) == 0
+    chosen = ExpertConfig.load(output)
+    assert [len(set(ids)) for ids in chosen.experts.values()] == [2, 2]
+
+
+def test_a_budget_in_bytes_of_a_model(base, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    token = rng.dirichlet(np.ones(8), size=3)
+    ExpertScores((1, 2, 3), token, token / 2).save(tmp_path)
+    output = tmp_path / "c.json"
+    expert = 2 * 3 * 32 * 16  # bfloat16
+    given = ["--scores", str(tmp_path), "--output", str(output), "--model", str(base)]
+    for spare, count in (0, 5), (expert - 1, 5), (-1, 4):
+        assert main([*given, "--max-bytes", str(5 * expert + spare)]) == 0
+        assert ExpertConfig.load(output).num_experts_selected == count
+    assert main([*given, "--max-bytes", str(5 * expert), "--dtype", "float32"]) == 0
+    assert ExpertConfig.load(output).num_experts_selected == 2
+    assert main([*given, "--max-bytes", str(expert - 1)]) == 2
+    error = capsys.readouterr().err
+    assert f"select.max_bytes: {expert - 1:,} is too little; one expert takes {expert:,}" in error
 
 
 def test_released_configuration_from_the_command_line(esft_reference, tmp_path, capsys):

@@ -3,13 +3,14 @@
 B rows in a global batch, S positions in a row. A batch is a dict of arrays ``[B, S]``:
 ``tokens``, ``targets``, ``segment_ids`` (0 padding, 1.. the documents of the row), ``positions``
 (from 0 in each document), all int32, and ``loss_weights`` float32 (1 where ``targets`` counts).
+Batches of several sources (``esft_jax.data.mix``) say besides which one each row is of.
 """
 
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import grain
 import numpy as np
@@ -91,6 +92,14 @@ class PackedDataset:
     def __getitem__(self, row: int) -> Batch:
         """One row: arrays ``[S]``."""
         return {key: rows[0] for key, rows in self.gather([range(len(self))[row]]).items()}
+
+    def endless_rows(self, seed: int) -> grain.MapDataset[int]:
+        """Row numbers for training: all of them in a new random order, again and again."""
+        return grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often the rows were used, after the first ones for training."""
+        return {"epoch": rows / len(self)}
 
     def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """`path:line` of the examples that the named rows hold pieces of."""
@@ -180,8 +189,34 @@ def build_dataset(
     return PackedDataset(tokens, learn, documents, plan, sequence_length, tokenizer.pad_id, stats)
 
 
+class Dataset(Protocol):
+    """Packed rows that can be trained on: of one source, or mixed (`esft_jax.data.mix`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions in a row."""
+
+    @property
+    def stats(self) -> DataStats:
+        """What the rows hold."""
+
+    def endless_rows(self, seed: int) -> grain.MapDataset[int]:
+        """Row numbers for training."""
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often the rows were used, after the first ones for training; by metric name."""
+
+    def places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """`path:line` of the examples that the named rows hold pieces of."""
+
+    def gather(self, rows: Sequence[int] | np.ndarray, size: int | None = None) -> Batch:
+        """The named rows as a batch, filled up to ``size`` rows with all-padding ones."""
+
+
 def train_iterator(
-    dataset: PackedDataset,
+    dataset: Dataset,
     *,
     batch_size: int,
     seed: int,
@@ -214,18 +249,12 @@ def train_iterator(
 
 
 def batch_rows(
-    dataset: PackedDataset, batch_size: int, seed: int
+    dataset: Dataset, batch_size: int, seed: int
 ) -> grain.MapDataset[Int64[np.ndarray, "B"]]:
     """Row numbers of every global training batch, endless."""
-    return (
-        grain.MapDataset.range(len(dataset))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        # An endless sequence has no remainder, but without dropping it its length rounds up past
-        # what len() can return.
-        .batch(batch_size, drop_remainder=True)
-    )
+    # An endless sequence has no remainder, but without dropping it its length rounds up past what
+    # len() can return.
+    return dataset.endless_rows(seed).batch(batch_size, drop_remainder=True)
 
 
 def eval_batches(

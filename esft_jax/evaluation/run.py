@@ -118,7 +118,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
     judged = any(METRICS[case.metric].rubric for case in named if case.data is not None)
     judge = Judge.from_environment(run.evaluation / "judge") if judged else None

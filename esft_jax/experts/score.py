@@ -40,6 +40,17 @@ def sample_scores(
     return token.sum(axis=1), gate.sum(axis=1)
 
 
+def chosen_together(expert_ids: Int[Array, "L B S K"], num_experts: int) -> Int[Array, "L E E"]:
+    """How many tokens chose both of two experts; on the diagonal, how many chose one."""
+
+    def layer(ids: Array) -> Array:
+        # Phantom ids are no expert and give zeros. Sums of ones are exact in float32 up to 2^24.
+        chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.float32).sum(axis=2)
+        return jnp.einsum("bse,bsf->ef", chosen, chosen).astype(jnp.int32)
+
+    return jax.lax.map(layer, expert_ids)
+
+
 def score_experts(
     model: Transformer,
     batches: Iterable[dict[str, np.ndarray]],
@@ -70,6 +81,7 @@ def score_experts(
         tokens = (batch["segment_ids"] > 0).sum()
         # The paper's gates are the router's probabilities, before any scaling factor.
         gate = gate / model.config.router.scale
+        together = chosen_together(router.expert_ids, num_experts)
         routing = _Batch(
             router.expert_ids.astype(jnp.uint16),
             (router.gates / model.config.router.scale).astype(jnp.float16),
@@ -79,10 +91,12 @@ def score_experts(
         if model.mesh is not None:  # every process reads all rows
             everywhere = NamedSharding(model.mesh, PartitionSpec())
             routing = jax.lax.with_sharding_constraint(routing, everywhere)
-        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens)), routing
+        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens, together)), routing
 
     zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
-    totals: Any = (zeros, zeros, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    none = jnp.zeros((), jnp.int32)
+    pairs = jnp.zeros((*zeros.shape, num_experts), jnp.int32)
+    totals: Any = (zeros, zeros, none, none, pairs)
     kept: list[_Batch] = []
     room = ROUTING_TOKENS
     for batch in batches:
@@ -91,7 +105,7 @@ def score_experts(
         if room > 0:
             kept.append(_Batch(*map(np.asarray, routing)))
             room -= int((kept[-1].segment_ids > 0).sum())
-    token, gate, samples, tokens = jax.device_get(totals)
+    token, gate, samples, tokens, together = jax.device_get(totals)
     if samples == 0:
         raise ValueError("no sample to score; expected at least one batch with tokens")
     return ExpertScores(
@@ -99,6 +113,7 @@ def score_experts(
         token=token.astype(np.float64) / samples,
         gate=gate.astype(np.float64) / samples,
         provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
+        together=together.astype(np.int64),
         routing=_routing_log(kept, model.config.moe_layers, num_experts),
     )
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import layer_index
+from esft_jax.experts.groups import count_together
 from esft_jax.experts.routing_log import (
     ROUTING_FILE,
     RoutingLog,
@@ -45,6 +46,8 @@ class ExpertScores:
         provenance: Where the scores come from (data, tokens, base model); JSON values only.
         routing: What they were counted from, or its beginning; only where `score_experts` or
             routing logs gave them.
+        together: How many tokens chose both of two experts, if it is known; on the diagonal, how
+            many chose one.
     """
 
     layers: tuple[int, ...]
@@ -52,6 +55,7 @@ class ExpertScores:
     gate: Float64[np.ndarray, "L E"]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     routing: RoutingLog | None = field(default=None, compare=False, repr=False)
+    together: Int64[np.ndarray, "L E E"] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         layers = list(self.layers)
@@ -77,6 +81,15 @@ class ExpertScores:
                 f"scores: {self.token.shape[1]} token scores but {self.gate.shape[1]} gate scores"
                 " per layer; expected as many"
             )
+        if self.together is not None and self.together.shape != (
+            len(layers),
+            self.num_experts,
+            self.num_experts,
+        ):
+            raise InputError(
+                f"scores: chosen_together has shape {list(self.together.shape)}; expected a number "
+                "for each pair of experts of each layer"
+            )
         # Rounding to 4 decimals moves each of the E scores by at most half of the last digit.
         tolerance = 1e-3 + self.num_experts * 0.5 * 10**-_DECIMALS
         for layer, total in zip(self.layers, self.token.sum(axis=1), strict=True):
@@ -100,12 +113,14 @@ class ExpertScores:
         The routing, if it is known, goes to `routing.npz`.
         """
         summary = {f"{method}_scores": self._by_name(method) for method in SCORE_METHODS}
-        scores = {
+        scores: dict[str, Any] = {
             "layers": list(self.layers),
             "token_scores": self.token.tolist(),
             "gate_scores": self.gate.tolist(),
             "provenance": dict(self.provenance),
         }
+        if self.together is not None:
+            scores["chosen_together"] = self.together.tolist()
         # Not beside new scores, even if writing these ends half-way.
         (Path(folder) / ROUTING_FILE).unlink(missing_ok=True)
         write_text_atomic(Path(folder) / SUMMARY_FILE, json.dumps(summary))
@@ -181,7 +196,17 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
             raise InputError(f"{path}: {key}: {len(rows)} rows for {len(layers)} layers")
         named = {layer: dict(enumerate(row)) for layer, row in zip(layers, rows, strict=True)}
         tables.append(_table(named, f"{path}: {key}"))
-    return ExpertScores(tuple(layers), tables[0], tables[1], provenance)
+    together = content.get("chosen_together")
+    if together is not None:
+        try:
+            together = np.array(together, dtype=np.int64)
+        except (ValueError, TypeError, OverflowError):
+            raise InputError(
+                f"{path}: chosen_together: expected whole numbers, as many for each expert"
+            ) from None
+        if (together < 0).any():
+            raise InputError(f"{path}: chosen_together: expected numbers from 0")
+    return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together=together)
 
 
 def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
@@ -247,4 +272,5 @@ def _of_logs(log: RoutingLog) -> ExpertScores:
         gate=np.stack(sums) / log.num_tokens,
         provenance=provenance,
         routing=log,
+        together=np.stack([count_together(row, log.num_experts) for row in log.expert_ids]),
     )

@@ -64,7 +64,7 @@ def base_bank(experts: BaseExperts, layer: Int[Array, ""]) -> Float[Array, "E _ 
     return Bank.layer_of(experts, layer) if experts.ndim == 4 else experts
 
 
-class _Banks(NamedTuple):
+class Banks(NamedTuple):
     """Matrices of all groups in order: of the tuned experts, if there are any, and of the base; and
     low-rank updates of some of them.
     """
@@ -72,6 +72,18 @@ class _Banks(NamedTuple):
     gate_up: tuple[Float[Array, "_ D F2"] | Bank, ...]
     down: tuple[Float[Array, "_ F D"] | Bank, ...]
     updates: LowRankWindow | None = None
+
+    @classmethod
+    def of(
+        cls,
+        gate_up: Float[Array, "_ D F2"] | Bank,
+        down: Float[Array, "_ F D"] | Bank,
+        tuned: TunedWindow | LowRankWindow | None,
+    ) -> "Banks":
+        """Those of a device; see `apply_experts`."""
+        if tuned is None or isinstance(tuned, LowRankWindow):
+            return cls((gate_up,), (down,), tuned)
+        return cls((tuned.gate_up, gate_up), (tuned.down, down))
 
     def multiply(
         self, rows: Float[Array, "M in"], name: str, group_sizes: Int[Array, " G"]
@@ -105,16 +117,12 @@ def apply_experts(
             run as it takes, and nothing is as long as all assignments but indices.
     """
     local = len(gate_up)
-    banks = _Banks((gate_up,), (down,))
+    banks = Banks.of(gate_up, down, tuned)
     if tuned is None:
         here = (expert_ids >= first) & (expert_ids < first + local)
         groups, num_groups = jnp.where(here, expert_ids - first, local), local
-    elif isinstance(tuned, LowRankWindow):
-        groups, num_groups = tuned.groups[expert_ids], local
-        banks = _Banks((gate_up,), (down,), tuned)
     else:
-        groups, num_groups = tuned.groups[expert_ids], len(tuned.gate_up) + local
-        banks = _Banks((tuned.gate_up, gate_up), (tuned.down, down))
+        groups, num_groups = tuned.groups[expert_ids], sum(map(len, banks.gate_up))
     dispatch = sort_by_group(groups, num_groups)
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
@@ -122,10 +130,10 @@ def apply_experts(
     return _at_once(x, flat, banks, dispatch)
 
 
-def _apply_to_rows(
+def apply_to_rows(
     rows: Float[Array, "M D"],
     gates: Float[Array, " M"],
-    banks: _Banks,
+    banks: Banks,
     group_sizes: Int[Array, " G"],
 ) -> Float[Array, "M D"]:
     """For each of the sorted rows, its expert's output times its gate."""
@@ -144,13 +152,23 @@ def _apply_to_rows(
 def _at_once(
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, all of them at once."""
     rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
-    rows = _apply_to_rows(rows, gates, banks, dispatch.group_sizes)
+    rows = apply_to_rows(rows, gates, banks, dispatch.group_sizes)
     return combine(rows, dispatch, len(x))
+
+
+def filled(differentiated: tuple, operands: tuple) -> tuple:
+    """Operands, where they are not differentiated themselves."""
+    return jax.tree.map(
+        lambda own, given: given if own is None else own,
+        differentiated,
+        operands,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,7 +176,7 @@ def _in_pieces(
     piece: int,
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, a piece of the sorted ones at a time.
@@ -169,7 +187,7 @@ def _in_pieces(
 
     def add_piece(i: Array, out: Array) -> Array:
         order, sizes = piece_of(dispatch, i, piece)
-        rows = _apply_to_rows(x[order // top_k], gates[order], banks, sizes)
+        rows = apply_to_rows(x[order // top_k], gates[order], banks, sizes)
         return add_to_tokens(out, rows, dispatch, i * piece)
 
     out = jnp.zeros(x.shape, jnp.float32)
@@ -181,7 +199,7 @@ def _pieces(dispatch: Dispatch, piece: int) -> Int[Array, ""]:
 
 
 @dataclass
-class _Needed:
+class Needed:
     """Trace-time facts for the backward rule: which of `x`, `gates` and `banks` are differentiated.
 
     The same tree as theirs, of flags; `of` keeps what is differentiated of one, and None elsewhere.
@@ -189,7 +207,18 @@ class _Needed:
 
     flags: tuple = field(pytree_node=False)
 
-    def of(self, *operands: Array | _Banks) -> tuple:
+    @classmethod
+    def read(cls, *operands: Any) -> tuple[tuple, "Needed"]:
+        """The values of a forward rule's operands, and which of the first three are needed."""
+
+        def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
+            return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+        values = each(lambda leaf: leaf.value, operands)
+        return values, cls(each(lambda leaf: leaf.perturbed, operands[:3]))
+
+    def of(self, *operands: Array | Banks) -> tuple:
+        """What is differentiated of the operands; None elsewhere."""
         return jax.tree.map(lambda value, flag: value if flag else None, operands, self.flags)
 
 
@@ -197,14 +226,10 @@ def _forward(
     piece: int,
     x: CustomVJPPrimal,
     gates: CustomVJPPrimal,
-    banks: _Banks,
+    banks: Banks,
     dispatch: Dispatch,
 ) -> tuple[Array, tuple]:
-    def each(read: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
-        return jax.tree.map(read, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
-
-    values = each(lambda leaf: leaf.value, (x, gates, banks, dispatch))
-    needed = _Needed(each(lambda leaf: leaf.perturbed, (x, gates, banks)))
+    values, needed = Needed.read(x, gates, banks, dispatch)
     return _in_pieces(piece, *values), (*values, needed)
 
 
@@ -217,14 +242,9 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
         tokens = order // top_k
         operands = (x[tokens], gates[order], banks)
 
-        def apply(*differentiated: Array | _Banks | None) -> Array:
-            rows, row_gates, all_banks = jax.tree.map(
-                lambda own, given: given if own is None else own,
-                differentiated,
-                operands,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            return _apply_to_rows(rows, row_gates, all_banks, sizes)
+        def apply(*differentiated: Array | Banks | None) -> Array:
+            rows, row_gates, all_banks = filled(differentiated, operands)
+            return apply_to_rows(rows, row_gates, all_banks, sizes)
 
         _, pull = jax.vjp(apply, *needed.of(*operands))
         # Rows of nobody are 0, and so are their gradients.

@@ -92,6 +92,10 @@ class LowRankLayout(TunedLayout):
         placement = place_updated_experts(selected, num_experts, shards, loads)
         return cls(selected, num_experts, shards, placement)
 
+    def groups_per_device(self, local: int) -> int:
+        """Those of the base experts."""
+        return local
+
     @cached_property
     def groups(self) -> np.ndarray:
         """Which base expert of a device computes an expert's tokens: int32 `[shards, L, E + 1]`.

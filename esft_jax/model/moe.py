@@ -1,8 +1,9 @@
 """The Mixture-of-Experts feed-forward layer, dropless, with experts split over devices.
 
 Tokens of one expert group (the devices along the `expert` mesh axis) are gathered, every device
-computes its own experts for them, and the results are summed back to the tokens' owners. Expert
-weights never move.
+computes its own experts for them, and the results are summed back to the tokens' owners; or tokens
+are sent to the devices of their experts only, and results come back (`exchange.py`). Expert weights
+never move.
 """
 
 import math
@@ -15,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.exchange import Transport, exchange_and_apply, owners_of
 from esft_jax.model.experts import (
     BaseExperts,
     LearnedStack,
@@ -51,6 +53,7 @@ class MoE(nnx.Module):
         tuned: TunedExperts | LowRankExperts | None,
         carried: Carried | None,
         mesh: Mesh | None,
+        transport: Transport = "all_gather",
     ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
@@ -59,11 +62,12 @@ class MoE(nnx.Module):
             carried: of the tuned experts, from layer to layer (`carry_banks`).
         """
         shape = x.shape
-        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1))
+        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
         tuned_banks = tuned.banks if tuned else None
-        apply = partial(_apply_on_shard, layout=tuned.layout if tuned else None)
+        layout = tuned.layout if tuned else None
+        apply = partial(_apply_on_shard, layout=layout, transport=transport)
         if mesh is None or mesh.size == 1:
             with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
                 out, carried = apply(
@@ -73,7 +77,7 @@ class MoE(nnx.Module):
         else:
             batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
             base = tuple(map(_partition, banks))
-            copies = PartitionSpec(DATA, RULES.experts)
+            copies = PartitionSpec((REPLICA, DATA), RULES.experts)
             out, carried = jax.shard_map(
                 partial(apply, shards=mesh.shape[EXPERT]),
                 mesh=mesh,
@@ -102,22 +106,27 @@ def _apply_on_shard(
     carried: Carried | None,
     *,
     layout: TunedLayout | None,
+    transport: Transport,
     shards: int,
 ) -> tuple[Float[Array, "B S D"], Carried | None]:
     """One device's part: its own tokens in and out, its own experts for the whole group."""
     shape = x.shape
     x, expert_ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, gates))
-    shard: Array | int = 0
-    if shards > 1:
-        shard = jax.lax.axis_index(EXPERT)
-        x, expert_ids, gates = (
-            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
-        )
+    shard: Array | int = 0 if shards == 1 else jax.lax.axis_index(EXPERT)
     tuned = None
     if tuned_banks is not None and layout is not None and carried is not None:
         tuned, carried = layout.layer_window(tuned_banks, carried, layer, shard)
-    piece = None if shards == 1 else _piece(expert_ids.size, shards)
     gate_up, down = (base_bank(experts, layer) for experts in base)
+    if shards > 1 and transport == "ragged_all_to_all":
+        owners = owners_of(layout, layer, len(gate_up), shards)
+        quota = math.ceil(ROOM * expert_ids.size / shards)
+        out = exchange_and_apply(x, expert_ids, gates, gate_up, down, tuned, owners, quota)
+        return out.reshape(shape), carried
+    if shards > 1:
+        x, expert_ids, gates = (
+            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
+        )
+    piece = None if shards == 1 else _piece(expert_ids.size, shards)
     first = shard * len(gate_up)
     out = apply_experts(x, expert_ids, gates, gate_up, down, tuned, first, piece)
     if shards > 1:

@@ -1,11 +1,15 @@
 """The router: which experts a token meets, and with which weight."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.struct import dataclass
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from esft_jax.mesh import RULES
 from esft_jax.model.config import RouterConfig
 from esft_jax.model.params import ParamFactory
 
@@ -53,7 +57,9 @@ class Router(nnx.Module):
         self.weight = params.weight((size, config.num_experts), ("embed", None))
         self.config = config
 
-    def __call__(self, x: Float[Array, "T D"], keep: Bool[Array, " T"]) -> RouterOutput:
+    def __call__(
+        self, x: Float[Array, "T D"], keep: Bool[Array, " T"], mesh: Mesh | None = None
+    ) -> RouterOutput:
         """Route tokens; those not in `keep` go to the phantom expert with gate 0."""
         logits = jnp.matmul(
             x.astype(jnp.float32),
@@ -61,7 +67,14 @@ class Router(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         probs = jax.nn.softmax(logits, axis=-1)
-        ids, gates = choose(probs, self.config)
+        select = partial(choose, config=self.config)
+        if mesh is not None and mesh.size > 1:
+            # Left alone, the compiler gathers the scores of all devices for a top-k.
+            batch = PartitionSpec(RULES.batch)
+            select = jax.shard_map(
+                select, mesh=mesh, in_specs=batch, out_specs=(batch, batch), check_vma=False
+            )
+        ids, gates = select(probs)
         return RouterOutput(
             expert_ids=jnp.where(keep[:, None], ids, self.config.num_experts),
             gates=jnp.where(keep[:, None], gates, 0.0),

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.struct import dataclass
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import constrain_batch
+from esft_jax.mesh import RULES, constrain_batch
 from esft_jax.model.attention import LatentAttention, LatentCache
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.exchange import Transport
 from esft_jax.model.experts import LearnedStack
 from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
@@ -64,6 +65,8 @@ class Transformer(nnx.Module):
         dtype: type of activations and matrix products; norms, router, softmax and loss are
             float32.
         mesh: devices the parameters and the batch are split over, or None for one device.
+        transport: how tokens reach the devices of their experts, and come back; decoding, which has
+            few tokens, always gathers them.
         tuned_experts: the selected experts under training, or factors of experts, or None.
     """
 
@@ -75,8 +78,10 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
+        transport: Transport = "all_gather",
     ):
         self.config, self.dtype, self.mesh = config, jnp.dtype(dtype), mesh
+        self.transport = transport
         params = ParamFactory(rngs, param_dtype or dtype, config.init_std)
         self.embedding = params.weight((config.vocab_size, config.hidden_size), (None, "embed"))
         moe_layers = len(config.moe_layers)
@@ -151,7 +156,7 @@ class Transformer(nnx.Module):
             x, carried = carry
             x = attend(block, x)
             out, router, carried = block.moe(
-                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh
+                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh, self.transport
             )
             return (x + out, carried), router
 
@@ -247,7 +252,32 @@ class Transformer(nnx.Module):
         return carry_banks(self.tuned_experts.banks, self.mesh) if self.tuned_experts else None
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return constrain_batch(self.embedding[...][tokens].astype(self.dtype), self.mesh)
+        return constrain_batch(look_up(self.embedding[...], tokens, self.mesh), self.mesh).astype(
+            self.dtype
+        )
+
+
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B S"], mesh: Mesh | None
+) -> Float[Array, "B S D"]:
+    """Rows of the embedding.
+
+    On a mesh, every device looks its own columns up for all tokens of its replica, and they are
+    exchanged once. The compiler, left alone, would gather the rows of other replicas, too.
+    """
+    if mesh is None or mesh.size == 1:
+        return table[tokens]
+    columns, batch = RULES.spec((None, "embed"), table.shape, mesh), PartitionSpec(RULES.batch)
+
+    def on_shard(table: Array, tokens: Array) -> Array:
+        if columns[1] is None:
+            return table[tokens]
+        tokens = jax.lax.all_gather(tokens, RULES.embed, tiled=True)
+        return jax.lax.all_to_all(table[tokens], RULES.embed, 0, 2, tiled=True)
+
+    return jax.shard_map(
+        on_shard, mesh=mesh, in_specs=(columns, batch), out_specs=batch, check_vma=False
+    )(table, tokens)
 
 
 def _feed_forward(block: Block, x: Array) -> Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from esft_jax.experts.placement import Placement, place_experts
-from esft_jax.mesh import DATA, EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 from esft_jax.ops.grouped_matmul import Bank
 
 
@@ -95,6 +95,10 @@ class TunedLayout:
         """First row, within a device's slice, of its window for a layer: int32 `[shards, L]`."""
         starts = np.cumsum(self._counts, axis=1) - self._counts
         return np.minimum(starts, self.rows_per_shard - self.window).astype(np.int32)
+
+    def groups_per_device(self, local: int) -> int:
+        """Groups that a device with so many base experts computes."""
+        return self.window + local
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -249,16 +253,16 @@ def carry_banks(banks: tuple[Float[Array, "R _ _"], ...], mesh: Mesh | None) -> 
 
     It has the values of the banks, which are read only where they are small. Going backwards it is
     the gradient, to which each layer adds its own rows. If every layer cut its rows out of the bank
-    itself, each would make a gradient as large as the bank, and sum it over the devices along
-    `data`. With N of these, each of them has a gradient of its own, and they are summed once.
+    itself, each would make a gradient as large as the bank, and sum it over all expert groups.
+    With N of these, each of them has a gradient of its own, and they are summed once.
     """
-    copies = 1 if mesh is None else mesh.shape[DATA]
+    copies = 1 if mesh is None else mesh.shape[REPLICA] * mesh.shape[DATA]
 
     def carry(bank: Array) -> Array:
         carried = jnp.broadcast_to(bank, (copies, *bank.shape))
         if mesh is None:
             return carried
-        place = NamedSharding(mesh, PartitionSpec(DATA, RULES.experts))
+        place = NamedSharding(mesh, PartitionSpec((REPLICA, DATA), RULES.experts))
         return jax.lax.with_sharding_constraint(carried, place)
 
     return tuple(map(carry, banks))

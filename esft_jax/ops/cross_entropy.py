@@ -1,6 +1,7 @@
 """Cross-entropy that never holds `[tokens, vocabulary]` logits."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, RULES
+from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 
 # Positions per chunk; logits exist for one chunk of every row at a time.
 CHUNK = 64
@@ -22,7 +23,20 @@ def cross_entropy_sum(
     weights: Float[Array, "B S"],
     mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
-    """Sum over tokens of weight times negative log-likelihood (nats), in float32.
+    """Sum over tokens of weight times negative log-likelihood (nats), in float32."""
+    return cross_entropy_sums(hidden, head, targets, weights, mesh)[0]
+
+
+def cross_entropy_sums(
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, ""], Float[Array, " B"]]:
+    """Sum over tokens of weight times negative log-likelihood (nats), in float32, and of each row.
+
+    Only the sum over all can be differentiated.
 
     Chunks run along S, so that rows stay on their devices. When differentiated, the gradients
     are made in the same pass as the loss, since the loss is linear in its own cotangent: logits
@@ -39,13 +53,14 @@ def cross_entropy_sum(
             jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
             for x in (hidden, targets, weights)
         )
-    return _cross_entropy_sum(mesh, hidden, head, targets, weights)
+    total, rows = _cross_entropy_sums(mesh, hidden, head, targets, weights)
+    return total, jax.lax.stop_gradient(rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy_sum(
+def _cross_entropy_sums(
     mesh: Mesh | None, hidden: Array, head: Array, targets: Array, weights: Array
-) -> Array:
+) -> tuple[Array, Array]:
     return _with_gradients(
         mesh, hidden, head, targets, weights, hidden_grad=False, head_grad=False
     )[0]
@@ -64,8 +79,8 @@ def _forward(
     head: CustomVJPPrimal,
     targets: CustomVJPPrimal,
     weights: CustomVJPPrimal,
-) -> tuple[Array, tuple]:
-    total, *grads = _with_gradients(
+) -> tuple[tuple[Array, Array], tuple]:
+    sums, *grads = _with_gradients(
         mesh,
         hidden.value,
         head.value,
@@ -74,11 +89,12 @@ def _forward(
         hidden_grad=hidden.perturbed,
         head_grad=head.perturbed,
     )
-    return total, (*grads, _Needed((hidden.value.dtype, head.value.dtype)))
+    return sums, (*grads, _Needed((hidden.value.dtype, head.value.dtype)))
 
 
-def _backward(mesh: Mesh | None, residuals: tuple, cotangent: Array) -> tuple:
+def _backward(mesh: Mesh | None, residuals: tuple, cotangents: tuple[Array, Any]) -> tuple:
     *grads, needed = residuals
+    cotangent, _ = cotangents
     scaled = (
         None if grad is None else (cotangent * grad).astype(dtype)
         for grad, dtype in zip(grads, needed.dtypes, strict=True)
@@ -86,7 +102,7 @@ def _backward(mesh: Mesh | None, residuals: tuple, cotangent: Array) -> tuple:
     return (*scaled, None, None)
 
 
-_cross_entropy_sum.defvjp(_forward, _backward, symbolic_zeros=True)
+_cross_entropy_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _with_gradients(
@@ -98,8 +114,8 @@ def _with_gradients(
     *,
     hidden_grad: bool,
     head_grad: bool,
-) -> tuple[Array, Array | None, Array | None]:
-    """The loss sum, and its gradients by `hidden` and by `head` where wanted."""
+) -> tuple[tuple[Array, Array], Array | None, Array | None]:
+    """The loss sum and that of each row; gradients by `hidden` and by `head` where wanted."""
     scan = partial(_scan_chunks, hidden_grad=hidden_grad, head_grad=head_grad)
     if mesh is None or mesh.size == 1:
         return scan(hidden, head, targets, weights)
@@ -108,23 +124,26 @@ def _with_gradients(
 
     def on_shard(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple:
         if not is_split:
-            total, dhidden, dhead = scan(hidden, head, targets, weights)
-            return *jax.lax.psum((total, dhead), (DATA, EXPERT)), dhidden
+            (total, rows), dhidden, dhead = scan(hidden, head, targets, weights)
+            return *jax.lax.psum((total, dhead), RULES.batch), rows, dhidden
         head = jax.lax.all_gather(head, DATA, axis=1, tiled=True)
-        total, dhidden, dhead = scan(hidden, head, targets, weights, group=EXPERT)
+        (total, rows), dhidden, dhead = scan(hidden, head, targets, weights, group=EXPERT)
         if dhead is not None:
             dhead = jax.lax.psum_scatter(dhead, DATA, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(total, DATA), dhead, dhidden
+            dhead = jax.lax.psum(dhead, REPLICA)
+        own = len(hidden)  # of the rows of the group
+        rows = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(EXPERT) * own, own)
+        return jax.lax.psum(total, (REPLICA, DATA)), dhead, rows, dhidden
 
     batch = PartitionSpec(RULES.batch)
-    total, dhead, dhidden = jax.shard_map(
+    total, dhead, rows, dhidden = jax.shard_map(
         on_shard,
         mesh=mesh,
         in_specs=(batch, columns, batch, batch),
-        out_specs=(PartitionSpec(), columns, batch),
+        out_specs=(PartitionSpec(), columns, batch, batch),
         check_vma=False,
     )(hidden, head, targets, weights)
-    return total, dhidden, dhead
+    return (total, rows), dhidden, dhead
 
 
 def _scan_chunks(
@@ -136,12 +155,12 @@ def _scan_chunks(
     hidden_grad: bool,
     head_grad: bool,
     group: str | None = None,
-) -> tuple[Array, Array | None, Array | None]:
+) -> tuple[tuple[Array, Array], Array | None, Array | None]:
     """As `_with_gradients`, on one device.
 
     Args:
         group: mesh axis whose devices hold consecutive parts of the vocabulary, and rows of their
-            own. Sum and head gradient are those of all rows of the group.
+            own. Sums and head gradient are those of all rows of the group.
     """
     batch, length, _ = hidden.shape
     chunk = min(CHUNK, length)
@@ -152,7 +171,7 @@ def _scan_chunks(
         return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
     def step(carry: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
-        total, dhead = carry
+        total, rows, dhead = carry
         hidden, targets, weights = chunk
         words = targets[..., None]
         if group is not None:
@@ -173,8 +192,9 @@ def _scan_chunks(
             sums, chosen = jax.lax.psum((sums, chosen), group)
         losses = (jnp.log(sums) + top - chosen)[..., 0]
         total = total + jnp.sum(losses * weights)
+        rows = rows + jnp.sum(losses * weights, axis=1)
         if not (hidden_grad or head_grad):
-            return (total, None), None
+            return (total, rows, None), None
         weights = weights[..., None]
         hit = jnp.arange(logits.shape[-1]) == words
         dlogits = (exps * (weights / sums) - jnp.where(hit, weights, 0)).astype(hidden.dtype)
@@ -183,12 +203,17 @@ def _scan_chunks(
         dhidden = product("bsv,dv->bsd", dlogits, matrix) if hidden_grad else None
         if dhidden is not None and group is not None:
             dhidden = jax.lax.psum_scatter(dhidden, group, tiled=True)
-        return (total, dhead), dhidden
+        return (total, rows, dhead), dhidden
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape) if head_grad else None)
-    (total, dhead), dhidden = jax.lax.scan(
+    group_rows = batch if group is None else batch * jax.lax.axis_size(group)
+    start = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros(group_rows, jnp.float32),
+        jnp.zeros(head.shape) if head_grad else None,
+    )
+    (total, rows, dhead), dhidden = jax.lax.scan(
         step, start, (split(hidden), split(targets), split(weights))
     )
     if dhidden is not None:
         dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape)
-    return total, dhidden, dhead
+    return (total, rows), dhidden, dhead

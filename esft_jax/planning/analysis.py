@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import affordable_experts
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import Trained
 from esft_jax.hf.load import local_folder
-from esft_jax.mesh import make_mesh
+from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.model.config import ModelConfig
-from esft_jax.planning.collectives import received_bytes
+from esft_jax.planning.collectives import received_bytes, within_slices
 from esft_jax.planning.operations import Routing, count_operations, model_operations
 from esft_jax.planning.program import (
     StepMemory,
@@ -26,7 +27,7 @@ from esft_jax.planning.program import (
     step_shapes,
 )
 from esft_jax.planning.roofline import PEAKS, Roofline
-from esft_jax.topology import ahead_of_time_devices
+from esft_jax.topology import ahead_of_time_devices, hardware
 from esft_jax.training.setup import check_fit, given_experts, low_rank_updates
 
 
@@ -44,7 +45,8 @@ class Plan:
         operations: floating-point operations per token as compiled, loops, kernels and what is
             computed again included; None where they cannot be counted, which is only on TPUs.
         model_operations: the same by arithmetic, nothing computed twice.
-        received: bytes that one device receives from others in a step, by kind of collective; None
+        received: bytes that one device receives from others in a step, by kind of collective, and
+            apart for those between slices; None
             if nothing was compiled.
         roofline: least time of a step; None for unknown hardware, or if nothing was compiled.
         seconds: spent on tracing and compiling.
@@ -112,14 +114,15 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
 
     Args:
         experts_per_layer: how many experts are assumed to be trained, or updated, in every layer,
-            where none are chosen yet; default: a tenth of them.
+            where none are chosen yet; default: what `select.top_k` or a budget says, or else a
+            tenth of them.
 
     Raises:
         InputError: naming what does not fit together.
     """
     model = ModelConfig.load(local_folder(config.model, files=("config.json",)))
     devices = ahead_of_time_devices(topology)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
     check_fit(config, model, mesh)
@@ -155,7 +158,10 @@ def _selected(
             raise InputError("--experts-per-layer: the run has its experts already")
         chosen = given.num_experts_selected
         return given, f"{chosen} of {total * len(model.moe_layers)} experts, as chosen"
-    per_layer = max(1, total // 10) if per_layer is None else per_layer
+    if per_layer is None:
+        affordable = affordable_experts(config.select, model, config.dtype)
+        spread = None if affordable is None else min(total, affordable // len(model.moe_layers))
+        per_layer = config.select.top_k or spread or max(1, total // 10)
     if not 1 <= per_layer <= total:
         raise InputError(f"--experts-per-layer: {per_layer}; expected 1 to {total}")
     ids = tuple(i * total // per_layer for i in range(per_layer))
@@ -182,8 +188,9 @@ def make_plan(case: Case) -> Plan:
     memory, text = compile_step(shapes, traced)
     received = roofline = None
     if text is not None:
-        received = received_bytes(text, mesh.size)
-        roofline = _roofline(case, memory, operations or by_arithmetic, sum(received.values()))
+        received = received_bytes(text, mesh.size, count_slices(list(mesh.devices.flat)))
+        moved = sum(within_slices(received).values())
+        roofline = _roofline(case, memory, operations or by_arithmetic, moved)
     return Plan(
         topology=case.topology,
         mesh=dict(mesh.shape),
@@ -202,7 +209,7 @@ def make_plan(case: Case) -> Plan:
 def _roofline(
     case: Case, memory: StepMemory, operations: float, received: float
 ) -> Roofline | None:
-    peaks = PEAKS.get(case.topology.partition(":")[0])
+    peaks = PEAKS.get(hardware(case.topology))
     if peaks is None:
         return None
     # Every micro-batch reads all weights forward and backward; the optimizer reads and writes

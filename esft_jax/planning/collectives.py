@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 # The type is lazy: layouts hold parentheses, but no lower-case word before one.
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -22,6 +24,14 @@ _KINDS = (
     "ragged-all-to-all",
     "collective-permute",
 )
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+
+BETWEEN = " between slices"
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,9 @@ class _Computation:
     root: str = ""
 
 
-def received_bytes(text: str, devices: int) -> dict[str, float]:
-    """Bytes that one device receives in a step, by kind of collective.
+def received_bytes(text: str, devices: int, slices: int = 1) -> dict[str, float]:
+    """Bytes that one device receives in a step, by kind of collective; of those that connect slices
+    the name ends with `BETWEEN`.
 
     Each counts as often as its loop runs, where that is known, else once: the loop over pieces of
     assignments, which is not, runs once for a balanced router. A ring is assumed: to gather or
@@ -58,6 +69,7 @@ def received_bytes(text: str, devices: int) -> dict[str, float]:
     Args:
         text: `jax.stages.Compiled.as_text()`.
         devices: of the whole program; a collective that names no groups is over all of them.
+        slices: that the devices form, in their order.
     """
     computations, entry = _read(text)
     chains = set[str]()
@@ -70,9 +82,12 @@ def received_bytes(text: str, devices: int) -> dict[str, float]:
                 if chain in chains:
                     return {}
                 chains.add(chain)
+            spans = _spans_slices(instruction.rest, devices, slices)
+            suffix = BETWEEN if spans else ""
             if computation.startswith("all-reduce-scatter"):  # TPU: each keeps its part only
-                return {"reduce-scatter": _received("all-reduce", instruction, devices) / 2}
-            return {kind: _received(kind, instruction, devices)}
+                received = _received("all-reduce", instruction, devices) / 2
+                return {f"reduce-scatter{suffix}": received}
+            return {kind + suffix: _received(kind, instruction, devices)}
         if operation == "while":
             body = instruction.attribute(r"\bbody=%?([\w.\-]+)") or ""
             times = _trips(instruction, computations)
@@ -91,6 +106,11 @@ def received_bytes(text: str, devices: int) -> dict[str, float]:
         return _sum(of_instruction(instruction, name) for instruction in instructions)
 
     return total(entry)
+
+
+def within_slices(received: dict[str, float]) -> dict[str, float]:
+    """What of `received_bytes` stays within slices."""
+    return {kind: size for kind, size in received.items() if not kind.endswith(BETWEEN)}
 
 
 def _read(text: str) -> tuple[dict[str, _Computation], str]:
@@ -143,7 +163,7 @@ def _constant(instruction: _Instruction) -> int | None:
 
 
 def _received(kind: str, instruction: _Instruction, devices: int) -> float:
-    size, group = _bytes(instruction.type), _group_size(instruction.rest, devices)
+    size, group = _bytes(instruction.type), len(_group(instruction.rest, devices))
     started = instruction.operation.endswith("-start")
     match kind:
         case "all-gather":
@@ -160,16 +180,40 @@ def _received(kind: str, instruction: _Instruction, devices: int) -> float:
     return size * (group - 1) / group
 
 
-def _group_size(attributes: str, devices: int) -> int:
+def _group(attributes: str, devices: int) -> list[int]:
+    """Places in the mesh of the devices that exchange something; of the first such group."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return listed[1].count(",") + 1
-    if shape := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(shape[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # some name a part of an axis
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return devices
+        return [int(place) for place in listed[1].split(",")]
+    if iota := _IOTA.search(attributes):
+        return _places(iota[2], iota[3])[: int(iota[1])].tolist()
+    if named := _MESH.search(attributes):
+        # Some name a part of an axis: 'data':(2)4 are 4 neighbours, in each of 2 parts of it.
+        parts = {name: rest for name, *rest in _AXIS.findall(named[4])}
+        shape, chosen = [], []
+        for name, size in re.findall(r"'(\w+)'=(\d+)", named[1]):
+            before, part = (int(text or 0) for text in parts.get(name, ("", "")))
+            before, part = before or 1, part or int(size)
+            shape += [before, part, int(size) // (before * part)]
+            chosen += [0, slice(None) if name in parts else 0, 0]
+        places = _places(named[2], named[3]) if named[2] else np.arange(math.prod(shape))
+        return places.reshape(shape)[tuple(chosen)].reshape(-1).tolist()
+    return list(range(devices))
+
+
+def _places(shape: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 on in a grid, axes in another order: of `[2,4]T(1,0)` 0, 4, 1, 5, ..."""
+    sizes = [int(size) for size in shape.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
+
+
+def _spans_slices(attributes: str, devices: int, slices: int) -> bool:
+    """Whether something is exchanged between slices, which lie one after the other in the mesh."""
+    groups = [_group(attributes, devices)]
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        groups = [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", pairs[1])]
+    per_slice = devices // slices
+    return any(len({place // per_slice for place in group}) > 1 for group in groups)
 
 
 def _bytes(type_: str) -> float:

@@ -92,6 +92,7 @@ def run_parts(config: RunConfig, model: ModelConfig, mesh: Mesh, trained: Traine
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.float32 if config.init == "random" else None,
         mesh=mesh,
+        transport=config.mesh.transport,
     )
     attach(transformer, trained, config.seed)
     return partition(transformer, trained)

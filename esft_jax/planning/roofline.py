@@ -57,7 +57,7 @@ class Roofline:
         compute: operations.
         memory: weights and moments, read and written as often as they must be. Activations are
             left out.
-        network: bytes received from other devices.
+        network: bytes received from other devices of a slice.
     """
 
     compute: float

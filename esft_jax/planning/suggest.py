@@ -43,7 +43,7 @@ def _expert_axis(case: Case, plan: Plan) -> str | None:
     expert = math.gcd(len(devices), case.model.router.num_experts)
     if expert <= case.mesh.shape[EXPERT]:
         return None
-    state = case.state_bytes(make_mesh(-1, expert, devices))
+    state = case.state_bytes(make_mesh(-1, expert, devices, case.config.mesh.replica))
     return (
         f"mesh.data=-1 mesh.expert={expert}: weights and moments take {_gigabytes(state)} instead "
         f"of {_gigabytes(plan.memory.state)} per device"

@@ -15,14 +15,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA, Trained
 from esft_jax.experts.partition import attach, partition
 from esft_jax.experts.placement import Placement, expected_loads, place_experts
 from esft_jax.experts.scores import load_scores
-from esft_jax.experts.select import select_experts
 from esft_jax.files import write_text_atomic
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
@@ -95,9 +96,8 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         InputError: damaged weights, or a checkpoint of another run; before any training.
     """
     begin = time.perf_counter()
-    say(_describe("train", setup.train_set))
-    if setup.valid_set is not None:
-        say(_describe("valid", setup.valid_set))
+    for line in _describe_data(setup):
+        say(line)
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     on_first_process(lambda: setup.run.create(setup.config), "run folder")
     trained: Trained = None
@@ -138,6 +138,21 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     )
 
 
+def _describe_data(setup: Setup) -> list[str]:
+    if isinstance(setup.train_set, MixedDataset):
+        train = [
+            _describe(f"train {source.name} (weight {source.weight:g})", source.dataset)
+            for source in setup.train_set.sources
+        ]
+    else:
+        train = [_describe("train", setup.task_set)]
+    valid = [
+        _describe("valid" if len(train) == 1 else f"valid {name}", dataset)
+        for name, dataset in setup.valid_sets.items()
+    ]
+    return train + valid
+
+
 def _describe(name: str, dataset: PackedDataset) -> str:
     stats = dataset.stats
     cut = f", {stats.cut} cut to length" if stats.cut else ""
@@ -156,16 +171,10 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
     else:
         scores = measure_scores(setup, base)
         on_first_process(lambda: scores.save(setup.run.scores), "scores")
-        experts = select_experts(
-            scores,
-            select.method,
-            select.threshold,
-            select.shared_experts,
-            select.non_expert_modules,
-        )
+        experts = choose_experts(select, [scores], setup.model_config, setup.config.dtype)
         say(
             f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
-            f"{select.method} score, p = {select.threshold:g}"
+            f"{describe(select)}"
         )
     on_first_process(lambda: experts.save(setup.run.expert_cfg), "experts")
     return experts
@@ -173,7 +182,8 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
 
 def _expected_loads(setup: Setup) -> Float[np.ndarray, "L E"] | None:
     """What the scores say of the experts' shares of tokens, where it decides where they lie."""
-    if setup.config.expert_cfg is not None or setup.mesh.shape[EXPERT] == 1:
+    given = setup.config.expert_cfg is not None or setup.config.select.scores
+    if given or setup.mesh.shape[EXPERT] == 1:
         return None
     return load_scores(setup.run.scores).token
 
@@ -214,7 +224,7 @@ class _Run:
     ):
         self.setup, self.source, self.trains = setup, source, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
-        self.train_set, self.valid_set = setup.train_set, setup.valid_set
+        self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         attach(model, trained, self.config.seed, loads)
         self.graph, tuned, self.frozen = partition(model, trained)
@@ -289,10 +299,11 @@ class _Run:
                     skipped.clear()
                     log.write(step, self._scalars(step, metrics) | self._speed(*laps))
                     self.checkpoints.check()
-                if self.valid_set is not None and (last or step % config.eval_every == 0):
+                if self.valid_sets and (last or step % config.eval_every == 0):
                     with watch.other("evaluation"):
-                        loss = _finite("validation loss", step, self.evaluate())
-                    log.write(step, {"valid_loss": loss})
+                        losses = self.evaluate()
+                        loss = _finite("validation loss", step, losses["valid_loss"])
+                    log.write(step, losses)
                     if self.best_loss is None or loss < self.best_loss:
                         self.best_loss = loss
                         with watch.other("checkpoints"):
@@ -372,24 +383,37 @@ class _Run:
         return {
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
             "learning_rate": float(schedule(step - 1)),
-            "epoch": step * self.config.train.batch_size / len(self.train_set),
+            **self.train_set.epochs(step * self.config.train.batch_size),
             "peak_memory_bytes": peak_memory(),
             "trained_share": self.trained / self.total,
         }
 
-    def evaluate(self) -> float:
-        """Mean loss over the validation set, nats per token."""
-        assert self.valid_set is not None
+    def evaluate(self) -> dict[str, float]:
+        """Mean losses over the validation sets in nats per token, by metric name.
+
+        `valid_loss` is that of the task. Of several sources: also `valid_loss/NAME` and
+        `valid_target_tokens/NAME`.
+        """
+        sums = {name: self._valid_sums(dataset) for name, dataset in self.valid_sets.items()}
+        metrics = {"valid_loss": sums["task"][0] / sums["task"][1]}
+        if self.config.data.mix:
+            for name, (total, weight) in sums.items():
+                metrics |= {
+                    f"valid_loss/{name}": total / weight,
+                    f"valid_target_tokens/{name}": weight,
+                }
+        return metrics
+
+    def _valid_sums(self, dataset: PackedDataset) -> tuple[float, float]:
+        """Summed loss over a validation set, and the number of its target tokens."""
         size = self.config.train.batch_size // self.config.train.micro_batches
         # Read at the end, so that the next batch is made while one is computed.
         sums = [
             self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
-            for batch in eval_batches(
-                self.valid_set, size, jax.process_index(), jax.process_count()
-            )
+            for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count())
         ]
         total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        return float(total / weight)
+        return float(total), float(weight)
 
     def write_result(self, outcome: _Outcome) -> Path:
         """Write `adapter/` (esft, lora) or `model/` (full)."""
@@ -409,8 +433,7 @@ class _Run:
             "base_fingerprint": self.source.fingerprint,
             "scores_sha256": None if given else _file_hash(self.folder.scores / "scores.json"),
             "data_sha256": self.train_set.stats.sha256,
-            "method": None if given else config.select.method,
-            "top_p": None if given else config.select.threshold,
+            "select": None if given else dataclasses.asdict(config.select),
             "step": outcome.step,
             "valid_loss": outcome.valid_loss,
         }

@@ -16,13 +16,21 @@ from esft_jax.training.step import jit_train_step, make_train_step
 
 
 def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of an update, `[train.batch_size, data.sequence_length]` each, on the mesh."""
+    """The batch of an update, `[train.batch_size, data.sequence_length]` each, on the mesh.
+
+    Of several sources, it has the index of each row's source besides.
+    """
     shape = (config.train.batch_size, config.data.sequence_length)
     types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
-    return {
+    shapes = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in (types | {"loss_weights": jnp.float32}).items()
     }
+    if config.data.mix:
+        shapes["sources"] = jax.ShapeDtypeStruct(
+            shape[:1], jnp.int32, sharding=batch_sharding(mesh)
+        )
+    return shapes
 
 
 def trace_step(
@@ -44,6 +52,7 @@ def trace_step(
         micro_batches=config.train.micro_batches,
         remat=config.train.remat,
         balance_weight=config.train.balance_loss,
+        sources=config.data.source_names if config.data.mix else (),
     )
     jitted = jit_train_step(step, state_shardings(state, mesh))
     return jitted.trace(state, frozen, batch_shapes(config, mesh))

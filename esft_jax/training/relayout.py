@@ -5,6 +5,7 @@ of a saved bank are read split along another axis, so that no device holds much,
 then taken in the new order.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esft_jax.mesh import DATA, EXPERT
+from esft_jax.mesh import RULES
 
 # For every row of a bank, the layer (as an index of the MoE layers) and expert it holds, or None.
 Rows = Sequence[Sequence[int] | None]
@@ -32,8 +33,9 @@ def saved_shapes(abstract: Any, rows: Rows) -> Any:
         shape = (len(rows), *leaf.shape[1:])
         mesh = leaf.sharding.mesh
         # Replicated only where the mesh divides neither axis.
-        axis = next((i for i in (2, 1) if not shape[i] % mesh.size), None)
-        spec = [None if i != axis else (DATA, EXPERT) for i in range(3)]
+        ways = math.prod(mesh.shape[axis] for axis in RULES.embed)
+        axis = next((i for i in (2, 1) if not shape[i] % ways), None)
+        spec = [None if i != axis else RULES.embed for i in range(3)]
         place = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
 

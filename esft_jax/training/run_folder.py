@@ -14,6 +14,8 @@ from esft_jax.files import read_text, write_text_atomic
 _CHANGEABLE = {
     "mesh.data",
     "mesh.expert",
+    "mesh.replica",
+    "mesh.transport",
     "mesh.cpu_devices",
     "train.steps",
     "train.eval_every",
@@ -79,13 +81,15 @@ class RunFolder:
                 )
             return
         saved = _flat(dataclasses.asdict(load_config(self.config)))
-        for key, value in _flat(dataclasses.asdict(config)).items():
+        asked = _flat(dataclasses.asdict(config))
+        for key in [*asked, *saved]:
             section = key.split(".")[0]
             if key in _CHANGEABLE or section in ("evaluation", "output"):
                 continue
-            if saved[key] != value:
+            before, value = saved.get(key), asked.get(key)  # sources of data.mix come and go
+            if before != value:
                 raise InputError(
-                    f"output: {self.path} holds a run with {key} = {saved[key]!r}, not {value!r}; "
+                    f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
 

@@ -9,9 +9,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
-from esft_jax.data.pipeline import PackedDataset, build_dataset, eval_batches, sample_rows
+from esft_jax.data.mix import MixedDataset, Source
+from esft_jax.data.pipeline import (
+    Dataset,
+    PackedDataset,
+    build_dataset,
+    eval_batches,
+    sample_rows,
+)
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.experts.choose import check_select, choose_experts, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
@@ -31,8 +39,11 @@ class Setup:
         run: where results go.
         folder: where the model's `config.json` and tokenizer lie.
         mesh: of the whole run.
-        experts: the ones to train, if they are chosen already: by `expert_cfg`, or by the run that
-            is being resumed.
+        task_set: the rows of `data.train`.
+        train_set: the same, mixed with those of `data.mix` if there are any.
+        valid_sets: by source name, `task` first; empty without `data.valid`.
+        experts: the ones to train, if nothing is to be measured: those of `expert_cfg`, of the run
+            that is being resumed, or chosen by `select.scores`.
     """
 
     config: RunConfig
@@ -41,8 +52,9 @@ class Setup:
     model_config: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
-    train_set: PackedDataset
-    valid_set: PackedDataset | None
+    task_set: PackedDataset
+    train_set: Dataset
+    valid_sets: dict[str, PackedDataset]
     experts: ExpertConfig | None
 
 
@@ -56,27 +68,60 @@ def open_setup(config: RunConfig) -> Setup:
     run.check(config)
     folder = local_folder(config.model)
     model_config = ModelConfig.load(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
     experts = given_experts(config, model_config)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model_config.vocab_size)
-    length = config.data.sequence_length
-    train_set = _packed(config, config.data.train, tokenizer, length)
-    valid_set = _packed(config, config.data.valid, tokenizer, length) if config.data.valid else None
-    return Setup(config, run, folder, model_config, tokenizer, mesh, train_set, valid_set, experts)
+    task_set, train_set, valid_sets = _data(config, tokenizer)
+    return Setup(
+        config,
+        run,
+        folder,
+        model_config,
+        tokenizer,
+        mesh,
+        task_set,
+        train_set,
+        valid_sets,
+        experts,
+    )
+
+
+def _data(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[PackedDataset, Dataset, dict[str, PackedDataset]]:
+    """`task_set`, `train_set` and `valid_sets` of a `Setup`."""
+    data, length = config.data, config.data.sequence_length
+    task_set = _packed(config, data.train, tokenizer, length)
+    train_set: Dataset = task_set
+    valid_sets = {"task": _packed(config, data.valid, tokenizer, length)} if data.valid else {}
+    if data.mix:
+        sources = [Source("task", 1.0, task_set)]
+        for name, source in data.mix.items():
+            packed = _packed(config, source.train, tokenizer, length)
+            sources.append(Source(name, source.weight, packed))
+            if source.valid:
+                valid_sets[name] = _packed(config, source.valid, tokenizer, length)
+        train_set = MixedDataset(tuple(sources))
+    return task_set, train_set, valid_sets
 
 
 def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
-    """The experts to train, if they are chosen already; see `Setup.experts`.
+    """The experts to train, if nothing is to be measured; see `Setup.experts`.
 
     Raises:
         InputError: the file does not fit the model.
     """
-    run = RunFolder(config.output)
-    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
-    if not config.selects_experts or not chosen.exists():
+    run, select = RunFolder(config.output), config.select
+    if not config.selects_experts:
         return None
+    chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
+    if not chosen.exists():
+        if not select.scores:
+            return None
+        tasks = load_tasks(select.scores, model.router.top_k)
+        return choose_experts(select, tasks, model, config.dtype)
     experts = ExpertConfig.load(chosen)
     try:
         experts.validate(model.moe_layers, model.router.num_experts)
@@ -123,6 +168,7 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
     # Where nothing is scored, the defaults of `score` need not fit.
     if config.selects_experts and config.expert_cfg is None:
         _check_rows("score", config.score.sequence_length, model)
+        check_select(config.select, model, config.dtype)
 
 
 def _check_rows(section: str, length: int, model: ModelConfig) -> None:
@@ -147,12 +193,12 @@ def _packed(
 
 
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
-    """Score the base model's experts on samples of the training data.
+    """Score the base model's experts on samples of the task's training data.
 
     Raises:
         InputError: `score.sequence_length` is beyond the model's limit.
     """
-    config, dataset = setup.config, setup.train_set
+    config, dataset = setup.config, setup.task_set
     _check_rows("score", config.score.sequence_length, setup.model_config)
     length = config.score.sequence_length
     if length != dataset.sequence_length:
@@ -176,7 +222,9 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
 
 def load_pretrained(setup: Setup) -> LoadedBase:
     """The base model on the mesh."""
-    return load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    base = load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    base.model.transport = setup.config.mesh.transport
+    return base
 
 
 def random_model(setup: Setup) -> Transformer:
@@ -189,6 +237,7 @@ def random_model(setup: Setup) -> Transformer:
             dtype=jnp.dtype(setup.config.dtype),
             param_dtype=jnp.float32,
             mesh=setup.mesh,
+            transport=setup.config.mesh.transport,
         )
 
     graph, abstract = nnx.split(nnx.eval_shape(make))

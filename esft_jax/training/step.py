@@ -1,6 +1,6 @@
 """One optimizer update, and one evaluation, as compiled functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from esft_jax.experts.partition import FROZEN, TUNED
 from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.cross_entropy import cross_entropy_sum
+from esft_jax.ops.cross_entropy import cross_entropy_sums
 from esft_jax.training.state import TrainState
 
 Batch = dict[str, Array]
@@ -27,6 +27,14 @@ def loss_sum(
 
     The last two arguments are those of `Transformer.hidden_states`.
     """
+    total, _, router = loss_sums(model, batch, remat, experts_learn=experts_learn)
+    return total, router
+
+
+def loss_sums(
+    model: Transformer, batch: Batch, remat: Remat = "none", *, experts_learn: bool = False
+) -> tuple[Float[Array, ""], Float[Array, " B"], RouterOutput]:
+    """As `loss_sum`; between them, the sum of each row, which cannot be differentiated."""
     hidden, router = model.hidden_states(
         batch["tokens"],
         batch["segment_ids"],
@@ -34,10 +42,20 @@ def loss_sum(
         remat=remat,
         experts_learn=experts_learn,
     )
-    total = cross_entropy_sum(
+    total, rows = cross_entropy_sums(
         hidden, model.head_weight(), batch["targets"], batch["loss_weights"], model.mesh
     )
-    return total, router
+    return total, rows, router
+
+
+def sums_by_source(
+    rows: Float[Array, " B"], batch: Batch, sources: int
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Loss sums of rows, and weights of their tokens, added up by source."""
+    weights = batch["loss_weights"].sum(axis=1)
+    of = jax.nn.one_hot(batch["sources"], sources)
+    # Not a product: a matrix unit would round the sums.
+    return (of * rows[:, None]).sum(axis=0), (of * weights[:, None]).sum(axis=0)
 
 
 def balance_loss(router: RouterOutput) -> Float[Array, ""]:
@@ -64,25 +82,30 @@ def make_train_step(
     micro_batches: int = 1,
     remat: Remat = "none",
     balance_weight: float = 0.0,
+    sources: Sequence[str] = (),
 ) -> TrainStep:
     """A pure function `(state, frozen, batch) -> (state, metrics)`; see `jit_train_step`.
 
     The loss is the mean over the tokens of the whole batch, however they fall on micro-batches.
     Where it or a gradient is not finite, parameters and optimizer stay as they are.
     Gradients are taken with respect to the tuned partition alone.
+
+    Args:
+        sources: names of the sources of mixed batches, for their losses and tokens in the metrics.
     """
 
     def objective(
         tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Array, tuple[Array, Array, tuple | None]]:
         model = nnx.merge(graph, tuned, frozen)
         experts_learn = any("experts" in path for path, _ in nnx.to_flat_state(tuned))
-        nll, router = loss_sum(model, batch, remat, experts_learn=experts_learn)
+        nll, rows, router = loss_sums(model, batch, remat, experts_learn=experts_learn)
         loss = nll / total_weight
+        by_source = sums_by_source(rows, batch, len(sources)) if sources else None
         if not balance_weight:
-            return loss, (loss, jnp.zeros(()))
+            return loss, (loss, jnp.zeros(()), by_source)
         balance = balance_loss(router) / micro_batches
-        return loss + balance_weight * balance, (loss, balance)
+        return loss + balance_weight * balance, (loss, balance, by_source)
 
     def step(
         state: TrainState, frozen: nnx.State, batch: Batch
@@ -96,10 +119,14 @@ def make_train_step(
             ), None
 
         if micro_batches == 1:
-            grads, (loss, balance) = gradient(state.tuned, frozen, batch, total_weight)
+            grads, (loss, balance, by_source) = gradient(state.tuned, frozen, batch, total_weight)
         else:
-            zeros = (jax.tree.map(jnp.zeros_like, state.tuned), (jnp.zeros(()), jnp.zeros(())))
-            (grads, (loss, balance)), _ = jax.lax.scan(
+            none_yet = (jnp.zeros(len(sources)),) * 2 if sources else None
+            zeros = (
+                jax.tree.map(jnp.zeros_like, state.tuned),
+                (jnp.zeros(()), jnp.zeros(()), none_yet),
+            )
+            (grads, (loss, balance, by_source)), _ = jax.lax.scan(
                 accumulate, zeros, _split(batch, micro_batches)
             )
         norm = optax.tree.norm(grads)
@@ -113,6 +140,10 @@ def make_train_step(
         }
         if balance_weight:
             metrics["balance_loss"] = balance
+        if by_source is not None:
+            for name, nll, weight in zip(sources, *by_source, strict=True):
+                metrics[f"loss/{name}"] = nll / weight  # not a number without tokens: not logged
+                metrics[f"target_tokens/{name}"] = weight
 
         def update(tuned: nnx.State, opt_state: optax.OptState) -> tuple:
             # `multi_transform` wants a tree for the frozen partition; these zeros are never

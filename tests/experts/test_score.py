@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from esft_jax.experts.groups import count_together
 from esft_jax.experts.score import sample_scores, score_experts
 from esft_jax.mesh import make_mesh, param_shardings
 from esft_jax.model import ModelConfig, Transformer
@@ -73,6 +74,9 @@ def test_scores_are_the_papers_formulas(model) -> None:
     np.testing.assert_allclose(scores.gate, gate, rtol=1e-5)
     np.testing.assert_allclose(scores.token.sum(axis=1), 1, rtol=1e-5)
     assert scores.layers == (1, 2)
+    real = rows["segment_ids"] > 0
+    together = [count_together(ids[layer][real], 8) for layer in range(2)]
+    np.testing.assert_array_equal(scores.together, together)
     assert scores.provenance == {
         "from": "test",
         "samples": 4,
@@ -89,6 +93,7 @@ def test_scores_do_not_depend_on_batches_or_padding_rows(model) -> None:
     assert split.provenance == whole.provenance
     np.testing.assert_allclose(split.token, whole.token, rtol=1e-5)
     np.testing.assert_allclose(split.gate, whole.gate, rtol=1e-5)
+    np.testing.assert_array_equal(split.together, whole.together)
 
 
 def test_scores_on_a_mesh_equal_those_of_one_device(model) -> None:
@@ -100,6 +105,7 @@ def test_scores_on_a_mesh_equal_those_of_one_device(model) -> None:
     one, other = score_experts(model, [rows]), score_experts(sharded, [rows])
     np.testing.assert_allclose(one.token, other.token, rtol=1e-5)
     np.testing.assert_allclose(one.gate, other.gate, rtol=1e-4)
+    np.testing.assert_array_equal(one.together, other.together)
     np.testing.assert_array_equal(one.routing.tokens, other.routing.tokens)
     np.testing.assert_array_equal(one.routing.expert_ids, other.routing.expert_ids)
 

@@ -12,6 +12,7 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import FROZEN, TUNED, attach_tuned_experts, partition
 from esft_jax.mesh import make_mesh, param_shardings, place_batch
 from esft_jax.model import ModelConfig, Transformer
+from esft_jax.planning.collectives import BETWEEN, received_bytes
 from esft_jax.training.state import init_state, state_shardings
 from esft_jax.training.step import make_train_step
 from tests.hf.checkpoints import SHAPE
@@ -57,9 +58,12 @@ def batch():
     }
 
 
-def train_step(params, batch, mesh):
+def train_step(params, batch, mesh, transport="all_gather"):
     """Loss, gradients by (layer, expert), the compiled program's text, and the tuned layout."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh)))
+    model = nnx.eval_shape(
+        lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh, transport=transport)
+    )
+    graph = nnx.graphdef(model)
     places = param_shardings(params, mesh)
     model = nnx.merge(graph, jax.tree.map(jax.device_put, params, places))
     attach_tuned_experts(model, EXPERTS)
@@ -107,9 +111,12 @@ def bank_rows(shapes):
     return [shape for shape in shapes if tuple(shape[-2:]) in MATRICES]
 
 
-@pytest.mark.parametrize(("data", "expert"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, data, expert):
-    mesh = make_mesh(data, expert)
+@pytest.mark.parametrize(
+    ("replica", "data", "expert"),
+    [(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2), (4, 1, 2)],
+)
+def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, replica, data, expert):
+    mesh = make_mesh(data, expert, replica=replica)
     loss, gradients, text, layout = train_step(params, batch, mesh)
     np.testing.assert_allclose(loss, alone[0], atol=1e-5, rtol=0)
     assert gradients.keys() == alone[1].keys()
@@ -133,10 +140,44 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, data, 
     # once for all layers, outside of every loop.
     entry = text[text.index("\nENTRY ") :]
     sums = [len([0 for _, shapes in collectives(t) if bank_rows(shapes)]) for t in (text, entry)]
-    assert sums[0] == sums[1] and (sums[0] > 0) == (data > 1)
+    assert sums[0] == sums[1] and (sums[0] > 0) == (replica * data > 1)
     seen = list(collectives(text))
     assert any(name == "all-gather" for name, _ in seen)  # the check sees other weights' gathers
     for name, shapes in seen:
         for *leading, rows, columns in (shape for shape in shapes if len(shape) > 1):
             if (rows, columns) in MATRICES or (columns, rows) in MATRICES:
                 assert name == "all-reduce" and leading == [layout.rows_per_shard], (name, shapes)
+
+    # Between replicas only gradients of the bank are summed, and numbers: no weight is gathered.
+    received = received_bytes(text, 8, slices=replica)
+    between = {kind: size for kind, size in received.items() if kind.endswith(BETWEEN)}
+    bank = sum(4 * layout.rows_per_shard * np.prod(matrix) for matrix in MATRICES)
+    if replica == 1:
+        assert between == {}
+    else:
+        groups = replica * data  # the ring of an expert's copies
+        assert between.keys() == {f"all-reduce{BETWEEN}"}
+        summed = between[f"all-reduce{BETWEEN}"]
+        assert bank * 2 * (groups - 1) / groups <= summed < 1.01 * bank * 2 * (groups - 1) / groups
+
+
+def equal_steps(one, other):
+    np.testing.assert_allclose(one[0], other[0], atol=1e-5, rtol=0)
+    assert one[1].keys() == other[1].keys()
+    for key, expected in other[1].items():
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(one[1][key] / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("replica", "data", "expert"), [(1, 4, 2), (1, 1, 8), (2, 1, 4)])
+def test_tokens_sent_to_their_experts_give_the_same(params, batch, alone, replica, data, expert):
+    mesh = make_mesh(data, expert, replica=replica)
+    step = train_step(params, batch, mesh, "ragged_all_to_all")
+    equal_steps(step, alone)
+    # Tokens are sent, not gathered; expert weights stay where they are.
+    assert "all-to-all" in {name for name, _ in collectives(step[2])}
+    for name, shapes in collectives(step[2]):
+        for *leading, rows, columns in (shape for shape in shapes if len(shape) > 1):
+            if (rows, columns) in MATRICES or (columns, rows) in MATRICES:
+                assert name == "all-reduce" and leading == [step[3].rows_per_shard], (name, shapes)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esft_jax.mesh import RULES, make_mesh
-from esft_jax.ops.cross_entropy import CHUNK, cross_entropy_sum
+from esft_jax.ops.cross_entropy import CHUNK, cross_entropy_sum, cross_entropy_sums
 
 B, S, D, V = 2, 2 * CHUNK, 8, 203
 
@@ -108,11 +108,14 @@ def test_logits_never_exist_for_all_tokens(inputs):
     assert max(sizes) == B * CHUNK * V
 
 
-@pytest.mark.parametrize(("data", "expert"), [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize(
+    ("replica", "data", "expert"), [(1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+)
 @pytest.mark.parametrize("words", [200, V])
-def test_a_mesh_shares_the_vocabulary_out(inputs, data, expert, words):
-    mesh = make_mesh(data, expert)
+def test_a_mesh_shares_the_vocabulary_out(inputs, replica, data, expert, words):
+    mesh = make_mesh(data, expert, replica=replica)
     inputs = {key: np.tile(x, (4, *[1] * (x.ndim - 1))) for key, x in inputs.items()}
+    inputs["weights"] = inputs["weights"] * np.arange(4 * B, dtype=np.float32)[:, None]
     inputs["head"] = inputs["head"][:D, :words]
     inputs["targets"] = inputs["targets"] % words
     batch = NamedSharding(mesh, PartitionSpec(RULES.batch))
@@ -125,10 +128,20 @@ def test_a_mesh_shares_the_vocabulary_out(inputs, data, expert, words):
             lambda h, w: 3 * cross_entropy_sum(h, w, targets, weights, mesh), argnums=(0, 1)
         )(hidden, head)
 
+    @jax.jit
+    def by_row(hidden, head, targets, weights):
+        return cross_entropy_sums(hidden, head, targets, weights, mesh)[1]
+
+    rows = [
+        plain(**{k: v if k == "head" else v[i : i + 1] for k, v in inputs.items()})[0] / 3
+        for i in range(len(inputs["hidden"]))
+    ]
+    close(by_row(**jax.tree.map(jax.device_put, inputs, places)), np.array(rows), 1e-5)
+
     compiled = on_mesh.lower(**jax.tree.map(jax.device_put, inputs, places)).compile()
     close(compiled(**jax.tree.map(jax.device_put, inputs, places)), plain(**inputs), 1e-5)
     # Logits of a chunk: the group's rows by the device's own words.
-    rows = 8 // (data * expert)
+    rows = 8 // mesh.size
     own = f"f32[{rows * expert},{CHUNK},{words // expert}]" if words % 8 == 0 else None
     program = compiled.as_text()
     assert (own or f"f32[{rows},{CHUNK},{words}]") in program

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec
 
 from esft_jax.mesh import DATA, EXPERT, make_mesh
-from esft_jax.planning.collectives import received_bytes
+from esft_jax.planning.collectives import _group, received_bytes
 
 
 def compiled(step, *shape: int, out=None) -> str:
@@ -45,6 +46,39 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
         return jax.lax.scan(lambda c, _: (jax.lax.psum(c, DATA) / 2, None), x, length=5)[0]
 
     assert received_bytes(compiled(looped, 16, 32), 8) == {"all-reduce": 5 * 2 * 32 * 4}
+
+
+def test_what_connects_slices_counts_apart() -> None:
+    def summed_and_gathered(x):
+        return jax.lax.psum(jax.lax.all_gather(x, EXPERT, tiled=True)[:16], DATA)
+
+    text, local = compiled(summed_and_gathered, 8 * 16, 32), 16 * 32 * 4
+    # The two groups along `data` are two slices: its sums are between them.
+    assert received_bytes(text, 8, slices=2) == {
+        "all-gather": 3 * local,
+        "all-reduce between slices": local,
+    }
+    found = received_bytes(text, 8, slices=8)
+    assert found.keys() == {"all-gather between slices", "all-reduce between slices"}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[4,2]<=[8]", [0, 1]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", [0, 1]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
+        ("replica_groups={}", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_groups_in_all_their_spellings(attributes, group) -> None:
+    assert _group(attributes, 8) == group
 
 
 ASYNCHRONOUS = """HloModule jit_step, num_partitions=4

@@ -96,7 +96,7 @@ def test_the_command(make_config, tmp_path, capsys) -> None:
     assert "3 of 8 experts in each layer, assumed" in printed and "full" in printed
     esft, full = json.loads(output.read_text())
     assert (esft["method"], full["method"], esft["tokens"]) == ("esft", "full", 128)
-    assert esft["mesh"] == {"data": 2, "expert": 4}
+    assert esft["mesh"] == {"replica": 1, "data": 2, "expert": 4}
     assert esft["memory"]["moments"] < full["memory"]["moments"]
     assert esft["memory"]["frozen"] > full["memory"]["frozen"] == 0
     assert esft["received"]["all-gather"] > 0
@@ -162,7 +162,7 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2", "2xv5e:2x4"])
 def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU compiler is not installed: pip install libtpu")
@@ -173,11 +173,14 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
     done = subprocess.run([*command, "--config", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(output.read_text())
-    assert found["mesh"] == {"data": 2, "expert": 4} and found["fits"]
+    slices = 2 if topology.startswith("2x") else 1
+    assert found["mesh"] == {"replica": slices, "data": 2, "expert": 4} and found["fits"]
     assert found["operations"] > found["model_operations"] > 0
     # The tokens of a group, bfloat16, to each of its devices: in every layer, forward and backward.
     tokens = 3 * 64 * 32 * 2
     assert found["received"]["all-gather"] > 2 * 3 * 2 * tokens
+    between = {kind for kind in found["received"] if kind.endswith("between slices")}
+    assert between == ({"all-reduce between slices"} if slices > 1 else set())
     roofline = found["roofline"]
     assert 0 < roofline["overlapped"] < roofline["serial"] < 1e-3
 

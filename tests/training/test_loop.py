@@ -15,6 +15,8 @@ from esft_jax.config import RunConfig, load_config
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.groups import group_experts
+from esft_jax.experts.scores import load_scores
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.planning.analysis import make_plan, open_case
@@ -60,7 +62,11 @@ def test_run_folder_holds_everything(finished) -> None:
     config, result = finished
     folder = result.folder
     assert load_config(folder / "config.yaml") == config
-    assert {p.name for p in (folder / "scores").iterdir()} == {"scores.json", "summary.json"}
+    assert {p.name for p in (folder / "scores").iterdir()} == {
+        "routing.npz",
+        "scores.json",
+        "summary.json",
+    }
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last", "best"}
     assert any((folder / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +95,7 @@ def test_adapter_holds_exactly_the_selected_experts_and_its_provenance(finished,
     assert sum(tensor.size for tensor in tensors.values()) == result.trained
     manifest = json.loads((result.result / "manifest.json").read_text())
     assert manifest["base_fingerprint"] == load_base(base).fingerprint
-    assert (manifest["method"], manifest["top_p"], manifest["step"]) == ("token", 0.3, 4)
+    assert (manifest["select"]["top_p"], manifest["step"]) == (0.3, 4)
     assert manifest["scores_sha256"]
     assert list(manifest["data_sha256"]) == list(config.data.train)
 
@@ -250,6 +256,63 @@ def test_a_diverged_run_ends_without_a_result(finished, tmp_path) -> None:
     assert not (tmp_path / "diverged" / "adapter").exists()
 
 
+def test_sources_are_mixed_by_weight_and_logged(make_config, chats, tmp_path) -> None:
+    text = chats.read_text()
+    (tmp_path / "other.jsonl").write_text(text.replace("What is", "Tell me"))
+    other = {"train": [str(tmp_path / "other.jsonl")], "valid": [str(chats)], "weight": 3}
+    data = make_config().data.__dict__ | {"sequence_length": 32, "mix": {"other": other}}
+    train = {"steps": 4, "batch_size": 8, "eval_every": 4, "log_every": 1, "micro_batches": 2}
+    result = run(make_config(data=data, train=train))
+    *steps, valid = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
+    for line in steps:
+        tokens = line["target_tokens/task"], line["target_tokens/other"]
+        assert sum(tokens) == line["target_tokens"]
+        mean = (tokens[0] * line["loss/task"] + tokens[1] * line["loss/other"]) / sum(tokens)
+        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+        # Of eight rows, two and six.
+        assert line["epoch/other"] == pytest.approx(3 * line["epoch/task"])
+        assert 2 < tokens[1] / tokens[0] < 4
+    assert valid["valid_loss"] == valid["valid_loss/task"] == result.valid_loss
+    # Here both sources are validated on the same examples.
+    assert valid["valid_loss/other"] == valid["valid_loss/task"]
+    assert valid["valid_target_tokens/other"] > 0
+    manifest = json.loads((result.result / "manifest.json").read_text())
+    assert list(manifest["data_sha256"]) == [str(chats), str(tmp_path / "other.jsonl")]
+    # Experts are scored on the task alone.
+    scores = json.loads((result.folder / "scores" / "scores.json").read_text())
+    assert list(scores["provenance"]["data_sha256"]) == [str(chats)]
+
+
+def test_groups_are_measured_selected_and_trained(make_config) -> None:
+    config = make_config(select={"top_k": 4, "group_size": 2}, train={"steps": 1, "batch_size": 4})
+    result = run(config)
+    scores = load_scores(result.folder / "scores")
+    for layer, together in zip(scores.layers, scores.together, strict=True):
+        whole = {tuple(group) for group in group_experts(together, 2).tolist()}
+        ids = set(result.experts.experts[layer])
+        assert len(ids) == 4
+        assert ids == {e for group in whole if ids & set(group) for e in group}
+
+
+def test_selections_of_other_tasks_need_no_measuring(make_config, finished, tmp_path) -> None:
+    scores, first = str(finished[1].folder / "scores"), finished[1].experts
+    select = {"scores": [scores], "top_p": 0.3, "random_seed": 1}
+    config = make_config(select=select, train={"steps": 1, "batch_size": 4})
+    result = run(config)
+    assert not (result.folder / "scores").exists()
+    counts = {layer: len(ids) for layer, ids in first.experts.items()}
+    assert {layer: len(ids) for layer, ids in result.experts.experts.items()} == counts
+    assert result.experts != first
+    assert adapter_tensors(config)
+    wrong = dataclasses.replace(
+        config,
+        output=str(tmp_path / "wrong"),
+        select=dataclasses.replace(config.select, top_p=None, top_k=9),
+    )
+    with pytest.raises(InputError, match=r"select.top_k: 9; the model has 8 experts per layer"):
+        open_setup(wrong)
+
+
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     config = make_config(
         method="full",
@@ -332,6 +395,21 @@ def test_updates_that_are_not_finite_are_skipped_and_listed(make_config, poisone
     for examples in listed.values():
         assert poisoned[0] in examples and len(examples) < 20  # of 40
     assert all(np.isfinite(x).all() for x in adapter_tensors(config).values())
+
+
+def test_skipped_updates_of_a_mix_name_the_right_file(
+    make_config, poisoned, chats, tmp_path
+) -> None:
+    (tmp_path / "other.jsonl").write_text(chats.read_text())
+    mix = {"other": {"train": [str(tmp_path / "other.jsonl")]}}
+    data = make_config().data.__dict__ | {"valid": (), "mix": mix}
+    config = make_config(train={"steps": 8, "batch_size": 4, "log_every": 4}, data=data)
+    sources = open_setup(config).train_set.sources
+    bad = {source.dataset.places([3])[0] for source in sources}
+    assert len(bad) == 2
+    listed = [set(p.read_text().splitlines()) for p in run(config).folder.glob("skipped/*")]
+    assert all(bad & examples for examples in listed)
+    assert bad <= set().union(*listed)
 
 
 def test_too_many_skipped_updates_end_the_run_with_the_batch_named(make_config, poisoned) -> None:

@@ -50,7 +50,7 @@ def test_a_run_and_its_adapter(config) -> None:
     assert len(experts) == 3 * selected.num_experts_selected
     assert all(np.abs(tensor).max() > 0 for name, tensor in stored.items() if "_B" in name)
     manifest = json.loads((result.result / "manifest.json").read_text())
-    assert (manifest["method"], manifest["top_p"], manifest["step"]) == ("token", 0.3, 4)
+    assert (manifest["select"]["top_p"], manifest["step"]) == (0.3, 4)
 
     # The adapter, merged into its base, is the model that was trained.
     base = load_base(config.model, np.float32)

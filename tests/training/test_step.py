@@ -101,6 +101,26 @@ def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(batch, esft_s
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
 
 
+def test_losses_and_tokens_by_source_are_those_of_its_rows_alone(batch, esft_step) -> None:
+    graph, frozen, optimizer, before, _, metrics = esft_step
+    mixed = batch | {"sources": np.array([2, 0, 2, 0], np.int32)}
+    names = ("task", "none", "other")
+    for micro_batches in 1, 2:
+        step = jax.jit(
+            make_train_step(graph, optimizer, sources=names, micro_batches=micro_batches)
+        )
+        _, found = step(before, frozen, mixed)
+        np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
+        model = nnx.merge(graph, before.tuned, frozen)
+        for name, rows in {"task": [1, 3], "other": [0, 2]}.items():
+            alone = {key: value[rows] for key, value in batch.items()}
+            tokens = alone["loss_weights"].sum()
+            assert found[f"target_tokens/{name}"] == tokens
+            expected = loss_sum(model, alone)[0] / tokens
+            np.testing.assert_allclose(found[f"loss/{name}"], expected, rtol=1e-5)
+        assert found["target_tokens/none"] == 0 and np.isnan(found["loss/none"])
+
+
 def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
     ids = jnp.arange(16).reshape(1, 1, 8, 2) % 4
     uniform = RouterOutput(ids, jnp.ones((1, 1, 8, 2)), jnp.full((1, 1, 8, 4), 0.25))
