@@ -57,7 +57,7 @@ def test_a_run_and_its_adapter(config) -> None:
     apply_adapter(base.model, load_adapter(result.result), base.fingerprint)
     graph, params = nnx.split(base.model)
     loss = jax.jit(lambda params, batch: loss_sum(nnx.merge(graph, params), batch)[0])
-    batches = list(eval_batches(open_setup(config).valid_set, 4, 0, 1))
+    batches = list(eval_batches(open_setup(config).valid_sets["task"], 4, 0, 1))
     weight = sum(batch["loss_weights"].sum() for batch in batches)
     merged = sum(float(loss(params, batch)) for batch in batches) / weight
     assert merged == pytest.approx(result.valid_loss, rel=1e-5)
