@@ -7,19 +7,31 @@ folder of the configuration file.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS
+from esft_jax.experts.lora import Target
 from esft_jax.experts.select import DEFAULT_TOP_P
+
+
+def _known_target(name: object) -> object:
+    known = get_args(Target)
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"unknown target {name!r}; did you mean {nearest}? Expected some of {', '.join(known)}"
+        )
+    return name
 
 
 def _known_metric(name: str) -> str:
@@ -213,6 +225,25 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class LoRAConfig:
+    """Low-rank updates of frozen matrices, for `method: lora`. The defaults are the paper's.
+
+    Attributes:
+        rank: Columns of A and rows of B.
+        alpha: The update of a matrix is `alpha / rank * A B`.
+        targets: What is updated: `attention`, `dense_mlps`, `shared_experts`, and of the routed
+            experts all (`experts`) or the selected ones (`selected_experts`). What the model does
+            not have is left out.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: Annotated[
+        tuple[Annotated[Target, BeforeValidator(_known_target)], ...], Field(min_length=1)
+    ] = ("attention", "dense_mlps", "shared_experts", "experts")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """The training loop.
 
@@ -335,7 +366,7 @@ class RunConfig:
         model: Hugging Face folder, folder written by `convert`, or hub name of the base model.
         output: Folder of the run.
         data: Training and validation examples.
-        method: `esft` trains selected experts, `full` trains every parameter.
+        method: `esft` trains selected experts, `full` every parameter, `lora` low-rank updates.
         init: Start from the weights in `model`, or from random ones (`method: full` only).
         expert_cfg: File of the experts to train; none scores and selects first.
         dtype: Data type of computation and frozen weights; trained masters are always float32.
@@ -343,6 +374,7 @@ class RunConfig:
         mesh: Devices per mesh axis.
         score: How expert relevance is measured.
         select: Which experts are trained.
+        lora: Low-rank updates; only with `method: lora`.
         train: The training loop.
         optimizer: AdamW and its schedule.
         evaluation: Completions of task prompts, and how they are judged.
@@ -351,7 +383,7 @@ class RunConfig:
     model: Text
     output: Text
     data: DataConfig
-    method: Literal["esft", "full"] = "esft"
+    method: Literal["esft", "full", "lora"] = "esft"
     init: Literal["pretrained", "random"] = "pretrained"
     expert_cfg: Text | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -359,6 +391,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
+    lora: LoRAConfig = LoRAConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -366,8 +399,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check what concerns several keys at once; each message starts with the key to change."""
         train, optimizer = self.train, self.optimizer
-        problem = None
-        if "task" in self.data.mix:
+        problem = self._lora_problem()
+        if problem:
+            pass
+        elif "task" in self.data.mix:
             problem = "data.mix.task: this is the name of data.train; expected another one"
         elif missing := [n for n, s in self.data.mix.items() if s.valid and not self.data.valid]:
             problem = f"data.mix.{missing[0]}.valid: needs data.valid, which chooses the best step"
@@ -399,6 +434,36 @@ class RunConfig:
             )
         if problem:
             raise ValueError(problem)
+
+    @property
+    def selects_experts(self) -> bool:
+        """Whether the run needs to know which experts serve its task."""
+        if self.method == "lora":
+            return "selected_experts" in self.lora.targets
+        return self.method == "esft"
+
+    def _lora_problem(self) -> str | None:
+        targets = self.lora.targets
+        if self.method != "lora":
+            return (
+                None
+                if self.lora == LoRAConfig()
+                else f"lora: method {self.method} reads none of it; expected method: lora"
+            )
+        if len(set(targets)) < len(targets):
+            return f"lora.targets: a target is named twice in {', '.join(targets)}"
+        if {"experts", "selected_experts"} <= set(targets):
+            return "lora.targets: experts includes selected_experts; expected one of them"
+        if self.expert_cfg is not None and "selected_experts" not in targets:
+            return "expert_cfg: lora.targets has no selected_experts; expected no expert_cfg"
+        if self.select.shared_experts or self.select.non_expert_modules:
+            flag = "shared_experts" if self.select.shared_experts else "non_expert_modules"
+            return f"select.{flag}: lora.targets says what is trained besides; expected false"
+        if self.init == "random":
+            return "init: low-rank updates need weights to update; expected pretrained"
+        if self.train.balance_loss > 0:
+            return "train.balance_loss: the router is frozen with method lora; expected 0"
+        return None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -81,7 +81,8 @@ def _print_summary(console: Console, result: RunResult) -> None:
     elapsed = datetime.timedelta(seconds=round(timing.elapsed))
     table.add_row("goodput", f"{timing.goodput:.0%} of {elapsed} since the first start")
     console.print(table)
-    console.print(f"{'adapter' if result.experts else 'model'}: {result.result}", soft_wrap=True)
+    assert result.result is not None
+    console.print(f"{result.result.name}: {result.result}", soft_wrap=True)
 
 
 if __name__ == "__main__":

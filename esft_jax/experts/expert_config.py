@@ -82,6 +82,12 @@ class ExpertConfig:
             InputError: A layer has no experts, an id is out of range or repeated, or the
                 configuration selects nothing at all.
         """
+        self.validate_ids(moe_layers, num_experts)
+        if not (self.num_experts_selected or self.shared_experts or self.non_expert_modules):
+            raise InputError("expert config: nothing is selected; expected at least one expert")
+
+    def validate_ids(self, moe_layers: Sequence[int], num_experts: int) -> None:
+        """As `validate`; it may select nothing."""
         known = set(moe_layers)
         for layer, ids in self.experts.items():
             if layer not in known:
@@ -96,8 +102,6 @@ class ExpertConfig:
                         f" expected 0 to {num_experts - 1}"
                     )
             _check_distinct(ids, f"expert config: layer {layer}")
-        if not (self.num_experts_selected or self.shared_experts or self.non_expert_modules):
-            raise InputError("expert config: nothing is selected; expected at least one expert")
 
 
 def layer_index(key: str, where: str) -> int:

@@ -11,12 +11,32 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import LoRA, Trained
 from esft_jax.mesh import EXPERT, RULES
+from esft_jax.model.lora import LowRank, LowRankExperts, LowRankLayout
 from esft_jax.model.transformer import Transformer
 from esft_jax.model.tuned import TunedExperts, TunedLayout
 
 Path = tuple[Any, ...]
 TUNED, FROZEN = "tuned", "frozen"
+
+
+def attach(
+    model: Transformer,
+    trained: Trained,
+    seed: int,
+    loads: Float[np.ndarray, "L E"] | None = None,
+) -> None:
+    """Give the model the parameters that a run adds to it.
+
+    Args:
+        seed: of the initialisation of low-rank factors.
+        loads: see `attach_tuned_experts`.
+    """
+    if isinstance(trained, LoRA):
+        attach_factors(model, trained, seed, loads)
+    elif trained is not None:
+        attach_tuned_experts(model, trained, loads)
 
 
 def attach_tuned_experts(
@@ -48,11 +68,74 @@ def attach_tuned_experts(
     )
 
 
+def attach_factors(
+    model: Transformer,
+    lora: LoRA,
+    seed: int,
+    loads: Float[np.ndarray, "L E"] | None = None,
+) -> None:
+    """Give the model low-rank factors: updates of 0 at first, for B is 0.
+
+    Base experts move to where `place_updated_experts` has them.
+
+    Args:
+        loads: see `attach_tuned_experts`.
+    """
+    config, rank, scale, mesh = model.config, lora.rank, lora.scale, model.mesh
+    keys = nnx.Rngs(seed)
+
+    def update(module: Any, name: str, weight: str, parts: int = 1) -> None:
+        param = getattr(module, weight)
+        columns = param.get_value().shape[-1] // parts
+        module.lora[name] = LowRank.of(param, columns, rank, scale, keys.params(), mesh)
+
+    def update_mlp(mlp: Any) -> None:
+        for name in ("gate", "up"):
+            update(mlp, name, "gate_up", 2)
+        update(mlp, "down", "down")
+
+    blocks = (
+        [model.moe_blocks] if model.dense_blocks is None else [model.dense_blocks, model.moe_blocks]
+    )
+    if "attention" in lora.targets:
+        for block in blocks:
+            for name in ("q", "q_down", "q_up", "kv_down", "kv_up", "out"):
+                if hasattr(block.attention, name):
+                    update(block.attention, name, name)
+    if "dense_mlps" in lora.targets and model.dense_blocks is not None:
+        update_mlp(model.dense_blocks.mlp)
+    moe = model.moe_blocks.moe
+    if "shared_experts" in lora.targets and moe.shared_experts is not None:
+        update_mlp(moe.shared_experts)
+    lora.experts.validate_ids(config.moe_layers, config.router.num_experts)
+    if not lora.experts.num_experts_selected:
+        return
+    shards = 1 if mesh is None else mesh.shape[EXPERT]
+    layout = LowRankLayout.from_experts(
+        lora.experts.experts, config.moe_layers, config.router.num_experts, shards, loads
+    )
+    for param in (moe.experts.gate_up, moe.experts.down):
+        param.set_value(_moved(param[...], layout.placement.positions, mesh))
+    model.tuned_experts = LowRankExperts.create(
+        config.hidden_size, config.expert_width, rank, scale, layout, keys.params(), mesh
+    )
+
+
 def _moved(
-    stack: Float[Array, "L E _ _"], positions: Sequence[Sequence[int]], mesh: Mesh
+    stack: Float[Array, "L E _ _"], positions: Sequence[Sequence[int]], mesh: Mesh | None
 ) -> Float[Array, "L E _ _"]:
-    """Base experts at other places of their layers' stacks; the array is donated."""
-    sources = jnp.asarray(np.argsort(np.asarray(positions), axis=1))
+    """Base experts at other places of their layers' stacks; the array is donated if they move."""
+    order = np.argsort(np.asarray(positions), axis=1)
+    if (order == np.arange(order.shape[1])).all():
+        return stack
+    sources = jnp.asarray(order)
+    if mesh is None:
+
+        def take(layer: Array, stack: Array) -> Array:
+            return stack.at[layer].set(stack[layer][sources[layer]])
+
+        alone = jax.jit(lambda s: jax.lax.fori_loop(0, len(s), take, s), donate_argnums=0)
+        return alone(stack)
 
     def move(stack: Array) -> Array:
         # One layer at a time: no device holds more than one whole layer beside its part of all.
@@ -85,13 +168,13 @@ def label(path: Path, experts: ExpertConfig | None) -> str:
     return TUNED if trained else FROZEN
 
 
-def partition(
-    model: Transformer, experts: ExpertConfig | None
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def partition(model: Transformer, trained: Trained) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Split a model into structure, tuned parameters (float32 masters) and frozen ones."""
 
     def is_tuned(path: Path, value: Any) -> bool:
-        return label(path, experts) == TUNED
+        if isinstance(trained, LoRA):
+            return isinstance(value, nnx.LoRAParam)
+        return label(path, trained) == TUNED
 
     graph, tuned, *rest = nnx.split(model, is_tuned, ...)
     return graph, jax.tree.map(lambda p: p.astype(jnp.float32), tuned), rest[0]

@@ -6,7 +6,7 @@ get. So tuned ones are dealt out evenly, and where the expected load is known, f
 frozen ones are then placed so that all devices get about as many tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,20 +46,63 @@ def place_experts(
             below the lowest layer with a selected expert, which looks nothing up, base experts
             stay where they are; and tuned ones there, too, while there is room.
     """
-    owners, positions, totals = [], [], [0] * shards
-    for layer, ids in enumerate(selected):
+    owners, positions, local = [], [], num_experts // shards
+    for layer, (ids, room) in enumerate(zip(selected, _rooms(selected, shards), strict=True)):
+        if loads is None or not any(selected[: layer + 1]):
+            owners.append(_near_home(ids, room, local))
+            positions.append(tuple(range(num_experts)))
+        else:
+            device = _by_load(loads[layer], ids, room, [local] * shards)
+            owners.append(tuple(int(device[expert]) for expert in ids))
+            positions.append(_positions(device, ids, shards))
+    return Placement(tuple(owners), tuple(positions))
+
+
+def place_updated_experts(
+    selected: Sequence[Sequence[int]],
+    num_experts: int,
+    shards: int,
+    loads: Float[np.ndarray, "L E"] | None = None,
+) -> Placement:
+    """Place experts whose base is read and updated: both lie on one device.
+
+    Selected ones are dealt out evenly, as by `place_experts`, and come first on their devices, in
+    ascending order.
+
+    Args:
+        loads: see `place_experts`; without it, experts stay on their devices while there is room.
+    """
+    owners: list[tuple[int, ...]] = []
+    positions, local = [], num_experts // shards
+    for layer, (ids, room) in enumerate(zip(selected, _rooms(selected, shards), strict=True)):
+        if not any(selected[: layer + 1]):
+            owners.append(())
+            positions.append(tuple(range(num_experts)))
+            continue
+        rest = [local - places for places in room]
+        if loads is None:
+            others = [expert for expert in range(num_experts) if expert not in ids]
+            device = np.zeros(num_experts, np.int64)
+            device[list(ids)] = _near_home(ids, room, local)
+            device[others] = _near_home(others, rest, local)
+        else:
+            device = _by_load(loads[layer], ids, room, rest)
+        owners.append(tuple(int(device[expert]) for expert in ids))
+        later = ~np.isin(np.arange(num_experts), ids)
+        order = np.lexsort((later, device))  # a stable sort: ties stay in ascending order
+        positions.append(tuple(int(place) for place in np.argsort(order)))
+    return Placement(tuple(owners), tuple(positions))
+
+
+def _rooms(selected: Sequence[Sequence[int]], shards: int) -> Iterator[list[int]]:
+    """Selected experts of each device, layer after layer."""
+    totals = [0] * shards
+    for ids in selected:
         each, left = divmod(len(ids), shards)
         fewest = sorted(range(shards), key=totals.__getitem__)
         room = [each + (fewest.index(shard) < left) for shard in range(shards)]
         totals = [total + more for total, more in zip(totals, room, strict=True)]
-        if loads is None or not any(selected[: layer + 1]):
-            owners.append(_near_home(ids, room, num_experts // shards))
-            positions.append(tuple(range(num_experts)))
-        else:
-            device = _by_load(loads[layer], ids, room)
-            owners.append(tuple(int(device[expert]) for expert in ids))
-            positions.append(_positions(device, ids, shards))
-    return Placement(tuple(owners), tuple(positions))
+        yield room
 
 
 def expected_loads(
@@ -90,22 +133,22 @@ def _near_home(ids: Sequence[int], room: Sequence[int], local: int) -> tuple[int
 
 
 def _by_load(
-    load: Float[np.ndarray, " E"], ids: Sequence[int], room: Sequence[int]
+    load: Float[np.ndarray, " E"], ids: Sequence[int], room: Sequence[int], places: Sequence[int]
 ) -> Int[np.ndarray, " E"]:
     """Device of each expert: the busiest expert first, to the least busy device with room.
 
     Args:
         room: tuned experts of each device.
+        places: for other experts on each device, at most.
     """
     shards = len(room)
     tuned = np.isin(np.arange(load.size), ids)
-    # Base experts of a device: at most its places, and none for lack of others where few are left.
-    rooms = {True: list(room), False: [load.size // shards] * shards}
+    rooms = {True: list(room), False: list(places)}
     device, totals = np.zeros(load.size, np.int64), [0.0] * shards
     for expert in np.argsort(-load, kind="stable"):
-        places = rooms[bool(tuned[expert])]
-        shard = min((s for s in range(shards) if places[s]), key=totals.__getitem__)
-        places[shard] -= 1
+        free = rooms[bool(tuned[expert])]
+        shard = min((s for s in range(shards) if free[s]), key=totals.__getitem__)
+        free[shard] -= 1
         device[expert] = shard
         totals[shard] += load[expert]
     return device

@@ -1,13 +1,15 @@
 """Adapters: the trained tensors under Hugging Face names, and what they were trained on.
 
 A folder holds safetensors, `expert_cfg.json` and `manifest.json`. The adapters that the ESFT
-authors released have no manifest, and their names may lack the prefix `model.`.
+authors released have no manifest, and their names may lack the prefix `model.`. LoRA adapters have
+the layout of `peft` (`lora.py`).
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,16 @@ from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.files import parse_json, read_text
-from esft_jax.hf.blocks import Box, read_block, write_blocks
+from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
+from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
+from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
 from esft_jax.hf.names import LeafPath, Placement, expert_names, tensor_placements
 from esft_jax.hf.tensor_files import DTYPES, TensorFiles
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
 EXPERT_CONFIG = "expert_cfg.json"
-MANIFEST = "manifest.json"
 
 _MAX_SHARD_BYTES = 4 << 30
 _EXPERTS: LeafPath = ("moe_blocks", "moe", "experts")
@@ -102,13 +104,20 @@ class Adapter:
                     f"{self.folder}: unexpected tensor {name!r}; {EXPERT_CONFIG} does not name it"
                 )
             self.tensors.files.check(self.tensors.stored[name], placements[name].shape)
-        if self.manifest is not None and base_fingerprint is not None:
-            trained_on = self.manifest["base_fingerprint"]
-            if trained_on != base_fingerprint:
-                raise InputError(
-                    f"{self.folder / MANIFEST}: base_fingerprint: trained on another base "
-                    f"({trained_on[:12]}...); this one is {base_fingerprint[:12]}..."
-                )
+        check_base(self.folder, self.manifest, base_fingerprint)
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of the tensors that it replaces."""
+        return list(self.tensors)
+
+    def dtype(self, name: str, base: np.dtype) -> np.dtype:
+        """Type of a merged tensor: that of the adapter."""
+        return self.tensors.dtype(name)
+
+    def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        """The trained tensor; the one of the base is not read."""
+        return self.tensors[name]
 
 
 def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> list[str]:
@@ -205,8 +214,10 @@ def save_adapter(
     sync_global_devices(f"adapter {folder}")
 
 
-def load_adapter(folder: str | Path) -> Adapter:
-    """Open an adapter of ours or one that ESFT's authors released; tensors are read on access.
+def load_adapter(folder: str | Path) -> Adapter | LoRAAdapter:
+    """Open an adapter of ours, one that ESFT's authors released, or one of `peft`.
+
+    Tensors are read on access.
 
     Raises:
         InputError: missing or damaged files.
@@ -214,17 +225,16 @@ def load_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected an adapter")
+    if (folder / ADAPTER_CONFIG).exists():
+        return open_lora(folder)
     expert_cfg = ExpertConfig.load(folder / EXPERT_CONFIG)
-    manifest, path = None, folder / MANIFEST
-    if path.exists():
-        manifest = parse_json(read_text(path), str(path))
-        known = isinstance(manifest, dict) and isinstance(manifest.get("base_fingerprint"), str)
-        if not known:
-            raise InputError(f"{path}: key 'base_fingerprint' is missing; expected a string")
+    manifest = read_manifest(folder)
     return Adapter(folder, AdapterTensors(TensorFiles(folder)), expert_cfg, manifest)
 
 
-def apply_adapter(model: Transformer, adapter: Adapter, base_fingerprint: str | None) -> None:
+def apply_adapter(
+    model: Transformer, adapter: Adapter | LoRAAdapter, base_fingerprint: str | None
+) -> None:
     """Merge an adapter into a base model, in place; sharding and types stay.
 
     The model's former arrays are used up.
@@ -240,18 +250,22 @@ def apply_adapter(model: Transformer, adapter: Adapter, base_fingerprint: str | 
     adapter.check(model.config, base_fingerprint)
     placements = tensor_placements(model.config)
     by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
-    for name in adapter.tensors:
+    for name in adapter.names:
         by_leaf[placements[name].path].append(name)
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
-    def blocks(names: list[str]) -> Iterator[tuple[Box, np.ndarray]]:
-        for name in names:
-            yield placements[name].box, placements[name].to_block(adapter.tensors[name])
-
     for path, names in by_leaf.items():
         param = params[path]
-        param.set_value(write_blocks(param.get_value(), blocks(names)))
+        for name in names:
+            place = placements[name]
+            array = param.get_value()
+            tensor = adapter.merged(name, partial(_read, array, place))
+            param.set_value(write_blocks(array, [(place.box, place.to_block(tensor))]))
     nnx.update(model, nnx.from_flat_state(params))
+
+
+def _read(leaf: jax.Array, place: Placement) -> np.ndarray:
+    return place.from_block(read_block(leaf, place.box))
 
 
 def _bank_rows(model: Transformer) -> dict[tuple[int, ...], int]:

@@ -1,7 +1,8 @@
 """Full models in Hugging Face layout, which `transformers` and the published code both load."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def export_model(
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
     A few tensors are in memory at a time. Unless `dtype` is given, tensors keep their types: those
-    of the adapter are not cast to the base's, and `config.json` names the widest type, so that
-    nothing is lost on loading.
+    of an adapter of experts are not cast to the base's, and `config.json` names the widest type, so
+    that nothing is lost on loading. Low-rank updates are added in float32, then stored in the type
+    of the base.
 
     Args:
         base: Hugging Face folder, hub name, or converted checkpoint.
@@ -46,24 +48,28 @@ def export_model(
         InputError: bad input, or an adapter of another base; nothing is written then.
     """
     source = open_source(base)
-    tensors: Mapping[str, np.ndarray] = {}
     specs = {
         name: TensorSpec(source.dtype(name), place.shape)
         for name, place in source.placements.items()
     }
+    loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
         # The fingerprint may take reading the whole base.
         loaded.check(source.config, source.fingerprint if loaded.manifest else None)
-        tensors = loaded.tensors
-        for name in tensors:
-            specs[name] = TensorSpec(loaded.tensors.dtype(name), specs[name].shape)
+        changed = set(loaded.names)
+        for name in changed:
+            spec = specs[name]
+            specs[name] = TensorSpec(loaded.dtype(name, spec.dtype), spec.shape)
 
     if dtype is not None:
         specs = {name: TensorSpec(jnp.dtype(dtype), spec.shape) for name, spec in specs.items()}
 
     def merged(name: str) -> np.ndarray:
-        tensor = tensors[name] if name in tensors else source.tensor(name)
+        if loaded is not None and name in changed:
+            tensor = loaded.merged(name, partial(source.tensor, name))
+        else:
+            tensor = source.tensor(name)
         return tensor.astype(specs[name].dtype, copy=False)
 
     arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)

@@ -79,7 +79,8 @@ def write_tensors(
     folder: Path,
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, np.ndarray]],
-    max_bytes: int,
+    max_bytes: int | None,
+    stem: str = "model",
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_bytes` with an index.
 
@@ -88,14 +89,16 @@ def write_tensors(
 
     Args:
         specs: the tensors, in the order they arrive in.
+        max_bytes: None for a single file.
+        stem: what the names of the files begin with.
     """
     shards = _plan_shards(specs, max_bytes)
     arriving = iter(tensors)
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors"
+        file = f"{stem}.safetensors"
         if len(shards) > 1:
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         with (folder / file).open("wb") as out:
             _write_header(out, {name: specs[name] for name in names})
             for expected in names:
@@ -108,14 +111,14 @@ def write_tensors(
     if len(shards) > 1:
         size = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
+def _plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     used = 0
     for name, spec in specs.items():
-        if shards[-1] and used + spec.num_bytes > max_bytes:
+        if shards[-1] and max_bytes is not None and used + spec.num_bytes > max_bytes:
             shards.append([])
             used = 0
         shards[-1].append(name)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.mesh import RULES
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.lora import project
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.rope import rotate
@@ -57,30 +58,45 @@ class LatentAttention(nnx.Module):
             (None, "embed"),
         )
         self.out = params.weight((heads * config.v_head_dim, size), (None, "embed"))
+        self.lora: nnx.Dict = nnx.Dict()  # of any of these weights, by name
 
     def _queries(
         self, x: Float[Array, "B S D"], cos: Array, sin: Array
     ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H R"]]:
         if self.config.q_lora_rank is None:
-            query = x @ self.q[...].astype(x.dtype)
+            query = project(x, self, "q")
         else:
-            latent = self.q_norm(x @ self.q_down[...].astype(x.dtype))
-            query = latent @ self.q_up[...].astype(x.dtype)
+            query = project(self.q_norm(project(x, self, "q_down")), self, "q_up")
         query = query.reshape(*x.shape[:2], self.config.num_heads, self.config.qk_head_dim)
         plain, turned = jnp.split(query, [self.config.qk_nope_head_dim], axis=-1)
         return plain, rotate(turned, cos, sin)
 
     def _latents(self, x: Float[Array, "B S D"], cos: Array, sin: Array) -> LatentCache:
-        both = x @ self.kv_down[...].astype(x.dtype)
+        both = project(x, self, "kv_down")
         latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
         return LatentCache(self.kv_norm(latent), rotate(key[:, :, None], cos, sin)[:, :, 0])
 
     def _up_projections(self, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Per-head maps from the latent to keys `[C, H, N]` and to values `[C, H, W]`."""
-        config = self.config
-        weight = self.kv_up[...].astype(dtype).reshape(config.kv_lora_rank, config.num_heads, -1)
-        key, value = jnp.split(weight, [config.qk_nope_head_dim], axis=-1)
+        weight = self.kv_up[...].astype(dtype)
+        if "kv_up" in self.lora:
+            weight += self.lora["kv_up"].product().astype(dtype)
+        return self._by_head(weight)
+
+    def _by_head(self, joint: Float[Array, "*B HNW"]) -> tuple[Array, Array]:
+        """The parts of keys `[*B, H, N]` and values `[*B, H, W]`, which lie side by side."""
+        heads = joint.reshape(*joint.shape[:-1], self.config.num_heads, -1)
+        key, value = jnp.split(heads, [self.config.qk_nope_head_dim], axis=-1)
         return key, value
+
+    def _keys_and_values(
+        self, latent: Float[Array, "B S C"]
+    ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H W"]]:
+        if "kv_up" in self.lora:  # the sum of weight and update would need a gradient of its size
+            return self._by_head(project(latent, self, "kv_up"))
+        key_up, value_up = self._up_projections(latent.dtype)
+        key = jnp.einsum("bsc,chn->bshn", latent, key_up)
+        return key, jnp.einsum("bsc,chw->bshw", latent, value_up)
 
     def __call__(
         self,
@@ -93,8 +109,7 @@ class LatentAttention(nnx.Module):
         """Causal attention within segments, over whole rows."""
         plain, turned = self._queries(x, cos, sin)
         kv = self._latents(x, cos, sin)
-        key_up, value_up = self._up_projections(x.dtype)
-        key = jnp.einsum("bsc,chn->bshn", kv.latent, key_up)
+        key, value = self._keys_and_values(kv.latent)
         shared = jnp.broadcast_to(kv.rotated_key[:, :, None], turned.shape)
         attend = partial(causal_attention, scale=self.config.attention_scale)
         if mesh is not None:
@@ -105,10 +120,10 @@ class LatentAttention(nnx.Module):
         mixed = attend(
             jnp.concatenate([plain, turned], axis=-1),
             jnp.concatenate([key, shared], axis=-1),
-            jnp.einsum("bsc,chw->bshw", kv.latent, value_up),
+            value,
             segment_ids,
         )
-        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype)
+        return project(mixed.reshape(*x.shape[:2], -1), self, "out")
 
     def decode(
         self,
@@ -143,4 +158,4 @@ class LatentAttention(nnx.Module):
             self.config.attention_scale,
         )
         mixed = jnp.einsum("bshc,chw->bshw", mixed.reshape(*query.shape[:3], -1), value_up)
-        return mixed.reshape(*x.shape[:2], -1) @ self.out[...].astype(x.dtype), cache
+        return project(mixed.reshape(*x.shape[:2], -1), self, "out"), cache

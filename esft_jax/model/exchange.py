@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.experts import Banks, Needed, apply_to_rows, filled
+from esft_jax.model.lora import LowRankWindow
 from esft_jax.model.tuned import TunedLayout, TunedWindow
 from esft_jax.ops.dispatch import Dispatch, combine, sort_by_group, take_rows
 from esft_jax.ops.grouped_matmul import Bank
@@ -47,7 +48,7 @@ def owners_of(layout: TunedLayout | None, layer: Int[Array, ""], local: int, sha
         experts = jnp.arange(local * shards + 1, dtype=jnp.int32)
         return Owners(experts // local, experts % local, local)
     groups = jnp.asarray(layout.groups)[:, layer]
-    count = layout.window + local
+    count = layout.groups_per_device(local)
     group = groups.min(axis=0)
     return Owners(jnp.where(group < count, groups.argmin(axis=0), shards), group, count)
 
@@ -58,7 +59,7 @@ def exchange_and_apply(
     gates: Float[Array, "T K"],
     gate_up: Float[Array, "_ D F2"] | Bank,
     down: Float[Array, "_ F D"] | Bank,
-    tuned: TunedWindow | None,
+    tuned: TunedWindow | LowRankWindow | None,
     owners: Owners,
     quota: int,
 ) -> Float[Array, "T D"]:
@@ -68,9 +69,7 @@ def exchange_and_apply(
         gate_up, down, tuned: the experts of this device; see `apply_experts`.
         quota: Q.
     """
-    banks = Banks((gate_up,), (down,))
-    if tuned is not None:
-        banks = Banks((tuned.gate_up, gate_up), (tuned.down, down))
+    banks = Banks.of(gate_up, down, tuned)
     device = owners.device[expert_ids]
     shards = jax.lax.axis_size(EXPERT)
     dispatch = sort_by_group(device, shards)

@@ -16,6 +16,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.lora import LowRankWindow, update_rows
 from esft_jax.model.mlp import gated_silu
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.remat import GATE_UP
@@ -64,10 +65,35 @@ def base_bank(experts: BaseExperts, layer: Int[Array, ""]) -> Float[Array, "E _ 
 
 
 class Banks(NamedTuple):
-    """Matrices of all groups in order: of the tuned experts, if there are any, and of the base."""
+    """Matrices of all groups in order: of the tuned experts, if there are any, and of the base; and
+    low-rank updates of some of them.
+    """
 
     gate_up: tuple[Float[Array, "_ D F2"] | Bank, ...]
     down: tuple[Float[Array, "_ F D"] | Bank, ...]
+    updates: LowRankWindow | None = None
+
+    @classmethod
+    def of(
+        cls,
+        gate_up: Float[Array, "_ D F2"] | Bank,
+        down: Float[Array, "_ F D"] | Bank,
+        tuned: TunedWindow | LowRankWindow | None,
+    ) -> "Banks":
+        """Those of a device; see `apply_experts`."""
+        if tuned is None or isinstance(tuned, LowRankWindow):
+            return cls((gate_up,), (down,), tuned)
+        return cls((tuned.gate_up, gate_up), (tuned.down, down))
+
+    def multiply(
+        self, rows: Float[Array, "M in"], name: str, group_sizes: Int[Array, " G"]
+    ) -> Float[Array, "M out"]:
+        """Product of each of the sorted rows with its group's matrix: `gate_up` or `down`."""
+        out = grouped_matmul(rows, getattr(self, name), group_sizes)
+        if self.updates is None:
+            return out
+        factors = getattr(self.updates, name)
+        return out + update_rows(rows, factors, self.updates.sources, group_sizes)
 
 
 def apply_experts(
@@ -76,7 +102,7 @@ def apply_experts(
     gates: Float[Array, "T K"],
     gate_up: Float[Array, "_ D F2"] | Bank,
     down: Float[Array, "_ F D"] | Bank,
-    tuned: TunedWindow | None,
+    tuned: TunedWindow | LowRankWindow | None,
     first: Int[Array, ""] | int = 0,
     piece: int | None = None,
 ) -> Float[Array, "T D"]:
@@ -85,19 +111,18 @@ def apply_experts(
     Args:
         expert_ids: E of them, or none (the phantom id), for each token.
         gate_up, down: the base experts of this device, `first` and following.
-        tuned: experts that are taken from this window, and not from the base, and where the others
-            are.
+        tuned: experts that are taken from this window, and not from the base, or whose base is
+            updated; and where the others are.
         piece: assignments that are computed at once, where most are nobody's here: as many pieces
             run as it takes, and nothing is as long as all assignments but indices.
     """
     local = len(gate_up)
-    banks = Banks((gate_up,), (down,))
+    banks = Banks.of(gate_up, down, tuned)
     if tuned is None:
         here = (expert_ids >= first) & (expert_ids < first + local)
         groups, num_groups = jnp.where(here, expert_ids - first, local), local
     else:
-        groups, num_groups = tuned.groups[expert_ids], len(tuned.gate_up) + local
-        banks = Banks((tuned.gate_up, gate_up), (tuned.down, down))
+        groups, num_groups = tuned.groups[expert_ids], sum(map(len, banks.gate_up))
     dispatch = sort_by_group(groups, num_groups)
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
@@ -112,9 +137,9 @@ def apply_to_rows(
     group_sizes: Int[Array, " G"],
 ) -> Float[Array, "M D"]:
     """For each of the sorted rows, its expert's output times its gate."""
-    both = checkpoint_name(grouped_matmul(rows, banks.gate_up, group_sizes), GATE_UP)
+    both = checkpoint_name(banks.multiply(rows, "gate_up", group_sizes), GATE_UP)
     # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
-    return grouped_matmul(gated_silu(both) * gates[:, None], banks.down, group_sizes)
+    return banks.multiply(gated_silu(both) * gates[:, None], "down", group_sizes)
 
 
 # Of all that is as long as the assignments, only the first product outlives the forward pass;

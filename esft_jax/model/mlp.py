@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esft_jax.model.lora import project
 from esft_jax.model.params import ParamFactory
 
 
@@ -38,8 +39,11 @@ class MLP(nnx.Module):
     def __init__(self, size: int, width: int, params: ParamFactory):
         self.gate_up = params.weight((size, 2 * width), ("embed", None))
         self.down = params.weight((width, size), (None, "embed"))
+        self.lora: nnx.Dict = nnx.Dict()  # of `gate`, `up` and `down`
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Apply the layer to each position."""
-        hidden = gated_silu(x @ self.gate_up[...].astype(x.dtype))
-        return hidden @ self.down[...].astype(x.dtype)
+        both = project(x, self, "gate_up")
+        if "gate" in self.lora:
+            both += jnp.concatenate([self.lora["gate"](x), self.lora["up"](x)], axis=-1)
+        return project(gated_silu(both), self, "down")

@@ -26,10 +26,11 @@ from esft_jax.model.experts import (
     apply_experts,
     base_bank,
 )
+from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.router import Router, RouterOutput
-from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout, layer_window
+from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
 ROOM = 1.25
@@ -49,7 +50,7 @@ class MoE(nnx.Module):
         x: Float[Array, "B S D"],
         keep: Bool[Array, "B S"],
         layer: Int[Array, ""],
-        tuned: TunedExperts | None,
+        tuned: TunedExperts | LowRankExperts | None,
         carried: Carried | None,
         mesh: Mesh | None,
         transport: Transport = "all_gather",
@@ -64,7 +65,7 @@ class MoE(nnx.Module):
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
-        tuned_banks = (tuned.gate_up[...], tuned.down[...]) if tuned else None
+        tuned_banks = tuned.banks if tuned else None
         layout = tuned.layout if tuned else None
         apply = partial(_apply_on_shard, layout=layout, transport=transport)
         if mesh is None or mesh.size == 1:
@@ -101,7 +102,7 @@ def _apply_on_shard(
     gates: Float[Array, "B S K"],
     layer: Int[Array, ""],
     base: tuple[BaseExperts, BaseExperts],
-    tuned_banks: tuple[Array, Array] | None,
+    tuned_banks: tuple[Array, ...] | None,
     carried: Carried | None,
     *,
     layout: TunedLayout | None,
@@ -114,7 +115,7 @@ def _apply_on_shard(
     shard: Array | int = 0 if shards == 1 else jax.lax.axis_index(EXPERT)
     tuned = None
     if tuned_banks is not None and layout is not None and carried is not None:
-        tuned, carried = layer_window(*tuned_banks, carried, layout, layer, shard)
+        tuned, carried = layout.layer_window(tuned_banks, carried, layer, shard)
     gate_up, down = (base_bank(experts, layer) for experts in base)
     if shards > 1 and transport == "ragged_all_to_all":
         owners = owners_of(layout, layer, len(gate_up), shards)

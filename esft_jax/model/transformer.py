@@ -20,6 +20,7 @@ from esft_jax.model.attention import LatentAttention, LatentCache
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.exchange import Transport
 from esft_jax.model.experts import LearnedStack
+from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
@@ -66,7 +67,7 @@ class Transformer(nnx.Module):
         mesh: devices the parameters and the batch are split over, or None for one device.
         transport: how tokens reach the devices of their experts, and come back; decoding, which has
             few tokens, always gathers them.
-        tuned_experts: the selected experts under training, or None.
+        tuned_experts: the selected experts under training, or factors of experts, or None.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
         if not config.tie_embeddings:
             self.head = params.weight((config.hidden_size, config.vocab_size), (None, "vocab"))
-        self.tuned_experts: TunedExperts | None = nnx.data(None)
+        self.tuned_experts: TunedExperts | LowRankExperts | None = nnx.data(None)
 
     def __call__(
         self,
@@ -150,7 +151,7 @@ class Transformer(nnx.Module):
             )
 
         def moe_layer(
-            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | None
+            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | LowRankExperts | None
         ) -> tuple:
             x, carried = carry
             x = attend(block, x)
@@ -248,7 +249,7 @@ class Transformer(nnx.Module):
         return self.logits(self.norm(x)), cache
 
     def _carried(self) -> Carried | None:
-        return carry_banks(self.tuned_experts, self.mesh) if self.tuned_experts else None
+        return carry_banks(self.tuned_experts.banks, self.mesh) if self.tuned_experts else None
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         return constrain_batch(look_up(self.embedding[...], tokens, self.mesh), self.mesh).astype(

@@ -9,7 +9,7 @@ that a run differentiates, keeps moments for, and saves.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class TunedLayout:
         num_experts: int,
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> "TunedLayout":
+    ) -> Self:
         """Layout of experts placed by `place_experts`."""
         placement = place_experts(selected, num_experts, shards, loads)
         return cls(selected, num_experts, shards, placement)
@@ -61,7 +61,7 @@ class TunedLayout:
         num_experts: int,
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> "TunedLayout":
+    ) -> Self:
         """Layout for expert ids given by decoder layer index; absent layers select none."""
         selected = tuple(tuple(sorted(experts.get(layer, ()))) for layer in moe_layers)
         return cls.place(selected, num_experts, shards, loads)
@@ -95,6 +95,10 @@ class TunedLayout:
         """First row, within a device's slice, of its window for a layer: int32 `[shards, L]`."""
         starts = np.cumsum(self._counts, axis=1) - self._counts
         return np.minimum(starts, self.rows_per_shard - self.window).astype(np.int32)
+
+    def groups_per_device(self, local: int) -> int:
+        """Groups that a device with so many base experts computes."""
+        return self.window + local
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -132,6 +136,31 @@ class TunedLayout:
             held[row] = layer, expert
         return held
 
+    def layer_window(
+        self,
+        banks: tuple[Float[Array, "R _ _"], ...],
+        carried: "Carried",
+        layer: Int[Array, ""],
+        shard: Int[Array, ""] | int,
+    ) -> tuple[Any, "Carried"]:
+        """A layer's window of a device's slice of the banks, and what is carried on.
+
+        The window may contain rows of neighbouring layers; no expert's group is theirs, so they
+        meet no token and receive no gradient.
+
+        Args:
+            banks: `TunedExperts.banks`.
+        """
+        start = jnp.asarray(self.window_starts)[shard, layer]
+
+        def window(bank: Array, carried: Array) -> tuple[Bank, Array]:
+            carried, own = take_rows_of(carried, start, self.window)
+            return Bank(jax.lax.stop_gradient(bank), start, self.window, own), carried
+
+        (gate_up, next_gate_up), (down, next_down) = map(window, banks, carried)
+        groups = jnp.asarray(self.groups)[shard, layer]
+        return TunedWindow(gate_up, down, groups), (next_gate_up, next_down)
+
 
 class TunedWindow(NamedTuple):
     """One layer's tuned experts on one device.
@@ -154,6 +183,11 @@ class TunedExperts(nnx.Module):
         self.gate_up = nnx.Param(gate_up, axes=("experts", None, None))
         self.down = nnx.Param(down, axes=("experts", None, None))
         self.layout = layout
+
+    @property
+    def banks(self) -> tuple[Float[Array, "R D F2"], Float[Array, "R F D"]]:
+        """Both, as `TunedLayout.layer_window` takes them."""
+        return self.gate_up[...], self.down[...]
 
     @classmethod
     def from_base(
@@ -210,16 +244,17 @@ class TunedExperts(nnx.Module):
         return cls(copy(gate_up), copy(down), layout)
 
 
-Carried = tuple[Float[Array, "N R D F2"], Float[Array, "N R F D"]]
+# A copy of each bank for each of N devices along `data`.
+Carried = tuple[Float[Array, "N R _ _"], ...]
 
 
-def carry_banks(tuned: TunedExperts, mesh: Mesh | None) -> Carried:
+def carry_banks(banks: tuple[Float[Array, "R _ _"], ...], mesh: Mesh | None) -> Carried:
     """What a scan over layers carries along so that their gradients add up in place.
 
-    It has the values of the bank, which no layer reads. Going backwards it is the gradient, to
-    which each layer adds its own rows. If every layer cut its rows out of the bank itself, each
-    would make a gradient as large as the bank, and sum it over all expert groups. With N of
-    these, each of them has a gradient of its own, and they are summed once.
+    It has the values of the banks, which are read only where they are small. Going backwards it is
+    the gradient, to which each layer adds its own rows. If every layer cut its rows out of the bank
+    itself, each would make a gradient as large as the bank, and sum it over all expert groups.
+    With N of these, each of them has a gradient of its own, and they are summed once.
     """
     copies = 1 if mesh is None else mesh.shape[REPLICA] * mesh.shape[DATA]
 
@@ -230,7 +265,7 @@ def carry_banks(tuned: TunedExperts, mesh: Mesh | None) -> Carried:
         place = NamedSharding(mesh, PartitionSpec((REPLICA, DATA), RULES.experts))
         return jax.lax.with_sharding_constraint(carried, place)
 
-    return carry(tuned.gate_up[...]), carry(tuned.down[...])
+    return tuple(map(carry, banks))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -252,28 +287,3 @@ def _take_backward(size: int, start: Array, grads: tuple[Array, Array]) -> tuple
 
 
 take_rows_of.defvjp(_take_forward, _take_backward)
-
-
-def layer_window(
-    gate_up: Float[Array, "R D F2"],
-    down: Float[Array, "R F D"],
-    carried: Carried,
-    layout: TunedLayout,
-    layer: Int[Array, ""],
-    shard: Int[Array, ""] | int,
-) -> tuple[TunedWindow, Carried]:
-    """A layer's window of a device's slice of the bank, and what is carried on.
-
-    The window may contain rows of neighbouring layers; no expert's group is theirs, so they meet no
-    token and receive no gradient.
-    """
-    start = jnp.asarray(layout.window_starts)[shard, layer]
-    size = layout.window
-
-    def window(bank: Array, carried: Array) -> tuple[Bank, Array]:
-        carried, own = take_rows_of(carried, start, size)
-        return Bank(jax.lax.stop_gradient(bank), start, size, own), carried
-
-    (gate_up_window, next_gate_up), (down_window, next_down) = map(window, (gate_up, down), carried)
-    groups = jnp.asarray(layout.groups)[shard, layer]
-    return TunedWindow(gate_up_window, down_window, groups), (next_gate_up, next_down)

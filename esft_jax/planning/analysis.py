@@ -12,6 +12,7 @@ from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.experts.choose import affordable_experts
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import Trained
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.model.config import ModelConfig
@@ -27,7 +28,7 @@ from esft_jax.planning.program import (
 )
 from esft_jax.planning.roofline import PEAKS, Roofline
 from esft_jax.topology import ahead_of_time_devices, hardware
-from esft_jax.training.setup import check_fit, given_experts
+from esft_jax.training.setup import check_fit, given_experts, low_rank_updates
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Plan:
     Attributes:
         topology: such as `v5e:2x4`.
         mesh: devices along `data` and `expert`.
-        method: `esft` or `full`.
+        method: `esft`, `lora` or `full`.
         experts: what is trained, in words.
         tokens: of one device in a step.
         memory: bytes of one device.
@@ -77,18 +78,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """A run to be planned: a configuration on a mesh, with the experts that it trains.
+    """A run to be planned: a configuration on a mesh, with what it trains.
 
     Attributes:
-        experts: None for full fine-tuning.
-        described: them, in words.
+        described: what it trains, in words.
     """
 
     config: RunConfig
     topology: str
     model: ModelConfig
     mesh: Mesh
-    experts: ExpertConfig | None
+    trained: Trained
     described: str
 
     @property
@@ -100,7 +100,7 @@ class Case:
         """What its step is given; on another mesh of the same devices, if one is named."""
         mesh = mesh or self.mesh
         return step_shapes(
-            self.config, mesh, partial(run_parts, self.config, self.model, mesh, self.experts)
+            self.config, mesh, partial(run_parts, self.config, self.model, mesh, self.trained)
         )
 
     def state_bytes(self, mesh: Mesh) -> int:
@@ -113,8 +113,9 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     """Check a configuration on a topology; of its files, only the model's `config.json` is read.
 
     Args:
-        experts_per_layer: how many experts `esft` is assumed to train in every layer, where none
-            are chosen yet; default: what `select.top_k` or a budget says, or else a tenth of them.
+        experts_per_layer: how many experts are assumed to be trained, or updated, in every layer,
+            where none are chosen yet; default: what `select.top_k` or a budget says, or else a
+            tenth of them.
 
     Raises:
         InputError: naming what does not fit together.
@@ -125,16 +126,31 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
     check_fit(config, model, mesh)
-    experts, described = trained_experts(config, model, experts_per_layer)
-    return Case(config, topology, model, mesh, experts, described)
+    trained, described = what_is_trained(config, model, experts_per_layer)
+    return Case(config, topology, model, mesh, trained, described)
 
 
-def trained_experts(
+def what_is_trained(
     config: RunConfig, model: ModelConfig, per_layer: int | None = None
-) -> tuple[ExpertConfig | None, str]:
-    """The experts that a run trains, given or assumed (see `open_case`), and the same in words."""
+) -> tuple[Trained, str]:
+    """What a run trains, its experts given or assumed (see `open_case`), and the same in words."""
+    experts, described = None, ""
+    if config.selects_experts:
+        experts, described = _selected(config, model, per_layer)
+    elif per_layer is not None:
+        raise InputError("--experts-per-layer: the run selects no experts")
     if config.method == "full":
         return None, "all parameters"
+    if config.method == "esft":
+        return experts, described
+    names = [t for t in config.lora.targets if t != "selected_experts"]
+    on = ", ".join([*names, described] if described else names)
+    return low_rank_updates(config, model, experts), f"rank {config.lora.rank} on {on}"
+
+
+def _selected(
+    config: RunConfig, model: ModelConfig, per_layer: int | None
+) -> tuple[ExpertConfig, str]:
     total = model.router.num_experts
     given = given_experts(config, model)
     if given is not None:
@@ -159,16 +175,16 @@ def trained_experts(
 def make_plan(case: Case) -> Plan:
     """Trace and compile the step of a case."""
     begin = time.perf_counter()
-    config, model, mesh, experts = case.config, case.model, case.mesh, case.experts
+    config, model, mesh, trained = case.config, case.model, case.mesh, case.trained
     shapes = case.shapes()
     traced = shapes.trace(config)
     operations = None
     if mesh.devices.flat[0].platform == "tpu":
         micro_batch = case.tokens // config.train.micro_batches
-        routing = Routing.balanced(model, mesh, experts, micro_batch)
+        routing = Routing.balanced(model, mesh, trained, micro_batch)
         found = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
         operations = found.total / case.tokens
-    by_arithmetic = model_operations(model, experts, config.data.sequence_length)
+    by_arithmetic = model_operations(model, trained, config.data.sequence_length)
     memory, text = compile_step(shapes, traced)
     received = roofline = None
     if text is not None:

@@ -14,6 +14,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import LoRA, Trained
+from esft_jax.hf.names import tensor_placements
 from esft_jax.mesh import EXPERT
 from esft_jax.model.config import ModelConfig
 from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
@@ -47,30 +49,32 @@ class Routing:
 
     Attributes:
         sizes: rows of each expert of the chip.
-        tuned: tuned experts per chip and layer, on average.
+        tuned: tuned, or updated, experts per chip and layer, on average.
+        narrow: widths that only products with low-rank factors have.
     """
 
     sizes: np.ndarray
     tuned: float
+    narrow: tuple[int, ...] = ()
 
     @classmethod
-    def balanced(
-        cls, model: ModelConfig, mesh: Mesh, experts: ExpertConfig | None, tokens: int
-    ) -> "Routing":
+    def balanced(cls, model: ModelConfig, mesh: Mesh, trained: Trained, tokens: int) -> "Routing":
         """Assignments drawn evenly.
 
         Args:
-            experts: those that are trained; None for all.
             tokens: of one chip, in one micro-batch.
         """
         shards, num_experts = mesh.shape[EXPERT], model.router.num_experts
         drawn = np.random.default_rng(0).multinomial(
             shards * tokens * model.router.top_k, np.full(num_experts, 1 / num_experts)
         )
-        tuned = float(num_experts)
+        tuned, narrow = float(num_experts), tuple[int, ...]()
+        experts = trained.experts if isinstance(trained, LoRA) else trained
+        if isinstance(trained, LoRA):
+            narrow = trained.rank, 2 * trained.rank
         if experts is not None:
             tuned = experts.num_experts_selected / len(model.moe_layers)
-        return cls(drawn[: num_experts // shards], tuned / shards)
+        return cls(drawn[: num_experts // shards], tuned / shards, narrow)
 
     def charged(self, tile: int) -> float:
         """Rows that are multiplied, pieces of tiles included, per row."""
@@ -122,7 +126,8 @@ def _add_kernel(found: Operations, equation: Any, routing: Routing, trips: int) 
     blocks = [operand.transformed_block_aval.shape for operand in operands]
     charged = routing.charged(blocks[0][0])
     if name == "grouped_matmul":  # rows, banks, products
-        rows = routing.sizes.sum()
+        narrow = {arrays[0][1], arrays[-1][1]} & set(routing.narrow)
+        rows = routing.sizes.mean() * routing.tuned if narrow else routing.sizes.sum()
         exact = arrays[0][1] * arrays[-1][1]
         covered = arrays[0][1] * _padded(arrays[-1][1], blocks[-1][1])
     else:  # rows, their gradients, gradients of the matrices
@@ -152,7 +157,7 @@ def _padded(width: int, block: int) -> int:
 
 def model_operations(
     config: ModelConfig,
-    experts: ExpertConfig | None,
+    trained: Trained,
     length: int,
     served: Mapping[int, float] | None = None,
 ) -> float:
@@ -163,14 +168,46 @@ def model_operations(
     all scores, whose gradients take twice as much.
 
     Args:
-        experts: what is trained; None for all.
         length: tokens per row.
         served: by layer, the share of assignments that the trained experts serve; their share of
             the layer's experts where it is not known.
     """
+    if isinstance(trained, LoRA):
+        # Weights are frozen, and gradients of activations reach down to the lowest update.
+        first = trained.lowest_layer(config)
+        assert first is not None
+        frozen = _operations(config, ExpertConfig({}), first, length)
+        return frozen + _low_rank_operations(config, trained)
+    return _operations(config, trained, _lowest_trained(config, trained), length, served)
+
+
+def _low_rank_operations(config: ModelConfig, lora: LoRA) -> float:
+    """Of the factors, per token: forward, gradients of what they meet, gradients of their own."""
+    sides = 0.0
+    for name, place in tensor_placements(config).items():
+        if len(place.shape) != 2:
+            continue
+        if "experts" in place.path:
+            layer = int(name.split(".")[2])
+            if place.index[1] in lora.experts.experts.get(layer, ()):
+                sides += sum(place.shape) * config.router.top_k / config.router.num_experts
+            continue
+        kinds = {"attention": "attention", "shared_experts": "shared_experts", "mlp": "dense_mlps"}
+        if any(part in kinds and kinds[part] in lora.targets for part in place.path):
+            sides += sum(place.shape)
+    return 2 * 3 * lora.rank * sides
+
+
+def _operations(
+    config: ModelConfig,
+    experts: ExpertConfig | None,
+    first: int,
+    length: int,
+    served: Mapping[int, float] | None = None,
+) -> float:
+    """Of the model itself; gradients reach down to layer `first`."""
     rest = experts is None or experts.non_expert_modules
     shared_learn = experts is None or experts.shared_experts
-    first = _lowest_trained(config, experts)
     size, heads, width = config.hidden_size, config.num_heads, config.qk_head_dim
     query = size * heads * width
     if config.q_lora_rank is not None:

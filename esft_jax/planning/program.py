@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from esft_jax.config import RunConfig
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.experts.lora import Trained
+from esft_jax.experts.partition import attach, partition
 from esft_jax.mesh import param_shardings
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -84,14 +84,8 @@ class StepMemory:
         return self.available is None or needed <= self.available
 
 
-def run_parts(
-    config: RunConfig, model: ModelConfig, mesh: Mesh, experts: ExpertConfig | None
-) -> Parts:
-    """What `train` splits its model into, for `jax.eval_shape`.
-
-    Args:
-        experts: those that `esft` trains; None for full fine-tuning.
-    """
+def run_parts(config: RunConfig, model: ModelConfig, mesh: Mesh, trained: Trained) -> Parts:
+    """What `train` splits its model into, for `jax.eval_shape`."""
     transformer = Transformer(
         model,
         rngs=nnx.Rngs(0),
@@ -100,9 +94,8 @@ def run_parts(
         mesh=mesh,
         transport=config.mesh.transport,
     )
-    if experts is not None:
-        attach_tuned_experts(transformer, experts)
-    return partition(transformer, experts)
+    attach(transformer, trained, config.seed)
+    return partition(transformer, trained)
 
 
 def step_shapes(

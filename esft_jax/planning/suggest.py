@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from esft_jax.mesh import EXPERT, make_mesh
-from esft_jax.planning.analysis import Case, Plan, trained_experts
+from esft_jax.planning.analysis import Case, Plan, what_is_trained
 
 
 def suggestions(case: Case, plan: Plan) -> list[str]:
@@ -25,12 +25,12 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
 
 
 def _method(case: Case, plan: Plan) -> str | None:
-    if case.config.method == "esft":
+    if case.config.method != "full":
         return None
     train = dataclasses.replace(case.config.train, balance_loss=0.0)
     config = dataclasses.replace(case.config, method="esft", init="pretrained", train=train)
-    experts, described = trained_experts(config, case.model)
-    other = dataclasses.replace(case, config=config, experts=experts)
+    trained, described = what_is_trained(config, case.model)
+    other = dataclasses.replace(case, config=config, trained=trained)
     return (
         f"method=esft: weights and moments take {_gigabytes(other.state_bytes(case.mesh))} instead "
         f"of {_gigabytes(plan.memory.state)} per device ({described}), and gradients less, too"

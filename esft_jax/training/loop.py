@@ -20,13 +20,15 @@ from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, trai
 from esft_jax.errors import InputError
 from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.experts.lora import LoRA, Trained
+from esft_jax.experts.partition import attach, partition
 from esft_jax.experts.placement import Placement, expected_loads, place_experts
 from esft_jax.experts.scores import load_scores
 from esft_jax.files import write_text_atomic
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
+from esft_jax.hf.lora import save_lora
 from esft_jax.hf.source import Source
 from esft_jax.mesh import (
     EXPERT,
@@ -44,7 +46,13 @@ from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import trace_step
-from esft_jax.training.setup import Setup, load_pretrained, measure_scores, random_model
+from esft_jax.training.setup import (
+    Setup,
+    load_pretrained,
+    low_rank_updates,
+    measure_scores,
+    random_model,
+)
 from esft_jax.training.signals import on_user_signal, stop_signal
 from esft_jax.training.state import place_state
 from esft_jax.training.step import make_eval_step
@@ -61,7 +69,7 @@ class RunResult:
         step: updates whose parameters the result holds.
         valid_loss: its mean validation loss in nats per token, if there is a validation set.
         trained, total: parameters trained, and in the model.
-        experts: what was trained; None for full fine-tuning.
+        experts: the routed experts that were trained, or updated; None where all are.
         step_bytes: arguments and temporaries of the update, per device; None where the backend does
             not say.
         seconds: spent in this call.
@@ -95,14 +103,17 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         say(line)
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     on_first_process(lambda: setup.run.create(setup.config), "run folder")
+    trained: Trained = None
     experts = loads = None
-    if base is not None and setup.config.method == "esft":
-        experts = _choose_experts(setup, base, say)
+    if base is not None and setup.config.selects_experts:
+        trained = experts = _choose_experts(setup, base, say)
         loads = _expected_loads(setup)
+    if setup.config.method == "lora":
+        trained = low_rank_updates(setup.config, setup.model_config, experts)
     if base is None:
-        run = _Run(setup, random_model(setup), None, experts, loads)
+        run = _Run(setup, random_model(setup), None, trained, loads)
     else:
-        run = _Run(setup, base.model, base.source, experts, loads)
+        run = _Run(setup, base.model, base.source, trained, loads)
     del base  # the run takes over its arrays
     if loads is not None and run.layout is not None:
         say(_describe_placement(run.layout, loads))
@@ -212,19 +223,18 @@ class _Run:
         setup: Setup,
         model: Transformer,
         source: Source | None,
-        experts: ExpertConfig | None,
+        trained: Trained,
         loads: Float[np.ndarray, "L E"] | None,
     ):
-        self.setup, self.source, self.experts = setup, source, experts
+        self.setup, self.source, self.trains = setup, source, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-        if experts is not None:
-            attach_tuned_experts(model, experts, loads)
-        self.graph, tuned, self.frozen = partition(model, experts)
+        attach(model, trained, self.config.seed, loads)
+        self.graph, tuned, self.frozen = partition(model, trained)
         self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
-        self.token_flops = model_operations(model.config, experts, self.train_set.sequence_length)
+        self.token_flops = model_operations(model.config, trained, self.train_set.sequence_length)
         self.layout = model.tuned_experts.layout if model.tuned_experts else None
         rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
@@ -248,10 +258,10 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
-        experts = self.experts and {str(k): list(v) for k, v in self.experts.experts.items()}
+        experts = self.trains.experts if isinstance(self.trains, LoRA) else self.trains
         return {
             "base_fingerprint": self.source.fingerprint if self.source else None,
-            "experts": experts,
+            "experts": experts and {str(k): list(v) for k, v in experts.experts.items()},
             "data_sha256": self.train_set.stats.sha256,
         }
 
@@ -410,17 +420,18 @@ class _Run:
         return float(total), float(weight)
 
     def write_result(self, outcome: _Outcome) -> Path:
-        """Write `adapter/` (esft) or `model/` (full)."""
+        """Write `adapter/` (esft, lora) or `model/` (full)."""
         if self.frozen_hash is not None and self._hash_frozen() != self.frozen_hash:
             raise RuntimeError("a frozen weight changed during training; the result is not written")
         assert outcome.tuned is not None
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
-        if self.experts is None:
+        if self.trains is None:
             save_model(model, self.folder.model, self.setup.folder)
             return self.folder.model
         assert self.source is not None
         config = self.config
-        given = config.expert_cfg is not None  # then nothing is known of how they were chosen
+        # Of given experts nothing is known of how they were chosen.
+        given = config.expert_cfg is not None or not config.selects_experts
         manifest = {
             "base_model": config.model,
             "base_fingerprint": self.source.fingerprint,
@@ -430,8 +441,11 @@ class _Run:
             "step": outcome.step,
             "valid_loss": outcome.valid_loss,
         }
+        if isinstance(self.trains, LoRA):
+            save_lora(self.folder.adapter, model, self.trains, manifest)
+            return self.folder.adapter
         tensors = trained_tensors(model, [path for path, _ in nnx.to_flat_state(outcome.tuned)])
-        save_adapter(self.folder.adapter, tensors, self.experts, manifest)
+        save_adapter(self.folder.adapter, tensors, self.trains, manifest)
         return self.folder.adapter
 
     def _hash_frozen(self) -> str:

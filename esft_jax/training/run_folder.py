@@ -40,7 +40,7 @@ class RunFolder:
     started            when the run was first started, seconds since the epoch
     profile/           profiler traces
     skipped/           for every skipped update, the examples of its batch
-    adapter/           the result of `esft`: the trained experts
+    adapter/           the result of `esft`, the trained experts, or of `lora`, the factors
     model/             the result of `full`: a Hugging Face folder
     evaluation/        completions and scores by `evaluate`; `comparison.json`: before and after
     """

@@ -21,6 +21,7 @@ from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.experts.choose import check_select, choose_experts, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.hf.load import LoadedBase, load_base, local_folder
@@ -113,7 +114,7 @@ def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
         InputError: the file does not fit the model.
     """
     run, select = RunFolder(config.output), config.select
-    if config.method != "esft":
+    if not config.selects_experts:
         return None
     chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
     if not chosen.exists():
@@ -126,7 +127,22 @@ def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
         experts.validate(model.moe_layers, model.router.num_experts)
     except InputError as error:
         raise InputError(f"{chosen}: {error}") from None
+    if config.method == "lora":
+        if not experts.num_experts_selected:
+            raise InputError(f"{chosen}: selects no expert for lora.targets: selected_experts")
+        for flag in ("shared_experts", "non_expert_modules"):
+            if getattr(experts, flag):
+                raise InputError(
+                    f"{chosen}: {flag} is true; with method lora, lora.targets says what is "
+                    "trained besides routed experts"
+                )
     return experts
+
+
+def low_rank_updates(config: RunConfig, model: ModelConfig, selected: ExpertConfig | None) -> LoRA:
+    """What `method: lora` trains; see `LoRA.on`."""
+    lora = config.lora
+    return LoRA.on(model, lora.rank, lora.alpha, lora.targets, selected)
 
 
 def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
@@ -140,6 +156,8 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             f"mesh.expert: {mesh.shape[EXPERT]} does not divide the model's "
             f"{model.router.num_experts} experts"
         )
+    if config.method == "lora" and not config.selects_experts:
+        low_rank_updates(config, model, None)
     micro_batch = config.train.batch_size // config.train.micro_batches
     _check_rows("data", config.data.sequence_length, model)
     if micro_batch % mesh.size:
@@ -148,7 +166,7 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             f"{mesh.size} devices"
         )
     # Where nothing is scored, the defaults of `score` need not fit.
-    if config.method == "esft" and config.expert_cfg is None:
+    if config.selects_experts and config.expert_cfg is None:
         _check_rows("score", config.score.sequence_length, model)
         check_select(config.select, model, config.dtype)
 

@@ -11,7 +11,7 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
 from esft_jax.model import ModelConfig, Transformer
-from esft_jax.model.tuned import TunedLayout, layer_window
+from esft_jax.model.tuned import TunedLayout
 from esft_jax.training.step import loss_sum
 from tests.hf.checkpoints import SHAPE
 from tests.model.parity import run
@@ -67,7 +67,7 @@ def test_a_window_is_cut_from_the_devices_slice():
     layout = TunedLayout.place(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
     carried = (bank[None], bank[None])
-    window, _ = layer_window(bank, bank, carried, layout, jnp.int32(2), 1)
+    window, _ = layout.layer_window((bank, bank), carried, jnp.int32(2), 1)
     # Expert 4: second row of device 1.
     assert window.gate_up.matrices[window.gate_up.first + window.groups[4], 0, 0] == 1
     assert window.gate_up.own[window.groups[4], 0, 0] == 1

@@ -58,6 +58,26 @@ report(
 )
 """
 
+LOW_RANK = """
+from esft_jax.model.lora import update_rows
+
+rows, d, rank, f, updated = map(int, sys.argv[2:])
+
+def gradients(x, a, b, sizes):
+    def loss(x, a, b):
+        out = update_rows(x, (a, b), jnp.arange(updated), sizes)
+        return (out.astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1, 2))(x, a, b)
+
+report(
+    gradients,
+    abstract((rows, d), jnp.bfloat16),
+    abstract((updated, d, rank), jnp.float32),
+    abstract((updated, rank, f), jnp.float32),
+    abstract((updated,), jnp.int32),
+)
+"""
+
 ATTENTION = """
 from esft_jax.ops.attention import causal_attention
 
@@ -113,6 +133,14 @@ def test_attention_on_v5e():
 @pytest.mark.parametrize("chip", SLICES)
 def test_attention_of_deepseek_v2_lite(chip):
     check_attention(chip, 4096, 16, 192, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 8, 16, 64])
+@pytest.mark.parametrize("chip", SLICES)
+def test_low_rank_updates_of_deepseek_v2_lite(chip, rank):
+    found = compile_for(chip, LOW_RANK, 24_576, 2048, rank, 2816, 9)
+    assert found["kernels"] == 6  # both products, their gradients with respect to either side
 
 
 def test_a_small_layer_on_v5e():

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import LoRA
 from esft_jax.mesh import EXPERT, make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.ops.attention import causal_attention
@@ -70,3 +71,22 @@ def test_operations_of_the_model_by_what_is_trained(base) -> None:
     everything = {layer: tuple(range(config.router.num_experts)) for layer in config.moe_layers}
     all_trained = ExpertConfig(everything, shared_experts=True, non_expert_modules=True)
     assert model_operations(config, all_trained, 64) == model_operations(config, None, 64)
+
+
+def test_operations_of_low_rank_updates(base) -> None:
+    config = ModelConfig.load(base)
+    top, bottom = config.moe_layers[-1], config.moe_layers[0]
+
+    def operations(rank: int, *layers: int) -> float:
+        experts = ExpertConfig(dict.fromkeys(layers, (0,)))
+        return model_operations(config, LoRA(rank, 1.0, ("selected_experts",), experts), 64)
+
+    # Forward, gradients of what factors meet and of their own, for the tokens that come to them.
+    share = config.router.top_k / config.router.num_experts
+    rank_one = 2 * 3 * share * 3 * (config.hidden_size + config.expert_width)
+    np.testing.assert_allclose(operations(5, bottom) - operations(4, bottom), rank_one)
+    np.testing.assert_allclose(operations(2, bottom, top) - operations(2, bottom), 2 * rank_one)
+    assert operations(1, top) < operations(1, bottom) < operations(1000, bottom)
+    # Only weights' gradients are spared.
+    attention = model_operations(config, LoRA(1, 1.0, ("attention",), ExpertConfig({})), 64)
+    assert operations(1, bottom) < attention < model_operations(config, None, 64)

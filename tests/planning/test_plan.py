@@ -47,9 +47,17 @@ def make_config(base, chats, tmp_path):
 
 FULL = {"method": "full", "expert_cfg": None, "init": "random"}
 FULL |= {"train": {"batch_size": 8, "balance_loss": 0.01}}
+LORA = {"method": "lora", "lora": {"rank": 2, "targets": ("attention", "selected_experts")}}
 
 
-@pytest.mark.parametrize("changes", [{}, FULL], ids=["esft", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="esft"),
+        pytest.param(FULL, id="full"),
+        pytest.param(LORA, id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) -> None:
     config = make_config(**changes)
     compiled = []
@@ -95,6 +103,23 @@ def test_the_command(make_config, tmp_path, capsys) -> None:
     assert 0 < esft["model_operations"] < full["model_operations"]
 
 
+def test_what_lora_trains_is_said_and_counted(make_config) -> None:
+    every = open_case(make_config(method="lora", expert_cfg=None), "cpu:8")
+    assert every.described == "rank 8 on attention, dense_mlps, shared_experts, experts"
+    given = open_case(make_config(**LORA), "cpu:8")
+    assert given.described == "rank 2 on attention, 3 of 24 experts, as chosen"
+    state = given.shapes().state.tuned
+    width, heads, latent = 32, 2, 16
+    sides = width + heads * 24 + width + latent + 8 + latent + heads * 32 + heads * 16 + width
+    # On a group of four devices, three experts take a row on each of them.
+    factors = 2 * (4 * sides + 4 * 3 * (width + 16))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == factors
+    config = make_config(**LORA | {"expert_cfg": None})
+    assert "2 of 8 experts in each layer, assumed" in open_case(config, "cpu:8", 2).described
+    with pytest.raises(InputError, match="--experts-per-layer: the run selects no experts"):
+        open_case(make_config(method="lora", expert_cfg=None), "cpu:8", 2)
+
+
 def test_what_does_not_fit_together_is_one_line(make_config, tmp_path, capsys) -> None:
     path = tmp_path / "run.yaml"
     save_config(make_config(), path)
@@ -130,7 +155,7 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     assert remat.startswith("train.remat=full instead of dots")
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
     assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
-    full = dataclasses.replace(case, config=make_config(**FULL), experts=None)
+    full = dataclasses.replace(case, config=make_config(**FULL), trained=None)
     memory = dataclasses.replace(fitting.memory, available=1, needed=None)
     method, *_ = suggestions(full, dataclasses.replace(fitting, memory=memory))
     assert method.startswith("method=esft:") and "1 of 8 experts in each layer, assumed" in method

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ from flax import nnx
 
 from esft_jax.config import OptimizerConfig
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.experts.lora import LoRA
+from esft_jax.experts.partition import attach, attach_tuned_experts, partition
 from esft_jax.hf.load import load_model
 from esft_jax.model import ModelConfig, Transformer
 from esft_jax.model.router import RouterOutput
@@ -153,3 +155,68 @@ def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
         assert any("f32[2,32,128]" in line for line in weight_gradients) == (name == "esft")
         assert any("f32[64,32,128]" in line for line in weight_gradients) == (name == "full")
     assert bytes_used["esft"] < 0.5 * bytes_used["full"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "trained"),
+    [
+        (ExpertConfig({}, shared_experts=True), {"shared_experts"}),
+        pytest.param(
+            ExpertConfig({1: (3,)}, non_expert_modules=True),
+            {"attention", "router", "mlp", "embedding", "norm", "tuned_experts"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ExpertConfig({1: (3,)}, shared_experts=True),
+            {"shared_experts", "tuned_experts"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["shared-alone", "experts-and-rest", "experts-and-shared"],
+)
+def test_other_modules_train_when_asked_for(base, batch, experts, trained) -> None:
+    model = load_model(base)
+    attach_tuned_experts(model, experts)
+    graph, tuned, frozen = partition(model, experts)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.0), steps=10)
+    before = init_state(optimizer, tuned, frozen)
+    after, _ = jax.jit(make_train_step(graph, optimizer))(before, frozen, batch)
+    parts = [{*path} for path, _ in nnx.to_flat_state(before.tuned)]
+    assert trained <= set().union(*parts)
+    assert not any("experts" in part for part in parts)
+    assert any("shared_experts" in part for part in parts) == experts.shared_experts
+    assert any("attention" in part for part in parts) == experts.non_expert_modules
+    change = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before.tuned, after.tuned)
+    assert all(leaf > 0 for leaf in jax.tree.leaves(change))
+
+
+def test_a_lora_step_has_gradients_and_moments_of_factors_only(base, batch) -> None:
+    config = ModelConfig.load(base)
+    config = dataclasses.replace(
+        config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    lora = LoRA.on(config, 3, 6.0, ("attention", "selected_experts"), EXPERTS)
+    attach(model, lora, seed=0)
+    graph, tuned, frozen = partition(model, lora)
+    assert all("lora" in path or path[0] == "tuned_experts" for path, _ in nnx.to_flat_state(tuned))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.0), steps=10)
+    before = init_state(optimizer, tuned, frozen)
+    factors = sum(leaf.size for leaf in jax.tree.leaves(tuned))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim)
+    assert moments == 2 * factors < 0.05 * sum(leaf.size for leaf in jax.tree.leaves(frozen))
+    step = jax.jit(make_train_step(graph, optimizer)).lower(before, frozen, batch).compile()
+    found = {
+        shape
+        for line in step.as_text().splitlines()
+        if "expert_weight_gradient" in line
+        for shape in re.findall(r"f32\[([\d,]+)\]", line.partition("=")[2].partition("(")[0])
+    }
+    # The window of three, gate and up together: of A, of B, of each of down. None is as wide as a
+    # weight on both sides.
+    assert {"3,32,6", "3,6,128", "3,64,3", "3,3,32"} <= found
+    assert not {"64,32,128", "3,32,128", "64,64,32", "3,64,32"} & found
+    after, _ = step(before, frozen, batch)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.tuned, after.tuned)
+    for path, param in nnx.to_flat_state(changed):
+        assert param.get_value() == (path[-1] == "b")  # A's gradient is 0 while B is 0

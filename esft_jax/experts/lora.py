@@ -1,0 +1,76 @@
+"""What `method: lora` trains."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from esft_jax.errors import InputError
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.model.config import ModelConfig
+
+Target = Literal["attention", "dense_mlps", "shared_experts", "experts", "selected_experts"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank updates: of which matrices, and how large.
+
+    Attributes:
+        rank: columns of A and rows of B.
+        alpha: the update of a matrix is `alpha / rank * A B`.
+        targets: the kinds of layers whose matrices are updated.
+        experts: the routed experts whose matrices are updated.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[Target, ...]
+    experts: ExpertConfig
+
+    @property
+    def scale(self) -> float:
+        """Factor on `A B`."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def on(
+        cls,
+        model: ModelConfig,
+        rank: int,
+        alpha: float,
+        targets: Iterable[Target],
+        selected: ExpertConfig | None,
+    ) -> "LoRA":
+        """Updates of a model.
+
+        Args:
+            selected: the experts that `selected_experts` stands for.
+
+        Raises:
+            InputError: the model has none of the targets.
+        """
+        experts, targets = ExpertConfig({}), tuple(targets)
+        if "experts" in targets:
+            every = tuple(range(model.router.num_experts))
+            experts = ExpertConfig(dict.fromkeys(model.moe_layers, every))
+        elif "selected_experts" in targets:
+            assert selected is not None
+            experts = ExpertConfig(selected.experts)
+        lora = cls(rank, alpha, targets, experts)
+        if lora.lowest_layer(model) is None:
+            raise InputError(f"lora.targets: the model has no {' and no '.join(targets)}")
+        return lora
+
+    def lowest_layer(self, model: ModelConfig) -> int | None:
+        """The first decoder layer with an update; None if there is none."""
+        if "attention" in self.targets:
+            return 0
+        if "dense_mlps" in self.targets and model.first_dense_layers:
+            return 0
+        if "shared_experts" in self.targets and model.num_shared_experts:
+            return model.first_dense_layers
+        return min((layer for layer, ids in self.experts.experts.items() if ids), default=None)
+
+
+# What a run trains: selected experts, low-rank updates, or (None) every parameter.
+Trained = ExpertConfig | LoRA | None

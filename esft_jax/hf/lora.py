@@ -1,0 +1,244 @@
+"""LoRA adapters in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`.
+
+Factors are stored under the Hugging Face name of the matrix they update, experts one by one:
+`base_model.model.{module}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, float32.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
+
+from esft_jax.errors import InputError
+from esft_jax.experts.lora import LoRA
+from esft_jax.files import parse_json, read_text
+from esft_jax.hf.blocks import read_block
+from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
+from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
+from esft_jax.hf.names import LeafPath, Placement, tensor_placements
+from esft_jax.hf.tensor_files import TensorFiles
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.transformer import Transformer
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model"
+# What `peft` can say and is not read here, with the value that says nothing.
+_PLAIN = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layer_replication": None,
+}
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """A LoRA adapter on disk, ours or one that `peft` wrote.
+
+    Attributes:
+        folder: where it is.
+        files: its factors; data is read on access.
+        rank, scale: of every update.
+        manifest: its provenance; None if we did not write it.
+    """
+
+    folder: Path
+    files: TensorFiles
+    rank: int
+    scale: float
+    manifest: dict[str, Any] | None
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of the matrices that it updates."""
+        return [
+            name.removeprefix(_PREFIX).replace(".lora_A.", ".")
+            for name in self.files
+            if name.endswith(".lora_A.weight")
+        ]
+
+    def check(self, config: ModelConfig, base_fingerprint: str | None = None) -> None:
+        """Check that the adapter fits a model.
+
+        Args:
+            base_fingerprint: of the base it shall be merged into; only compared if it has a
+                manifest.
+
+        Raises:
+            InputError: it belongs to another base, or its tensors are no factors of this model's
+                matrices, or not those that its manifest names.
+        """
+        placements = tensor_placements(config)
+        expected: set[str] = set()
+        for name in self.names:
+            shape = placements[name].shape if name in placements else ()
+            if len(shape) != 2:
+                raise InputError(f"{self.folder}: the model has no matrix {name!r} to update")
+            factors = _factor_names(name)
+            self.files.check(factors[0], (self.rank, shape[1]))
+            self.files.check(factors[1], (shape[0], self.rank))
+            expected |= set(factors)
+        for stored in self.files:
+            if stored not in expected:
+                raise InputError(f"{self.folder}: unexpected tensor {stored!r}")
+        if self.manifest is not None and set(self.names) != set(self.manifest.get("updates", ())):
+            raise InputError(
+                f"{self.folder}: its tensors are not those of {MANIFEST}: updates; expected both "
+                "as they were written"
+            )
+        check_base(self.folder, self.manifest, base_fingerprint)
+
+    def dtype(self, name: str, base: np.dtype) -> np.dtype:
+        """Type of the sum of base and update: that of the base."""
+        return base
+
+    def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        """A matrix of the base with its update, float32."""
+        a, b = (self.files.read(factor).astype(np.float32) for factor in _factor_names(name))
+        return base().astype(np.float32) + self.scale * (b @ a)
+
+
+def open_lora(folder: Path) -> LoRAAdapter:
+    """Open a folder with `adapter_config.json`.
+
+    Raises:
+        InputError: missing or damaged files, or more than plain LoRA.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = parse_json(read_text(path), str(path))
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: expected a JSON object with peft_type = 'LORA'")
+    for key, plain in _PLAIN.items():
+        found = config.get(key, plain)
+        if found != plain and found:
+            raise InputError(f"{path}: {key}: {found!r} is not supported; expected {plain!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError(f"{path}: r: {rank!r}; expected a number from 1")
+    if not isinstance(alpha, int | float):
+        raise InputError(f"{path}: lora_alpha: {alpha!r}; expected a number")
+    return LoRAAdapter(folder, TensorFiles(folder), rank, alpha / rank, read_manifest(folder))
+
+
+def save_lora(
+    folder: str | Path, model: Transformer, lora: LoRA, manifest: Mapping[str, Any]
+) -> None:
+    """Write an adapter; an older one in the same place gives way once the new one is complete.
+
+    On several processes all must call it; the first one writes.
+
+    Args:
+        model: with its factors.
+        manifest: provenance, with the keys `base_fingerprint` and `base_model`.
+    """
+    factors = {
+        stored: factor
+        for name, pair in _model_factors(model)
+        for stored, factor in zip(_factor_names(name), pair, strict=True)
+    }
+    if jax.process_index() == 0:
+        specs = {name: TensorSpec(factor.dtype, factor.shape) for name, factor in factors.items()}
+        updates = [
+            name for name in tensor_placements(model.config) if _factor_names(name)[0] in factors
+        ]
+        config = _peft_config(model.config, lora, manifest["base_model"])
+        with new_folder(Path(folder), replace=True) as temporary:
+            write_tensors(temporary, specs, factors.items(), None, stem=_WEIGHTS)
+            _write_json(temporary / ADAPTER_CONFIG, config)
+            _write_json(temporary / MANIFEST, {**manifest, "updates": updates})
+    # No process returns, and perhaps opens the folder, before it is there.
+    sync_global_devices(f"adapter {folder}")
+
+
+def _factor_names(name: str) -> tuple[str, str]:
+    module = _PREFIX + name.removesuffix(".weight")
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _model_factors(model: Transformer) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Factors of a model, as they are stored, by the name of the matrix they update."""
+    leaves: dict[LeafPath, jax.Array] = {
+        tuple(map(str, path)): param.get_value()
+        for path, param in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    }
+    rows = {}
+    if model.tuned_experts is not None:
+        rows = {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}
+
+    def place_of(name: str, place: Placement) -> tuple[LeafPath, int] | None:
+        kind = place.path[-1]
+        if kind == "gate_up":
+            kind = "gate" if ".gate_proj." in name else "up"
+        if place.path[:3] == ("moe_blocks", "moe", "experts"):
+            return (("tuned_experts", kind), rows[place.index]) if place.index in rows else None
+        path = (*place.path[:-1], "lora", kind)
+        return (path, place.index[0]) if (*path, "a") in leaves else None
+
+    for name, place in tensor_placements(model.config).items():
+        found = place_of(name, place)
+        if found is None:
+            continue
+        path, row = found
+        pair = []
+        for leaf in (leaves[*path, "a"], leaves[*path, "b"]):
+            box = (slice(row, row + 1), *(slice(0, size) for size in leaf.shape[1:]))
+            pair.append(np.ascontiguousarray(read_block(leaf, box)[0].T))
+        yield name, (pair[0], pair[1])
+
+
+def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, Any]:
+    """What makes `peft` update the same matrices.
+
+    With transformers 5, `peft` takes the names of MLP projections among `target_modules` for parts
+    of its fused experts. So dense MLPs and shared experts are named as parameters, and experts by a
+    pattern that is true of fused experts (where their index is missing) if it means all of them.
+    """
+    modules, parameters = [], []
+    if "attention" in lora.targets:
+        query = ["q_proj"] if model.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+        names = [*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        modules.append(rf"\d+\.self_attn\.({'|'.join(names)})")
+    for target, parent in (("dense_mlps", "mlp"), ("shared_experts", "shared_experts")):
+        if target in lora.targets:
+            parameters += [f"{parent}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    if "experts" in lora.targets:
+        modules.append(r"\d+\.mlp\.experts\.(\d+\.)?(gate|up|down)_proj")
+    else:
+        for layer, ids in lora.experts.experts.items():
+            if ids:
+                chosen = "|".join(map(str, sorted(ids)))
+                modules.append(rf"{layer}\.mlp\.experts\.({chosen})\.(gate|up|down)_proj")
+        if lora.experts.num_experts_selected:
+            # No model has this module. Of fused experts, it asks for a half of a tensor, which
+            # `peft` refuses; without it, `peft` would leave out the experts and say nothing.
+            modules.append(r"\d+\.mlp\.experts\.gate_proj")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "target_modules": rf"model\.layers\.({'|'.join(modules)})" if modules else [],
+        "target_parameters": parameters or None,
+        **_PLAIN,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
