@@ -80,9 +80,12 @@ def shifted(tuned, by):
     return nnx.map_state(lambda path, f: f.replace(f.get_value() + by * (path[-1] == "b")), tuned)
 
 
-def with_factors(params, targets, mesh=None, rank=3):
+def with_factors(params, targets, mesh=None, transport="all_gather", rank=3):
     """A model whose B are not 0; parts as `partition` gives them."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh)))
+    model = nnx.eval_shape(
+        lambda: Transformer(CONFIG, rngs=nnx.Rngs(0), mesh=mesh, transport=transport)
+    )
+    graph = nnx.graphdef(model)
     places = param_shardings(params, mesh)
     model = nnx.merge(graph, jax.tree.map(jax.device_put, params, places))
     lora = LoRA.on(CONFIG, rank, 2.0 * rank, targets, SELECTED)
@@ -91,9 +94,9 @@ def with_factors(params, targets, mesh=None, rank=3):
     return graph, shifted(tuned, 0.05), frozen
 
 
-def gradients(params, batch, targets, mesh):
+def gradients(params, batch, targets, mesh, transport="all_gather"):
     """Loss, and gradients of factors, those of experts by (layer, expert)."""
-    graph, tuned, frozen = with_factors(params, targets, mesh)
+    graph, tuned, frozen = with_factors(params, targets, mesh, transport)
 
     def loss(tuned, frozen, batch):
         return loss_sum(nnx.merge(graph, tuned, frozen), batch)[0]
@@ -112,18 +115,19 @@ def gradients(params, batch, targets, mesh):
 
 @pytest.mark.slow  # a run on two meshes is compared in tests/training/test_lora_run.py
 @pytest.mark.parametrize(
-    ("targets", "mesh"),
+    ("targets", "mesh", "transport"),
     [
-        ((*MODULES, "selected_experts"), (2, 4)),
-        ((*MODULES, "selected_experts"), (1, 8)),
-        ((*MODULES, "experts"), (2, 4)),
-        (("selected_experts",), (4, 2)),
-        (("shared_experts",), (8, 1)),
+        ((*MODULES, "selected_experts"), (2, 4), "all_gather"),
+        ((*MODULES, "selected_experts"), (1, 8), "all_gather"),
+        ((*MODULES, "experts"), (2, 4), "all_gather"),
+        (("selected_experts",), (4, 2), "all_gather"),
+        (("selected_experts",), (2, 4), "ragged_all_to_all"),
+        (("shared_experts",), (8, 1), "all_gather"),
     ],
 )
-def test_a_mesh_changes_nothing(params, batch, targets, mesh):
+def test_a_mesh_changes_nothing(params, batch, targets, mesh, transport):
     loss, alone = gradients(params, batch, targets, None)
-    shared_loss, split = gradients(params, batch, targets, make_mesh(*mesh))
+    shared_loss, split = gradients(params, batch, targets, make_mesh(*mesh), transport)
     np.testing.assert_allclose(shared_loss, loss, rtol=1e-6)
     assert split.keys() == alone.keys()
     for path, expected in alone.items():
