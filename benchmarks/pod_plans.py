@@ -44,6 +44,7 @@ def make_plan(name: str, transport: str, model: Path, output: Path) -> dict[str,
     command = [sys.executable, "-m", "esft_jax.plan", "--topology", PODS[name], "--json", output]
     command += ["--config", ROOT / "configs" / "pods" / f"{name}.yaml", f"model={model}"]
     command += [f"mesh.transport={transport}"]
+    output.unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):  # it fits, or it does not
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")

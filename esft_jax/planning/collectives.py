@@ -29,6 +29,7 @@ _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+_MEGASCALE = r'_xla_megascale_transfer_type="(\w+)"'
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 
 BETWEEN = " between slices"
@@ -88,6 +89,10 @@ def received_bytes(text: str, devices: int, slices: int = 1) -> dict[str, float]
                 received = _received("all-reduce", instruction, devices) / 2
                 return {f"reduce-scatter{suffix}": received}
             return {kind + suffix: _received(kind, instruction, devices)}
+        if operation == "recv" and (transfer := instruction.attribute(_MEGASCALE)):
+            # TPU slices exchange through their hosts.
+            kind = transfer.lower().replace("_", "-")
+            return {kind + BETWEEN: _by_ring(kind, _bytes(instruction.type), slices)}
         if operation == "while":
             body = instruction.attribute(r"\bbody=%?([\w.\-]+)") or ""
             times = _trips(instruction, computations)
@@ -164,19 +169,22 @@ def _constant(instruction: _Instruction) -> int | None:
 
 def _received(kind: str, instruction: _Instruction, devices: int) -> float:
     size, group = _bytes(instruction.type), len(_group(instruction.rest, devices))
-    started = instruction.operation.endswith("-start")
+    if instruction.operation.endswith("-start"):
+        # The type has the operands beside the results.
+        results = {"all-gather": group / (group + 1), "reduce-scatter": 1 / (group + 1)}
+        size *= results.get(kind, 0.5 if kind == "collective-permute" else 1.0)
+    return _by_ring(kind, size, group)
+
+
+def _by_ring(kind: str, size: float, group: int) -> float:
+    """Bytes that each device of a ring receives, for a result of so many."""
     match kind:
-        case "all-gather":
-            # What starts one has its operand, a part of the result, in its type.
-            whole = size * group / (group + 1) if started else size
-            return whole * (group - 1) / group
         case "all-reduce":
             return 2 * size * (group - 1) / group
         case "reduce-scatter":
-            part = size / (group + 1) if started else size
-            return part * (group - 1)
+            return size * (group - 1)
         case "collective-permute":
-            return size / 2 if started else size
+            return size
     return size * (group - 1) / group
 
 

@@ -23,7 +23,7 @@ from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.topology import lowering_platform
 from esft_jax.training.optimizer import make_optimizer
-from esft_jax.training.program import trace_step
+from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.state import TrainState, init_state, state_shardings
 
 # Structure, tuned partition and frozen partition of a model.
@@ -153,7 +153,8 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
         return before, None
     lowered = traced.lower(lowering_platforms=(lowering_platform([device]),))
     try:
-        compiled, text = _compile(lowered, device.platform)
+        with known_refusals():
+            compiled, text = _compile(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(before, needed=_refusal(error)[0]), None
     memory: Any = compiled.memory_analysis()

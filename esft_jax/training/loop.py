@@ -45,7 +45,7 @@ from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
-from esft_jax.training.program import trace_step
+from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.setup import (
     Setup,
     load_pretrained,
@@ -247,7 +247,8 @@ class _Run:
         self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
         begin = time.perf_counter()
         traced = trace_step(self.config, self.graph, optimizer, self.state, self.frozen, self.mesh)
-        self.train_step = traced.lower().compile()
+        with known_refusals():
+            self.train_step = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - begin
         # Not every backend reports it.
         memory = self.train_step.memory_analysis()

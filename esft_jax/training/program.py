@@ -3,6 +3,9 @@
 `train` runs what is traced here; `plan` compiles it for devices that are not at hand.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
+from esft_jax.errors import InputError
 from esft_jax.mesh import batch_sharding
 from esft_jax.training.state import TrainState, state_shardings
 from esft_jax.training.step import jit_train_step, make_train_step
@@ -31,6 +35,21 @@ def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
             shape[:1], jnp.int32, sharding=batch_sharding(mesh)
         )
     return shapes
+
+
+@contextmanager
+def known_refusals() -> Iterator[None]:
+    """Say in one line what a compiler does not support, while it compiles."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # TPU slices whose links do not reach every chip at once, such as v5e:8x8.
+        if "agged all-to-all is currently not supported" not in str(error):
+            raise
+        raise InputError(
+            "mesh.transport: the compiler refuses ragged_all_to_all on these devices; expected "
+            "all_gather"
+        ) from error
 
 
 def trace_step(

@@ -62,6 +62,24 @@ def test_what_connects_slices_counts_apart() -> None:
     assert found.keys() == {"all-gather between slices", "all-reduce between slices"}
 
 
+BETWEEN_HOSTS = """HloModule jit_step, num_partitions=8
+
+ENTRY %main.1 (p: f32[2,64]) -> f32[2,64] {
+  %p = f32[2,64]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[2,64]{1,0}, u32[]{:S(2)}, token[]) send(%p, %after-all), KIND
+  %recv = (f32[2,64]{1,0}, u32[]{:S(2)}, token[]) recv(%after-all), KIND
+  %recv-done = (f32[2,64]{1,0}, token[]) recv-done(%recv), channel_id=3
+  ROOT %out = f32[2,64]{1,0} get-tuple-element(%recv-done), index=0
+}
+""".replace("KIND", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+
+
+def test_what_tpu_slices_exchange_through_their_hosts() -> None:
+    found = received_bytes(BETWEEN_HOSTS, 8, slices=2)
+    assert found == {"all-reduce between slices": 2 * (2 * 64 * 4) / 2}
+
+
 @pytest.mark.parametrize(
     ("attributes", "group"),
     [

@@ -170,10 +170,11 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
     save_config(make_config(), path)
     # A process of its own: the compiler ends it when something is wrong.
     command = [sys.executable, "-m", "esft_jax.plan", "--topology", topology, "--json", output]
-    done = subprocess.run([*command, "--config", path], capture_output=True, text=True)
+    slices = 2 if topology.startswith("2x") else 1
+    command += ["--config", path, f"train.batch_size={16 * slices}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(output.read_text())
-    slices = 2 if topology.startswith("2x") else 1
     assert found["mesh"] == {"replica": slices, "data": 2, "expert": 4} and found["fits"]
     assert found["operations"] > found["model_operations"] > 0
     # The tokens of a group, bfloat16, to each of its devices: in every layer, forward and backward.
@@ -203,3 +204,18 @@ def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
     with pytest.raises(InputError, match="offline"):
         open_case(make_config(model="owner/name"), "cpu:8")
     assert asked == [("owner/name", ["config.json"])]
+
+
+@pytest.mark.slow
+def test_a_transport_that_the_compiler_refuses_is_named(make_config, tmp_path) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed: pip install libtpu")
+    path = tmp_path / "run.yaml"
+    train = {"steps": 4, "batch_size": 64, "remat": "full"}
+    save_config(
+        make_config(mesh={"expert": 4, "transport": "ragged_all_to_all"}, train=train), path
+    )
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", "v5e:8x8", "--config", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: mesh.transport: the compiler refuses")
