@@ -39,13 +39,15 @@ KINDS = (
 )
 
 
-def make_plan(name: str, transport: str, model: Path, output: Path) -> dict[str, Any]:
-    """The plan of one configuration, by the command."""
+def make_plan(name: str, transport: str, model: Path, output: Path) -> dict[str, Any] | None:
+    """The plan of one configuration, by the command; None if its transport cannot be compiled."""
     command = [sys.executable, "-m", "esft_jax.plan", "--topology", PODS[name], "--json", output]
     command += ["--config", ROOT / "configs" / "pods" / f"{name}.yaml", f"model={model}"]
     command += [f"mesh.transport={transport}"]
     output.unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2 and "error: mesh.transport" in done.stderr:
+        return None
     if done.returncode not in (0, 1):  # it fits, or it does not
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     (plan,) = json.loads(output.read_text())
@@ -110,7 +112,11 @@ def main(arguments: Sequence[str]) -> None:
     for name, transport in itertools.product(options.pods, options.transports):
         output = options.output.with_name(f"{name}.json")
         key = name if transport == TRANSPORTS[0] else f"{name}, {transport}"
-        plans[key] = make_plan(name, transport, options.model, output)
+        plan = make_plan(name, transport, options.model, output)
+        if plan is None:
+            print(f"{key}: refused by the compiler")
+            continue
+        plans[key] = plan
         write_report(options.output, {"machine": machine(os.cpu_count() or 1), "plans": plans})
     report(plans)
 
