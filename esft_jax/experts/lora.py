@@ -1,12 +1,16 @@
 """What `method: lora` trains."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:  # it imports JAX, and configurations import this module
+    from esft_jax.model.config import ModelConfig
 
 Target = Literal["attention", "dense_mlps", "shared_experts", "experts", "selected_experts"]
 
@@ -40,7 +44,7 @@ class LoRA:
         alpha: float,
         targets: Iterable[Target],
         selected: ExpertConfig | None,
-    ) -> "LoRA":
+    ) -> LoRA:
         """Updates of a model.
 
         Args:
