@@ -170,9 +170,14 @@ def _constant(instruction: _Instruction) -> int | None:
 def _received(kind: str, instruction: _Instruction, devices: int) -> float:
     size, group = _bytes(instruction.type), len(_group(instruction.rest, devices))
     if instruction.operation.endswith("-start"):
-        # The type has the operands beside the results.
-        results = {"all-gather": group / (group + 1), "reduce-scatter": 1 / (group + 1)}
-        size *= results.get(kind, 0.5 if kind == "collective-permute" else 1.0)
+        # The type has the operands beside the result; a ragged exchange has a buffer for it, too.
+        share = {
+            "all-gather": group / (group + 1),
+            "reduce-scatter": 1 / (group + 1),
+            "collective-permute": 1 / 2,
+            "ragged-all-to-all": 1 / 3,
+        }
+        size *= share.get(kind, 1.0)
     return _by_ring(kind, size, group)
 
 
