@@ -77,7 +77,7 @@ def _print_summary(console: Console, result: RunResult) -> None:
     if timing.step is not None:
         step = timing.step
         times = f"{step.p50:.3g}, {step.p90:.3g}, {step.p99:.3g}, {step.max:.3g}"
-        table.add_row("seconds per step: median, 90 %, 99 %, longest", times)
+        table.add_row("step, seconds: p50, p90, p99, max", times)
     elapsed = datetime.timedelta(seconds=round(timing.elapsed))
     table.add_row("goodput", f"{timing.goodput:.0%} of {elapsed} since the first start")
     console.print(table)
