@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# SIGTERM was seen where nobody read flags, perhaps just before somebody does (`exit_on_sigterm`).
+_terminated = threading.Event()
+
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
@@ -24,7 +27,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         received.append(signum)
 
     with _handled(note, signal.SIGTERM, signal.SIGINT):
-        yield lambda: bool(received)
+        yield lambda: bool(received) or _terminated.is_set()
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
         return
 
     def idle(signum: int, frame: Any) -> None:
-        pass
+        # The thread may come when another handler is in place already.
+        _terminated.set()
 
     def watch() -> None:
         while received := reader.recv(1):
@@ -48,6 +52,7 @@ def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
                 say("Stopped outside of training; the same command goes on.")
                 os._exit(0)
 
+    _terminated.clear()
     reader, writer = socket.socketpair()
     with writer, _handled(idle, signal.SIGTERM):
         writer.setblocking(False)
