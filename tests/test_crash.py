@@ -118,7 +118,9 @@ def read_until(process: subprocess.Popen, text: str) -> None:
     pytest.fail(f"the run ended without {text!r}: {seen}")
 
 
-@pytest.mark.parametrize("stage", ["train: ", "trained parameters: "])
+@pytest.mark.parametrize(
+    "stage", ["train: ", pytest.param("trained parameters: ", marks=pytest.mark.slow)]
+)
 def test_sigterm_before_training_ends_at_once_and_well(
     stage: str, short_run: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_preemption_notice_saves_and_ends_well(short_run: Path, tmp_path: Path
     assert int(saved.name) >= 8
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_ends_the_run_and_leaves_the_last_checkpoint(
     short_run: Path, small_disk: Path
 ) -> None:
