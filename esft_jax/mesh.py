@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.experimental.multihost_utils import process_allgather, sync_global_devices
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from esft_jax.errors import InputError
@@ -197,11 +197,15 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
     )
 
 
-def on_first_process(action: Callable[[], object], name: str) -> None:
-    """Run an action on process 0 while all others wait for it."""
-    if jax.process_index() == 0:
-        action()
-    sync_global_devices(name)
+def on_first_process(action: Callable[[], object], what: str) -> None:
+    """Run an action on process 0 while all others wait for it; if it fails, all of them end.
+
+    Raises:
+        InputError: see `on_all_processes`.
+    """
+    with on_all_processes(what):
+        if jax.process_index() == 0:
+            action()
 
 
 @contextlib.contextmanager

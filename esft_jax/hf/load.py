@@ -42,11 +42,6 @@ class LoadedBase:
         """Hash of the base weights as stored. A Hugging Face folder is read once more for it."""
         return self.source.fingerprint
 
-    @property
-    def config_folder(self) -> Path:
-        """Folder with `config.json` and the tokenizer."""
-        return self.source.folder
-
 
 def open_source(path: str | Path) -> Source:
     """Open a Hugging Face folder, a converted checkpoint, or a hub name; no weights are read.

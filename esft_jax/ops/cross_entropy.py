@@ -16,17 +16,6 @@ from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 CHUNK = 64
 
 
-def cross_entropy_sum(
-    hidden: Float[Array, "B S D"],
-    head: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    weights: Float[Array, "B S"],
-    mesh: Mesh | None = None,
-) -> Float[Array, ""]:
-    """Sum over tokens of weight times negative log-likelihood (nats), in float32."""
-    return cross_entropy_sums(hidden, head, targets, weights, mesh)[0]
-
-
 def cross_entropy_sums(
     hidden: Float[Array, "B S D"],
     head: Float[Array, "D V"],

@@ -52,7 +52,6 @@ def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
                 say("Stopped outside of training; the same command goes on.")
                 os._exit(0)
 
-    _terminated.clear()
     reader, writer = socket.socketpair()
     with writer, _handled(idle, signal.SIGTERM):
         writer.setblocking(False)
@@ -62,6 +61,7 @@ def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             signal.set_wakeup_fd(before)
+            _terminated.clear()
 
 
 @contextmanager

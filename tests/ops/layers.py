@@ -1,6 +1,6 @@
-"""Sizes of layers that kernels are compiled for: rows, width of the model, output width, experts,
-tuned experts.
-"""
+"""What kernels are compiled for."""
+
+# Rows, width of the model, output width, experts, tuned experts.
 
 SMALL = (512, 512, 256, 64, 4)
 LAYERS = {
@@ -10,3 +10,24 @@ LAYERS = {
     "mixtral up": (8192, 4096, 28_672, 8, 1),
     "mixtral down": (8192, 14_336, 4096, 8, 1),
 }
+
+# A program of the compile tests: low-rank updates and their gradients.
+LOW_RANK = """
+from esft_jax.model.lora import update_rows
+
+rows, d, rank, f, updated = map(int, sys.argv[2:])
+
+def gradients(x, a, b, sizes):
+    def loss(x, a, b):
+        out = update_rows(x, (a, b), jnp.arange(updated), sizes)
+        return (out.astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1, 2))(x, a, b)
+
+report(
+    gradients,
+    abstract((rows, d), jnp.bfloat16),
+    abstract((updated, d, rank), jnp.float32),
+    abstract((updated, rank, f), jnp.float32),
+    abstract((updated,), jnp.int32),
+)
+"""

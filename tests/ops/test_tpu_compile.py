@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.ops.layers import LAYERS, SMALL
+from tests.ops.layers import LAYERS, LOW_RANK, SMALL
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SLICES["tpu7x"] = "tpu7x:2x2x1"
@@ -55,26 +55,6 @@ report(
     abstract((tuned, d, f), jnp.float32),
     abstract((experts, d, f), jnp.bfloat16),
     abstract((experts + tuned,), jnp.int32),
-)
-"""
-
-LOW_RANK = """
-from esft_jax.model.lora import update_rows
-
-rows, d, rank, f, updated = map(int, sys.argv[2:])
-
-def gradients(x, a, b, sizes):
-    def loss(x, a, b):
-        out = update_rows(x, (a, b), jnp.arange(updated), sizes)
-        return (out.astype(jnp.float32) ** 2).sum()
-    return jax.grad(loss, (0, 1, 2))(x, a, b)
-
-report(
-    gradients,
-    abstract((rows, d), jnp.bfloat16),
-    abstract((updated, d, rank), jnp.float32),
-    abstract((updated, rank, f), jnp.float32),
-    abstract((updated,), jnp.int32),
 )
 """
 
