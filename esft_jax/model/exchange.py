@@ -93,7 +93,6 @@ class _Route:
     group: Int[Array, " N"]
 
 
-@partial(jax.custom_vjp)
 def exchange(
     rows: Num[Array, "SQ *D"], sent: Int[Array, " S"], received: Int[Array, " S"]
 ) -> Num[Array, "SQ *D"]:
@@ -121,18 +120,6 @@ def exchange(
     return jax.lax.ragged_all_to_all(
         rows, jnp.zeros_like(rows), begins, sent, own_slot, received, axis_name=EXPERT
     )
-
-
-def _exchange_forward(rows: Array, sent: Array, received: Array) -> tuple[Array, tuple]:
-    return exchange(rows, sent, received), (sent, received)
-
-
-def _exchange_backward(sizes: tuple[Array, Array], grad: Array) -> tuple:
-    sent, received = sizes
-    return exchange(grad, received, sent), None, None
-
-
-exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 class _Round(NamedTuple):
