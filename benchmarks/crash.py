@@ -2,8 +2,9 @@
 
     python benchmarks/crash.py --config configs/quickstart.yaml --kills 30 [--signal TERM]
 
-Every second signal (KILL, unless TERM is asked for) comes at a random moment, from the start of
-the process on; the others come while the first or second checkpoint is being written. Exits with 1
+Every second signal (KILL, unless TERM is asked for) comes while the first or second checkpoint is
+being written; the others come at a random moment, by turns before the first step (of reading,
+scoring, compiling, resuming) and among the steps. Exits with 1
 unless the adapters are equal bit for bit, and no attempt logged a step that a complete checkpoint
 had. After SIGTERM every attempt must end with code 0.
 """
@@ -53,21 +54,42 @@ def first_step(log: str) -> int | None:
     return int(found[1]) if found else None
 
 
+@dataclass
+class Moment:
+    """When to send a signal.
+
+    Attributes:
+        save: while so many a checkpoint is being written; without it:
+        delay: seconds after the start of the process, and no later than its first step;
+        training: seconds after the first step instead.
+    """
+
+    save: int | None = None
+    delay: float = 0.0
+    training: bool = False
+
+
 def kill_at(
-    process: subprocess.Popen,
-    output: Path,
-    delay: float | None,
-    save: int | None,
-    number: signal.Signals,
+    process: subprocess.Popen, output: Path, moment: Moment, written: int, number: signal.Signals
 ) -> bool:
-    """Kill after so many seconds, or while so many a checkpoint is written. False if it ended."""
-    begin, before, begun = time.monotonic(), saving(output), 0
+    """Kill at a moment; `written` characters of the log are of earlier processes. False if the
+    process ended before.
+    """
+    log, begin, before, begun = output.with_suffix(".log"), time.monotonic(), saving(output), 0
+    stepped = None  # when the first step was seen
     while process.poll() is None:
         now = saving(output)
         begun += len(now - before)
         before = now
-        in_save = save is not None and bool(now) and begun >= save
-        if in_save or (delay is not None and time.monotonic() - begin > delay):
+        if stepped is None and first_step(log.read_text()[written:]) is not None:
+            stepped = time.monotonic()
+        if moment.save is not None:
+            due = bool(now) and begun >= moment.save
+        elif moment.training:
+            due = stepped is not None and time.monotonic() - stepped > moment.delay
+        else:
+            due = stepped is not None or time.monotonic() - begin > moment.delay
+        if due:
             process.send_signal(number)
             code = process.wait()
             if number == signal.SIGTERM and code:
@@ -109,10 +131,9 @@ def crash(
     process = start(config, alone, overrides)
     while process.poll() is None and not (alone / "metrics.jsonl").exists():
         time.sleep(0.1)
-    training = time.monotonic()
+    first = time.monotonic()
     finish(process, alone)
-    # An eighth of the steps between two kills, at most: most of them find a run to kill.
-    latest = training - begin + (time.monotonic() - training) / 8
+    starting, training = first - begin, time.monotonic() - first
     outcome, log = Outcome(), killed.with_suffix(".log")
     for attempt in range(kills + 1):
         saved, written = saved_step(killed), len(log.read_text()) if log.exists() else 0
@@ -124,9 +145,14 @@ def crash(
         if attempt == kills:
             finish(process, killed)
         elif attempt % 2:
-            outcome.saves += kill_at(process, killed, None, draw.randint(1, 2), number)
+            moment = Moment(save=draw.randint(1, 2))
+            outcome.saves += kill_at(process, killed, moment, written, number)
         else:
-            outcome.moments += kill_at(process, killed, draw.uniform(0, latest), None, number)
+            # So short a time among the steps that most signals find a run to kill.
+            moment = Moment(delay=draw.uniform(0, starting))
+            if attempt % 4:
+                moment = Moment(delay=draw.uniform(0, training / kills), training=True)
+            outcome.moments += kill_at(process, killed, moment, written, number)
         began = first_step(log.read_text()[written:])
         if began is not None:
             outcome.repeated += began <= saved
