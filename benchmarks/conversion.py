@@ -254,9 +254,9 @@ def measure(folder: Path, layers: int, smaller: int, load_layers: int) -> dict:
 
     note("copy", copy(source, other))
     note("convert", *run(convert(source, target), source, target))
-    note("copy, again", copy(source, other))
     expected = content(target)
-    shutil.rmtree(target)
+    shutil.rmtree(target)  # first of all, so that the disk never holds a third one
+    note("copy, again", copy(source, other))
     # A kill half way.
     [command] = convert(source, target)
     to_disk(source, forget=True)

@@ -18,6 +18,7 @@ from esft_jax.experts.select import DEFAULT_TOP_P
 from esft_jax.files import write_bytes_atomic, write_text_atomic
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
+from esft_jax.reporting.comparison import read_comparison, verdict
 from esft_jax.reporting.cost import CostModel
 from esft_jax.reporting.figures import draw_figures, to_png, to_svg
 from esft_jax.reporting.findings import Findings, answers, find
@@ -25,6 +26,8 @@ from esft_jax.reporting.page import render_page
 from esft_jax.reporting.tables import tables, to_csv
 from esft_jax.reporting.tasks import read_tasks
 from esft_jax.reporting.vocabulary import load_tokenizer
+from esft_jax.sweeping.table import MethodRow
+from esft_jax.sweeping.table import to_csv as methods_csv
 
 PAGE = "report.html"
 
@@ -66,6 +69,9 @@ def main(argv: Sequence[str] | None) -> None:
         metavar="K",
         help="of scores that do not say it (default: 6)",
     )
+    parser.add_argument(
+        "--sweep", metavar="FILE", help="configuration of a sweep; adds what it has found so far"
+    )
     args = parser.parse_args(argv)
 
     top_p = DEFAULT_TOP_P[args.method] if args.top_p is None else args.top_p
@@ -86,19 +92,25 @@ def main(argv: Sequence[str] | None) -> None:
         raise InputError(f"experts per token: {sorted(known)} in one report; expected one model")
     top_k = known.pop() if known else args.experts_per_token
     findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
-    write_report(findings, Path(args.output))
+    compared = () if args.sweep is None else read_comparison(args.sweep)
+    write_report(findings, Path(args.output), compared)
     print_summary(findings, Console())
+    if compared:
+        print(verdict(compared))
     print(f"report: {Path(args.output) / PAGE}")
 
 
-def write_report(findings: Findings, folder: Path) -> None:
+def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow] = ()) -> None:
     """Write `data/*.csv`, `figures/*.png` and, last, `report.html`."""
     for name, table in tables(findings).items():
         write_text_atomic(folder / "data" / f"{name}.csv", to_csv(table))
-    figures = draw_figures(findings)
+    if compared:
+        write_text_atomic(folder / "data" / "methods.csv", methods_csv(compared))
+    figures = draw_figures(findings, compared)
     for name, figure in figures.items():
         write_bytes_atomic(folder / "figures" / f"{name}.png", to_png(figure))
-    page = render_page(findings, {name: to_svg(figure, name) for name, figure in figures.items()})
+    drawn = {name: to_svg(figure, name) for name, figure in figures.items()}
+    page = render_page(findings, drawn, compared)
     write_text_atomic(folder / PAGE, page)
 
 

@@ -33,10 +33,7 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
     Raises:
         InputError: A file, key or value is wrong; names the file and line, or the override.
     """
-    values, root = _parse(read_text(path), str(path))
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of keys to values at the top level")
-
+    values, root = _mapping(path)
     overridden: dict[tuple[str, ...], str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -57,6 +54,15 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         raise InputError(f"{path}{f':{line}' if line else ''}: {message}") from None
 
 
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file that is no configuration of its own.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping; names the file.
+    """
+    return _mapping(path)[0]
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write every key, defaults included, in the order of the fields."""
     yaml: Any = YAML(typ="safe", pure=True)  # its attributes have no types
@@ -72,6 +78,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _mapping(path: str | Path) -> tuple[dict[str, Any], Node | None]:
+    values, root = _parse(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of keys to values at the top level")
+    return values, root
 
 
 def _parse(text: str, place: str) -> tuple[Any, Node | None]:

@@ -3,17 +3,27 @@
 XLA passes a `XLA_FFI_CallFrame` (`xla/ffi/api/c_api.h`, which jaxlib ships; a stable interface). It
 is made of 8-byte words, and of pointers to more of them, that are read here by their offsets. The
 functions marked `compiled` are for compiled code: what is given to `register`, and what that calls.
+
+numba keeps the machine code in files (`numba.cfunc` with `cache`), so that only a first process
+waits for it. It must not contain an address, which other processes would not share: functions of C
+are called by name.
 """
 
 import ctypes
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import add_symbol
 from numba import carray, cfunc, njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import get_cython_function_address, intrinsic
 from threadpoolctl import ThreadpoolController
 
@@ -44,6 +54,18 @@ def _add_atomically(typing: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", word, arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _address_of(typing: Any, symbol: Any) -> Any:
+    """The address of a function `void (int64)` that `add_symbol` made known under this name."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_INT64])
+        function = get_or_insert_function(builder.module, kind, symbol.literal_value)
+        return builder.ptrtoint(function, _INT64)
+
+    return types.int64(symbol), generate
 
 
 @intrinsic
@@ -133,9 +155,8 @@ class Matrix(NamedTuple):
     stride: int
 
 
-_SGEMM = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)(
-    get_cython_function_address("scipy.linalg.cython_blas", "sgemm")
-)
+add_symbol("esft_jax_sgemm", get_cython_function_address("scipy.linalg.cython_blas", "sgemm"))
+_sgemm = types.ExternalFunction("esft_jax_sgemm", types.void(*[types.voidptr] * 13))
 
 
 @compiled
@@ -162,7 +183,7 @@ def multiply_matrices(
     lengths[3], lengths[4], lengths[5] = b.stride, a.stride, out.stride
     scales[0], scales[1] = factor, before
     letter, length, scale = address_of(letters), address_of(lengths), address_of(scales)
-    _SGEMM(
+    _sgemm(
         _pointer(letter),
         _pointer(letter + 1),
         _pointer(length),
@@ -180,16 +201,68 @@ def multiply_matrices(
     keep(letters, lengths, scales)
 
 
-def _c_function(function: str) -> int:
-    address = ctypes.cast(getattr(ctypes.CDLL(None), function), ctypes.c_void_p).value
-    assert address is not None
-    return address
-
-
-_MALLOC, _FREE, _YIELD = _c_function("malloc"), _c_function("free"), _c_function("sched_yield")
+_malloc = types.ExternalFunction("malloc", types.int64(types.int64))
+_free = types.ExternalFunction("free", types.void(types.int64))
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 # Words that the threads of a call share.
 _NEXT, _DONE, _USERS, _TASKS, _FRAME = 0, 8, 16, 24, 32
+
+
+# What `_helper` and `_handler` are compiled with: two functions of `register`, and a symbol.
+tasks: Callable[[int], int]
+run: Callable[[int, int], None]
+HELPER: str
+
+
+@compiled
+def _leave(shared: int) -> None:
+    # A thread may come when all is done; whoever leaves last frees what they share.
+    if _add_atomically(shared + _USERS, -1) == 1:
+        _free(shared)
+
+
+def _helper(shared: int) -> None:
+    """What another thread does for a call."""
+    count = _word(shared + _TASKS)
+    index = _add_atomically(shared + _NEXT, 1)
+    while index < count:
+        run(_word(shared + _FRAME), index)
+        _add_atomically(shared + _DONE, 1)
+        index = _add_atomically(shared + _NEXT, 1)
+    _leave(shared)
+
+
+def _handler(frame: int) -> int:
+    """What XLA calls."""
+    extension = _word(frame + 8)
+    if extension != 0 and view(extension + 8, 1, np.int32)[0] == 1:
+        # Not a call: XLA asks for the version of the interface.
+        version = view(_word(extension + 24) + 24, 2, np.int32)
+        version[0], version[1] = _MAJOR, _MINOR
+        return 0
+    api, context = _word(frame + 16), _word(frame + 24)
+    threads, asked = np.ones(1, np.int64), np.empty(4, np.int64)
+    scheduled = np.empty(5, np.int64)
+    asked[0], asked[1], asked[2], asked[3] = 32, 0, context, address_of(threads)
+    _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
+    count = tasks(frame)
+    helpers = min(threads[0], count) - 1
+    shared = _malloc(40)
+    words = view(shared, 5, np.int64)
+    # This thread is two users: it helps too, and then waits for the others.
+    words[0], words[1], words[2], words[3], words[4] = 0, 0, helpers + 2, count, frame
+    help_address = _address_of(HELPER)
+    scheduled[0], scheduled[1], scheduled[2] = 40, 0, context
+    scheduled[3], scheduled[4] = help_address, shared
+    for _ in range(helpers):
+        _call(_word(api + 136), address_of(scheduled))  # XLA_FFI_ThreadPool_Schedule
+    _call(help_address, shared)
+    while _add_atomically(shared + _DONE, 0) < count:
+        _sched_yield()  # another thread is at its last task
+    _leave(shared)
+    keep(threads, asked, scheduled)
+    return 0  # no error
 
 
 def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], None]) -> None:
@@ -204,64 +277,30 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
     """
     if name in _registered:
         return
-
-    @compiled
-    def work(shared: int) -> None:
-        count = _word(shared + _TASKS)
-        index = _add_atomically(shared + _NEXT, 1)
-        while index < count:
-            run(_word(shared + _FRAME), index)
-            _add_atomically(shared + _DONE, 1)
-            index = _add_atomically(shared + _NEXT, 1)
-
-    @compiled
-    def leave(shared: int) -> None:
-        # A thread may come when all is done; whoever leaves last frees what they share.
-        if _add_atomically(shared + _USERS, -1) == 1:
-            _call(_FREE, shared)
-
-    @cfunc(types.void(types.int64))
-    def helper(shared: Any) -> None:
-        work(shared)
-        leave(shared)
-
-    help_address = helper.address
-
-    @cfunc(types.int64(types.int64))
-    def handler(frame: Any) -> Any:
-        extension = _word(frame + 8)
-        if extension != 0 and view(extension + 8, 1, np.int32)[0] == 1:
-            # Not a call: XLA asks for the version of the interface.
-            version = view(_word(extension + 24) + 24, 2, np.int32)
-            version[0], version[1] = _MAJOR, _MINOR
-            return 0
-        api, context = _word(frame + 16), _word(frame + 24)
-        threads, asked = np.ones(1, np.int64), np.empty(4, np.int64)
-        scheduled = np.empty(5, np.int64)
-        asked[0], asked[1], asked[2], asked[3] = 32, 0, context, address_of(threads)
-        _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
-        count = tasks(frame)
-        helpers = min(threads[0], count) - 1
-        shared = _call(_MALLOC, 40)
-        words = view(shared, 5, np.int64)
-        words[0], words[1], words[2], words[3], words[4] = 0, 0, helpers + 1, count, frame
-        scheduled[0], scheduled[1], scheduled[2] = 40, 0, context
-        scheduled[3], scheduled[4] = help_address, shared
-        for _ in range(helpers):
-            _call(_word(api + 136), address_of(scheduled))  # XLA_FFI_ThreadPool_Schedule
-        work(shared)
-        while _add_atomically(shared + _DONE, 0) < count:
-            _call(_YIELD, 0)  # another thread is at its last task
-        leave(shared)
-        keep(threads, asked, scheduled)
-        return 0  # no error
-
+    module = inspect.getmodule(run.py_func)  # type: ignore[attr-defined]
+    names = {"tasks": tasks, "run": run, "HELPER": f"{name}_helper"}
+    helper = _compile(_helper, types.void(types.int64), name, names, module)
+    add_symbol(f"{name}_helper", helper.address)
+    handler = _compile(_handler, types.int64(types.int64), name, names, module)
     _keep_blas_to_one_thread()
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(name, new_capsule(handler.address, None, None), platform="cpu")
     _registered[name] = (helper, handler)
+
+
+def _compile(template: Any, signature: Any, name: str, names: dict[str, Any], module: Any) -> Any:
+    """A template compiled with these names; loaded, if an earlier process has compiled it."""
+    # numba tells kept code apart by the function's name, and does not see what it calls.
+    source = inspect.getsource(sys.modules[__name__]) + inspect.getsource(module)
+    function = FunctionType(template.__code__, globals() | names)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    function.__qualname__ = f"{name}{template.__name__}_{digest}"
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in
+        return cfunc(signature)(function)
 
 
 _registered: dict[str, Any] = {}  # compiled functions must live as long as XLA may call them

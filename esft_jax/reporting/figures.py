@@ -1,6 +1,7 @@
 """Figures of a report: vector graphics that stay legible on a phone and in grey print."""
 
 import re
+from collections.abc import Sequence
 from io import BytesIO, StringIO
 from typing import Any
 
@@ -10,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import Findings
+from esft_jax.sweeping.table import MethodRow
 
 _WIDTH = 5.6  # inches; a phone shows it at two thirds, which leaves 9 points legible
 # Okabe and Ito: told apart by all kinds of colour vision, and with markers and dashes in grey.
@@ -37,8 +40,12 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw_figures(findings: Findings) -> dict[str, Figure]:
-    """All figures that the findings give, by the name of their files."""
+def draw_figures(findings: Findings, compared: Sequence[MethodRow] = ()) -> dict[str, Figure]:
+    """All figures that the findings give, by the name of their files.
+
+    Args:
+        compared: see `read_comparison`.
+    """
     with mpl.rc_context(_STYLE):
         figures = {f"experts-{i}": _experts(findings, i) for i in range(len(findings.choices))}
         figures["concentration"] = _concentration(findings)
@@ -48,6 +55,8 @@ def draw_figures(findings: Findings) -> dict[str, Figure]:
         if any(choice.sizes for choice in findings.choices):
             figures["sample-size"] = _sample_size(findings)
         figures["threshold"] = _threshold(findings)
+        if forgotten(compared):
+            figures["methods"] = _methods(compared)
         return figures
 
 
@@ -262,4 +271,26 @@ def _threshold(findings: Findings) -> Figure:
     if has_costs:
         panels[1].set_title("Operations per token, of full fine-tuning")
     panels[-1].set_xlabel(f"threshold p ({findings.method} score)")
+    return figure
+
+
+def _methods(compared: Sequence[MethodRow]) -> Figure:
+    """What is gained on the tasks, against what is lost elsewhere."""
+    figure, (axes,) = _new(3.4)
+    base, lost = compared[0], forgotten(compared)
+    for i, row in enumerate([base, *(row for row in compared if row.method in lost)]):
+        x, y = lost.get(row.method, 0.0), row.average
+        across = row.retention.deviation if row.retention else 0.0
+        look: dict[str, Any] = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+        }
+        axes.errorbar(x, y.mean, y.deviation, across, capsize=2, linewidth=1, **look)
+        axes.annotate(row.method, (x, y.mean), (6, 4), textcoords="offset points")
+    axes.set(
+        title="Gained on the tasks, lost elsewhere",
+        xlabel="held-out loss of what was not trained on, over the base's (nats per token)",
+        ylabel="task metric, mean (%)",
+    )
+    axes.margins(x=0.12, y=0.12)
     return figure

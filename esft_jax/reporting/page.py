@@ -1,21 +1,28 @@
 """One HTML page that needs nothing beside it."""
 
+from collections.abc import Sequence
+
 import jinja2
 import numpy as np
 
 from esft_jax.reporting import analysis
+from esft_jax.reporting.comparison import forgotten, verdict
 from esft_jax.reporting.findings import SURE, Findings, answers, count_text, size_text
 from esft_jax.reporting.tasks import Choice
 from esft_jax.reporting.vocabulary import MIN_COUNT
+from esft_jax.sweeping.table import MethodRow
 
 _SHOWN = 20  # of a list, or of each of its ends; the CSV files have all
 
 
-def render_page(findings: Findings, figures: dict[str, str]) -> str:
+def render_page(
+    findings: Findings, figures: dict[str, str], compared: Sequence[MethodRow] = ()
+) -> str:
     """The page, with figures as `<svg>` elements inside.
 
     Args:
         figures: see `draw_figures` and `to_svg`.
+        compared: see `read_comparison`.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("esft_jax.reporting", "."),
@@ -38,6 +45,9 @@ def render_page(findings: Findings, figures: dict[str, str]) -> str:
         words=shown,
         min_count=MIN_COUNT,
         sure=SURE,
+        compared=compared,
+        forgotten=forgotten(compared),
+        verdict=verdict(compared) if compared else "",
     )
 
 

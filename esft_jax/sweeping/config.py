@@ -8,9 +8,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
@@ -27,8 +27,13 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _of_file(tasks: object) -> object:
+    return strict_yaml.read_mapping(tasks) if isinstance(tasks, str) else tasks
+
+
 Name = Annotated[Text, AfterValidator(_plain_name)]
 Overrides = tuple[Text, ...]
+Tasks = Annotated[dict[Name, Overrides], BeforeValidator(_of_file), Field(min_length=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -38,7 +43,8 @@ class SweepConfig:
     Attributes:
         output: Folder of the sweep.
         run: Run configuration that every cell begins with.
-        tasks: For each task, what it changes (`key=value`): its data, its metric.
+        tasks: For each task, what it changes (`key=value`): its data, its metric. Or a YAML file of
+            them, for sweeps over the same tasks.
         methods: For each method, what it changes.
         seeds: One run for each.
         learning_rates: For each method that has some, learning rates that are tried on all tasks
@@ -48,7 +54,7 @@ class SweepConfig:
 
     output: Text
     run: Text
-    tasks: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    tasks: Tasks
     methods: Annotated[dict[Name, Overrides], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     learning_rates: dict[Name, Annotated[tuple[Positive, ...], Field(min_length=1)]] = (
@@ -117,9 +123,29 @@ def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:
 
 
 def config_sha256(config: RunConfig) -> str:
-    """Tells configurations of runs apart, wherever they are written to."""
-    content = dataclasses.asdict(config) | {"output": None}
+    """Tells configurations of runs apart, wherever they are written to.
+
+    Of what differs from the defaults: keys that a later version adds change nothing.
+    """
+    content = _chosen(dataclasses.replace(config, output="unset"))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(value: Any) -> Any:
+    """As JSON, without what has its default."""
+    if isinstance(value, dict):
+        return {key: _chosen(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_chosen(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    content = {}
+    for field in dataclasses.fields(value):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        if (chosen := getattr(value, field.name)) != default:
+            content[field.name] = _chosen(chosen)
+    return content
 
 
 def base_cells(sweep: SweepConfig) -> list[Cell]:

@@ -1,6 +1,9 @@
 """Foreign functions on CPU: the interface they are written to, and many of them at once."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -61,3 +64,42 @@ def test_scipys_blas_keeps_to_the_thread_of_a_task():
     libraries = ThreadpoolController().info()
     threads = [x["num_threads"] for x in libraries if "scipy.libs" in x["filepath"]]
     assert set(threads) <= {1}
+
+
+def test_another_process_loads_what_one_has_compiled(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+
+    def run() -> list[str]:
+        command = [sys.executable, str(script)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()
+
+    assert run() == ["12.0", "loaded", "0"]
+    assert run() == ["12.0", "loaded", "2"]
+    # The same functions by name, with other content.
+    script.write_text(_SCRIPT.replace("4 *", "5 *"))
+    assert run() == ["15.0", "loaded", "0"]
+
+
+_SCRIPT = """
+import jax, jax.numpy as jnp, numpy as np
+from esft_jax.ops import foreign
+from esft_jax.ops.foreign import operand, result, view
+
+@foreign.compiled
+def tasks(frame):
+    return 1
+
+@foreign.compiled
+def multiply(frame, index):
+    x, y = operand(frame, 0), result(frame, 0)
+    a = view(x.address, 1, np.float32)
+    view(y.address, 1, np.float32)[0] = 4 * a[0]
+
+foreign.register("test_times", tasks, multiply)
+out = jax.ffi.ffi_call("test_times", jax.ShapeDtypeStruct((1,), jnp.float32))(jnp.full(1, 3.0))
+print(out[0], "loaded", sum(f.cache_hits for f in foreign._registered["test_times"]))
+"""

@@ -1,5 +1,6 @@
-"""Two tasks of the model in `base`, scored on made-up routing, and their report."""
+"""Two tasks of the model in `base`, scored on made-up routing, what a sweep found, and a report."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.model import ModelConfig
 from esft_jax.report import main
+from esft_jax.sweeping.config import BASE, Cell
+from esft_jax.sweeping.record import CellResult, Record
 
 
 def write_scores(folder: Path, layers: tuple[int, ...], num_experts: int, seed: int) -> None:
@@ -38,8 +41,58 @@ def scored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def report(base: Path, scored: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three methods on two tasks, each with two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    run = {
+        "model": str(base),
+        "output": "unset",
+        "data": {"train": ["t.jsonl"], "valid": ["v.jsonl"]},
+        "evaluation": {"data": "e.jsonl"},
+    }
+    (folder / "run.yaml").write_text(json.dumps(run))
+    content = {
+        "output": str(folder / "out"),
+        "run": str(folder / "run.yaml"),
+        "tasks": {"one": [], "two": ["evaluation.metric=chrf"]},
+        "methods": {"full": ["method=full"], "token": [], "lora": ["method=lora"]},
+        "seeds": [0, 1],
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(content))
+    record = Record(folder / "out" / "results.jsonl")
+    for method, value, lost, trained in (
+        (BASE, 1, 0.0, 0),
+        ("full", 60, 0.8, 100),
+        ("token", 59, 0.3, 10),
+        ("lora", 40, 0.2, 5),
+    ):
+        for seed in (0, 1) if method != BASE else (0,):
+            for task, more in (("one", 0.0), ("two", 10.0)):
+                cell = Cell(task, method, None, seed)
+                kept = {"python": 2 + lost, "poetry": 3 + lost}
+                record.add(
+                    CellResult(
+                        cell,
+                        "",
+                        "chrf",
+                        value + more + 2 * seed,
+                        1.0,
+                        retention=kept,
+                        trained=trained,
+                        total=100,
+                        stored_bytes=40_000 * trained,
+                        step_bytes=1_000_000,
+                    )
+                )
+    return path
+
+
+@pytest.fixture(scope="session")
+def report(
+    base: Path, scored: list[Path], sweep: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     output = tmp_path_factory.mktemp("report") / "out"
-    arguments = [*map(str, scored), "--model", str(base), "--top-p", "0.5"]
+    arguments = [*map(str, scored), "--model", str(base), "--top-p", "0.5", "--sweep", str(sweep)]
     assert main([*arguments, "--sequence-length", "64", "--output", str(output)]) == 0
     return output

@@ -1,6 +1,8 @@
 """The command from end to end: what it prints, writes and refuses."""
 
 import csv
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,9 @@ def mean(table: list[dict[str, str]], task: str, column: str) -> float:
 def test_writes_page_figures_and_numbers(report: Path) -> None:
     figures = {path.stem for path in (report / "figures").glob("*.png")}
     expected = {"concentration", "overlap", "layers", "sample-size", "threshold"}
-    assert figures == expected | {"experts-0", "experts-1"}
+    assert figures == expected | {"experts-0", "experts-1", "methods"}
     data = {path.stem for path in (report / "data").glob("*.csv")}
-    assert data == expected | {"experts", "words"}
+    assert data == expected | {"experts", "words", "methods"}
 
 
 def test_the_numbers_are_those_of_the_selection(report: Path, scored: list[Path]) -> None:
@@ -69,6 +71,30 @@ def test_summary_alone_gives_what_it_can(scored: list[Path], tmp_path: Path, cap
     assert "Not known: these scores came without the routing" in page
     assert "--model" in page
     assert "Not known" in capsys.readouterr().out
+
+
+def test_what_a_sweep_found(report: Path) -> None:
+    found = rows(report, "methods")
+    assert [row["method"] for row in found] == ["base", "full", "token", "lora"]
+    assert float(found[1]["average"]) == 66  # of 60, 70, 62 and 72
+    page = re.sub(r"<.*?>", "", (report / "report.html").read_text())
+    assert "On the tasks, full does best: 66.0 ± 1.4 on average, where the base has 6.0." in page
+    assert "Within a standard deviation of it: token." in page
+    assert "lora forgets least" in page
+    assert "rises by 0.20 nats per token, with full by 0.80." in page
+    assert "4 MB" in page and "1 MB" in page
+
+
+def test_a_sweep_without_results_is_refused(
+    scored: list[Path], sweep: Path, tmp_path: Path, capsys
+) -> None:
+    content = json.loads(sweep.read_text()) | {"output": str(tmp_path / "empty")}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(json.dumps(content))
+    arguments = [str(scored[0]), "--sweep", str(path), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "run `sweep` first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_by_gate_score(scored: list[Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The cells of a sweep, and what is wrong with one before anything runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,39 @@ def test_a_configuration_is_the_same_wherever_it_writes(sweep_file: Path) -> Non
     assert config_sha256(one) == config_sha256(moved)
     other = run_config(sweep, Cell("intent", "token", None, 3))
     assert config_sha256(one) != config_sha256(other)
+
+
+def test_tasks_may_be_a_file_of_their_own(sweep_file: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.yaml"
+    content = json.loads(sweep_file.read_text())
+    tasks.write_text(json.dumps(content["tasks"]))
+    written = load_sweep(sweep_file)
+    sweep_file.write_text(json.dumps(content | {"tasks": str(tasks)}))
+    assert load_sweep(sweep_file) == written
+    tasks.write_text("[intent]")
+    with pytest.raises(InputError, match=r"tasks\.yaml: expected a mapping"):
+        load_sweep(sweep_file)
+
+
+def test_what_a_configuration_leaves_at_its_default_does_not_tell_it_apart(
+    sweep_file: Path,
+) -> None:
+    sweep = load_sweep(sweep_file)
+    cell = Cell("intent", "full", 1e-5, 4)
+    plain = run_config(sweep, cell)
+    text = sweep_file.read_text()
+
+    def full(*overrides: str) -> str:
+        new = json.dumps(["method=full", *overrides])
+        sweep_file.write_text(text.replace('["method=full"]', new))
+        return config_sha256(run_config(load_sweep(sweep_file), cell))
+
+    same = config_sha256(plain)
+    assert full("train.remat=none", f"optimizer.beta1={plain.optimizer.beta1}") == same
+    assert full("evaluation.others={python: {valid: [p.jsonl], format: text}}") == full(
+        "evaluation.others={python: {valid: [p.jsonl]}}"
+    )
+    assert full("train.remat=dots") != same
 
 
 @pytest.mark.parametrize(
