@@ -4,8 +4,8 @@
 
 A table stands between `<!-- table: KIND SWEEP:METHOD ... -->` and `<!-- end -->`, with a row for
 each method; `SWEEP:all` stands for all of a sweep. The kind `methods` has tasks, what is forgotten,
-and sizes; `domains` the held-out loss of what was not trained on, by domain. What a sweep has run is
-in benchmarks/records; `python -m esft_jax.sweep --config configs/paper/SWEEP.yaml` runs what is
+and sizes; `domains` the held-out loss of what was not trained on, by domain. What a sweep has run
+is in benchmarks/records; `python -m esft_jax.sweep --config configs/paper/SWEEP.yaml` runs what is
 missing. With --check nothing is written: exit code 1 if a table is not that of the records.
 """
 
