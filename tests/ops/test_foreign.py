@@ -66,22 +66,33 @@ def test_scipys_blas_keeps_to_the_thread_of_a_task():
     assert set(threads) <= {1}
 
 
+def output_of(script: Path, kept: Path) -> list[str]:
+    """What a process prints that keeps its machine code in a folder."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(kept), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
 def test_another_process_loads_what_one_has_compiled(tmp_path: Path):
-    script = tmp_path / "script.py"
+    script, kept = tmp_path / "script.py", tmp_path / "kept"
     script.write_text(_SCRIPT)
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
-
-    def run() -> list[str]:
-        command = [sys.executable, str(script)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout.split()
-
-    assert run() == ["12.0", "loaded", "0"]
-    assert run() == ["12.0", "loaded", "2"]
+    assert output_of(script, kept) == ["12.0", "loaded", "0"]
+    assert output_of(script, kept) == ["12.0", "loaded", "2"]
     # The same functions by name, with other content.
     script.write_text(_SCRIPT.replace("4 *", "5 *"))
-    assert run() == ["15.0", "loaded", "0"]
+    assert output_of(script, kept) == ["15.0", "loaded", "0"]
+
+
+def test_loaded_code_computes_the_same_bits(tmp_path: Path):
+    """Or a run that is resumed would go another way than one that is not."""
+    script, kept = tmp_path / "script.py", tmp_path / "kept"
+    script.write_text(_LAYERS)
+    first, compiled = output_of(script, kept)
+    again, loaded = output_of(script, kept)
+    assert (compiled, loaded) == ("0", "8")
+    assert first == again
 
 
 _SCRIPT = """
@@ -102,4 +113,27 @@ def multiply(frame, index):
 foreign.register("test_times", tasks, multiply)
 out = jax.ffi.ffi_call("test_times", jax.ShapeDtypeStruct((1,), jnp.float32))(jnp.full(1, 3.0))
 print(out[0], "loaded", sum(f.cache_hits for f in foreign._registered["test_times"]))
+"""
+
+_LAYERS = """
+import hashlib
+import jax, jax.numpy as jnp, numpy as np
+from esft_jax.ops import foreign
+from esft_jax.ops.attention import cpu as attention
+from esft_jax.ops.grouped_matmul import cpu as grouped
+from esft_jax.ops.grouped_matmul.bank import Bank
+
+normal = np.random.default_rng(0).normal
+x = jnp.array(normal(size=(3, 2, 200, 2, 16)), jnp.float32)
+segments = jnp.array(np.repeat([[1, 2], [1, 1]], 100, axis=1), jnp.int32)
+mixed, back = jax.vjp(lambda *x: attention.causal_attention(*x, segments, 0.3), *x)
+rows, sizes = jnp.array(normal(size=(500, 24)), jnp.float32), jnp.array([200, 0, 300])
+bank = Bank(jnp.array(normal(size=(3, 24, 40)), jnp.float32), 0, 3)
+products = grouped.multiply(rows, (bank,), sizes, transposed=False)
+weights = grouped.weight_gradient(rows, products, sizes, 0, 3)
+digest = hashlib.sha256()
+for array in (mixed, *back(mixed), products, weights):
+    digest.update(np.asarray(array).tobytes())
+hits = sum(f.cache_hits for pair in foreign._registered.values() for f in pair)
+print(digest.hexdigest(), hits)
 """

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
-from numba import njit
 
 from esft_jax.ops import foreign
 from esft_jax.ops.attention.operation import KEPT
@@ -132,18 +131,16 @@ _C2, _C3, _C4, _C5, _C6, _C7 = (
 )
 
 
-@njit(
-    fastmath={"contract", "reassoc", "nsz", "arcp"},
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
+@compiled
 def _exponentials(
     scores: np.ndarray, top: float, segments: np.ndarray, own: int, powers: np.ndarray
-) -> np.float32:
+) -> None:
     """Replace scores by the exponentials of what they are over `top`, or by 0 where the key is of
-    another document; and their sum.
+    another document.
 
-    Written so that the loops become vector instructions (Cephes' polynomial, as in `expf`).
+    Written so that the loops become vector instructions (Cephes' polynomial, as in `expf`). The
+    compiler may not regroup sums or fuse operations (`fastmath`): it would not do it everywhere
+    alike, and a run that is resumed by another process would go another way.
     """
     bits = powers.view(np.int32)
     for j in range(scores.size):
@@ -156,11 +153,27 @@ def _exponentials(
         power = series * r * r + r + _ONE + (over - over)
         scores[j] = power if segments[j] == own else _ZERO
         bits[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
-    total = _ZERO
     for j in range(scores.size):
         scores[j] *= powers[j]
-        total += scores[j]
-    return total
+
+
+@compiled
+def _sum(values: np.ndarray) -> np.float32:
+    """By eight sums that do not wait for each other."""
+    a = b = c = d = e = f = g = h = _ZERO
+    whole = values.size // 8 * 8
+    for j in range(0, whole, 8):
+        a += values[j]
+        b += values[j + 1]
+        c += values[j + 2]
+        d += values[j + 3]
+        e += values[j + 4]
+        f += values[j + 5]
+        g += values[j + 6]
+        h += values[j + 7]
+    for j in range(whole, values.size):
+        a += values[j]
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
 @compiled
@@ -193,7 +206,8 @@ def _attend(frame: int, index: int) -> None:
         for j in range(seen.size):
             if segments[first + j] == segments[i]:
                 top = max(top, seen[j])
-        total = _exponentials(seen, top, segments[first : i + 1], segments[i], powers)
+        _exponentials(seen, top, segments[first : i + 1], segments[i], powers)
+        total = _sum(seen)
         for j in range(seen.size, width):
             scores[i - start, j] = 0
         totals[i - start] = total
