@@ -1,0 +1,107 @@
+"""Tables of documents are those of the recorded runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from esft_jax.sweeping.config import BASE, Cell
+from esft_jax.sweeping.record import CellResult, Record
+
+DOCUMENT = """# Results
+<!-- table: methods toy:base toy:token toy:unfinished -->
+<!-- end -->
+between
+<!-- table: domains toy:all -->
+old
+<!-- end -->
+"""
+
+FILLED = """# Results
+<!-- table: methods toy:base toy:token toy:unfinished -->
+| method | learning rate | one | two | **average** | forgotten, nats | trained | stored | step memory |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| base |  | 1.0 | 2.0 | **1.5** |  |  |  |  |
+| token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 12.5% | 4 MB | 1 GB |
+<!-- end -->
+between
+<!-- table: domains toy:all -->
+| method | python | poetry |
+| --- | ---: | ---: |
+| base | 2.00 | 3.00 |
+| token | 2.50 | 3.00 |
+<!-- end -->
+"""  # noqa: E501
+
+
+@pytest.fixture
+def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A document beside a sweep of which one method is finished."""
+    monkeypatch.chdir(tmp_path)
+    run = {
+        "model": "models/tiny-moe",
+        "output": "unset",
+        "data": {"train": ["t.jsonl"], "valid": ["v.jsonl"]},
+        "evaluation": {"data": "e.jsonl"},
+    }
+    sweep = {
+        "output": "records",
+        "run": "configs/paper/run.yaml",
+        "tasks": {"one": [], "two": []},
+        "methods": {"token": [], "unfinished": ["method=full"]},
+        "seeds": [0, 1],
+        "learning_rates": {"token": [0.01]},
+    }
+    folder = tmp_path / "configs" / "paper"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(json.dumps(run))
+    (folder / "toy.yaml").write_text(json.dumps(sweep))
+    record = Record(Path("records") / "results.jsonl")
+    for task, values in (("one", (40, 42)), ("two", (60, 60))):
+        kept = {"python": 2.0, "poetry": 3.0}
+        before = {"one": 1.0, "two": 2.0}[task]
+        cell = Cell(task, BASE, None, 0)
+        record.add(CellResult(cell, "", "chrf", before, 3.0, retention=kept))
+        for seed, found in enumerate(values):
+            record.add(
+                CellResult(
+                    Cell(task, "token", 0.01, seed),
+                    "",
+                    "chrf",
+                    float(found),
+                    1.0,
+                    retention={"python": 2.5, "poetry": 3.0},
+                    trained=25,
+                    total=200,
+                    stored_bytes=4_000_000,
+                    step_bytes=10**9,
+                )
+            )
+    path = tmp_path / "docs" / "results.md"
+    path.parent.mkdir()
+    path.write_text(DOCUMENT)
+    return path
+
+
+@pytest.fixture
+def paper(script: Callable[[str], ModuleType]) -> ModuleType:
+    module = script("paper")
+    module.lines_of.cache_clear()
+    return module
+
+
+def test_tables_are_filled(document: Path, paper: ModuleType) -> None:
+    assert paper.main(["--check"]) == 1
+    assert document.read_text() == DOCUMENT
+    assert paper.main([]) == 0
+    assert document.read_text() == FILLED
+    assert paper.main(["--check"]) == 0
+
+
+def test_the_documents_tables_are_those_of_the_records(
+    monkeypatch: pytest.MonkeyPatch, paper: ModuleType
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert paper.main(["--check"]) == 0
