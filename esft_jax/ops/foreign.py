@@ -6,7 +6,9 @@ functions marked `compiled` are for compiled code: what is given to `register`, 
 
 numba keeps the machine code in files (`numba.cfunc` with `cache`), so that only a first process
 waits for it. It must not contain an address, which other processes would not share: functions of C
-are called by name.
+are called by name. Nor may it be compiled with `fastmath`: the process that compiles it may call
+other copies of its functions than one that loads it, and only strict arithmetic gives the same bits
+in all of them.
 """
 
 import ctypes
@@ -247,7 +249,7 @@ def _handler(frame: int) -> int:
     asked[0], asked[1], asked[2], asked[3] = 32, 0, context, address_of(threads)
     _call(_word(api + 144), address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
     count = tasks(frame)
-    helpers = min(threads[0], count) - 1
+    helpers = max(min(threads[0], count) - 1, 0)
     shared = _malloc(40)
     words = view(shared, 5, np.int64)
     # This thread is two users: it helps too, and then waits for the others.

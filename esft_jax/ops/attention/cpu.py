@@ -138,9 +138,7 @@ def _exponentials(
     """Replace scores by the exponentials of what they are over `top`, or by 0 where the key is of
     another document.
 
-    Written so that the loops become vector instructions (Cephes' polynomial, as in `expf`). The
-    compiler may not regroup sums or fuse operations (`fastmath`): it would not do it everywhere
-    alike, and a run that is resumed by another process would go another way.
+    Written so that the loops become vector instructions (Cephes' polynomial, as in `expf`).
     """
     bits = powers.view(np.int32)
     for j in range(scores.size):
