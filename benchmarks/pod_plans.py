@@ -19,6 +19,8 @@ from typing import Any
 
 from measuring import machine, print_table, write_report
 
+from esft_jax.config import load_config
+
 ROOT = Path(__file__).parents[1]
 PODS = {
     "v5e-8": "v5e:2x4",
@@ -27,6 +29,7 @@ PODS = {
     "v5p-16": "v5p:2x2x2",
     "v6e-8": "v6e:2x4",
     "h100x8": "h100:8",
+    "deepseek-v2-v5p-128": "v5p:4x4x4",
 }
 TRANSPORTS = ("all_gather", "ragged_all_to_all")  # of `mesh.transport`
 KINDS = (
@@ -39,10 +42,13 @@ KINDS = (
 )
 
 
-def make_plan(name: str, transport: str, model: Path, output: Path) -> dict[str, Any] | None:
+def make_plan(name: str, transport: str, output: Path) -> dict[str, Any] | None:
     """The plan of one configuration, by the command; None if its transport cannot be compiled."""
+    config = ROOT / "configs" / "pods" / f"{name}.yaml"
+    # The configuration names a checkpoint; a plan needs only the model's `config.json`.
+    model = ROOT / "models" / Path(load_config(config).model).name
     command = [sys.executable, "-m", "esft_jax.plan", "--topology", PODS[name], "--json", output]
-    command += ["--config", ROOT / "configs" / "pods" / f"{name}.yaml", f"model={model}"]
+    command += ["--config", config, f"model={model}"]
     command += [f"mesh.transport={transport}"]
     output.unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -103,7 +109,6 @@ def report(plans: dict[str, dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Plan the configurations of configs/pods.")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "deepseek-v2-lite")
     parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS))
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS[:1])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "pod_plans.json")
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, transport in itertools.product(options.pods, options.transports):
         output = options.output.with_name(f"{name}.json")
         key = name if transport == TRANSPORTS[0] else f"{name}, {transport}"
-        plan = make_plan(name, transport, options.model, output)
+        plan = make_plan(name, transport, output)
         if plan is None:
             print(f"{key}: refused by the compiler")
             continue

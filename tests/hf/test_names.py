@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +8,8 @@ from esft_jax.hf.names import fused_shapes, tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.model import ModelConfig
 from tests.hf.checkpoints import save, torch_model
+
+MODELS = Path(__file__).parents[2] / "models"
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,14 @@ def test_names_and_shapes_are_those_of_a_saved_checkpoint(tmp_path, changes):
     files = TensorFiles(save(torch_model(**changes), tmp_path))
     placements = tensor_placements(ModelConfig.load(tmp_path))
     assert {n: p.shape for n, p in placements.items()} == {n: i.shape for n, i in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [("deepseek-v2-lite", 15.706484224), ("deepseek-v2", 235.74143488)]
+)
+def test_shipped_configurations_have_the_size_of_the_released_models(model, billions):
+    placements = tensor_placements(ModelConfig.load(MODELS / model))
+    assert sum(math.prod(p.shape) for p in placements.values()) == round(billions * 1e9)
 
 
 def test_fused_names_and_shapes_are_those_of_transformers_in_memory(tiny):
