@@ -120,6 +120,8 @@ def join_processes(args: argparse.Namespace) -> None:
             args.processes,
             args.process,
             heartbeat_timeout_seconds=args.peer_timeout,
+            # A process that ends with an error waits for the others, too, before it goes.
+            shutdown_timeout_seconds=args.peer_timeout,
         )
 
 

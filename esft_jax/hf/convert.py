@@ -7,6 +7,7 @@ was killed goes on where it stopped, with any number of them.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ def _begin(folder: Path, identity: str) -> None:
         raise InputError(f"{folder}: is complete already ({MANIFEST}); expected a new folder")
     entries: list[dict[str, str]] = [{"source": identity}]
     if (folder / JOURNAL).is_file():
-        found, *finished = _read_journals(folder)
+        found, *finished = _read_journals(_journals(folder))
         if [found] != entries:
             raise InputError(
                 f"{folder}: unfinished conversion of another source; delete it or choose a new "
@@ -108,7 +109,8 @@ def _convert_share(source: HuggingFaceSource, folder: Path, process: int, proces
                 array[box].write(block, can_reference_source_data_indefinitely=True).result()
         return digest
 
-    finished = _digests(folder)
+    # Not what others have noted since: all processes must share out the same tensors.
+    finished = _digests([folder / JOURNAL])
     left = [name for name in source.placements if name not in finished]
     names = share(left, source.num_bytes, process, processes)
     with (
@@ -131,7 +133,7 @@ def _finish(source: HuggingFaceSource, folder: Path, origin: str) -> None:
     """Write what belongs to all tensors; the manifest last, for it says that all is there."""
     copy_companions(source.folder, folder)
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
-    digests, dtypes = _digests(folder), _leaf_dtypes(source)
+    digests, dtypes = _digests(_journals(folder)), _leaf_dtypes(source)
     assert digests.keys() == source.placements.keys()
     manifest = {
         "format": FORMAT,
@@ -140,7 +142,7 @@ def _finish(source: HuggingFaceSource, folder: Path, origin: str) -> None:
         "dtypes": sorted({DTYPE_NAMES[dtype] for dtype in dtypes.values()}),
     }
     write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    for path in [folder / JOURNAL, *folder.glob(_process_journal("*"))]:
+    for path in _journals(folder):
         path.unlink()
 
 
@@ -166,13 +168,18 @@ def _process_journal(process: int | str) -> str:
     return f"conversion-{process}.jsonl"
 
 
-def _read_journals(folder: Path) -> list[dict[str, str]]:
-    """Entries of all journals, the source first. A kill may have left half a line in each."""
-    contents = [p.read_bytes() for p in (folder / JOURNAL, *folder.glob(_process_journal("*")))]
+def _journals(folder: Path) -> list[Path]:
+    """What earlier attempts have finished, and what each process of this one has."""
+    return [folder / JOURNAL, *folder.glob(_process_journal("*"))]
+
+
+def _read_journals(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """Entries of journals, the source first. A kill may have left half a line in each."""
+    contents = [path.read_bytes() for path in paths]
     complete = [content[: content.rfind(b"\n") + 1] for content in contents]
     return [json.loads(line) for content in complete for line in content.splitlines()]
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Digests of the tensors that are converted."""
-    return {entry["tensor"]: entry["sha256"] for entry in _read_journals(folder)[1:]}
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Digests of the tensors that are noted as converted."""
+    return {entry["tensor"]: entry["sha256"] for entry in _read_journals(paths)[1:]}

@@ -9,7 +9,13 @@ import sys
 
 import pytest
 
-from esft_jax.hf.convert import convert_checkpoint
+from esft_jax.hf.convert import (
+    _begin,
+    _convert_share,
+    _finish,
+    _identity,
+    convert_checkpoint,
+)
 from esft_jax.hf.load import load_base
 from esft_jax.hf.source import HuggingFaceSource
 
@@ -123,6 +129,16 @@ def test_one_process_is_killed_and_two_complete_its_work(tiny, expected, tmp_pat
     codes, outputs = finish(start(CONVERT, "", *flags, processes=2))
     assert codes == [0, 0], outputs
     assert "Converted" in outputs[0] and "Converted" not in outputs[1]
+    assert content(target) == expected
+
+
+def test_a_process_that_comes_late_shares_out_the_same_work(tiny, expected, tmp_path):
+    """The other has finished its share already, and said so."""
+    source, target = HuggingFaceSource(tiny[1]), tmp_path / "target"
+    _begin(target, _identity(source))
+    for process in (1, 0):
+        _convert_share(source, target, process, 2)
+    _finish(source, target, str(tiny[1]))
     assert content(target) == expected
 
 
