@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -140,6 +141,18 @@ def test_a_process_that_comes_late_shares_out_the_same_work(tiny, expected, tmp_
         _convert_share(source, target, process, 2)
     _finish(source, target, str(tiny[1]))
     assert content(target) == expected
+
+
+@pytest.mark.slow
+def test_an_unexpected_error_of_one_process_ends_both(tiny, tmp_path):
+    names, target = list(HuggingFaceSource(tiny[1]).placements), tmp_path / "target"
+    code = CONVERT.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError(name)")
+    begin = time.monotonic()
+    codes, outputs = finish(start(code, names[-3], "--from", tiny[1], "--to", target, processes=2))
+    assert 0 not in codes and 2 not in codes, outputs
+    assert any(f"RuntimeError: {names[-3]}" in output for output in outputs)
+    assert time.monotonic() - begin < 100  # JAX's own patience is 300 seconds
+    assert not (target / "manifest.json").exists()
 
 
 @pytest.mark.slow
