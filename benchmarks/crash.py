@@ -4,9 +4,9 @@
 
 Every second signal (KILL, unless TERM is asked for) comes while the first or second checkpoint is
 being written; the others come at a random moment, by turns before the first step (of reading,
-scoring, compiling, resuming) and among the steps. Exits with 1
-unless the adapters are equal bit for bit, and no attempt logged a step that a complete checkpoint
-had. After SIGTERM every attempt must end with code 0.
+scoring, compiling, resuming) and among the steps. Exits with 1 unless the adapters are equal bit
+for bit, and no attempt logged a step that a complete checkpoint had. After SIGTERM every attempt
+must end with code 0.
 """
 
 import argparse

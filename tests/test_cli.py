@@ -49,7 +49,7 @@ def test_dispatches_all_that_follows_the_verb(monkeypatch: pytest.MonkeyPatch) -
         return 5
 
     module = types.ModuleType("esft_jax.train")
-    module.main = main  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "main", main, raising=False)
     monkeypatch.setitem(sys.modules, "esft_jax.train", module)
     monkeypatch.setattr(sys, "argv", ["esft"])
     assert cli.main(["train", "--config", "c", "--help", "-h"]) == 5

@@ -32,11 +32,8 @@ COMPLETIONS = [
 ]
 
 
-def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
-    return [
-        Instance(request_type=kind, doc={}, arguments=each, idx=0)
-        for each in arguments  # type: ignore[arg-type]
-    ]
+def requests(kind: str, arguments: list[Any]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
 
 def long_text(words: int) -> str:

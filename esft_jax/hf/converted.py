@@ -151,6 +151,7 @@ def create_arrays(
 
 def chunk_boxes(array: ts.TensorStore, box: Box) -> Iterator[Box]:
     """The parts of a box that lie in one chunk of an array each."""
+    # None, in general, where a layout leaves a size open; `create_arrays` leaves none open.
     sizes: tuple[int, ...] = array.chunk_layout.write_chunk.shape  # type: ignore[assignment]
     axes = [
         [

@@ -279,7 +279,7 @@ def register(name: str, tasks: Callable[[int], int], run: Callable[[int, int], N
     """
     if name in _registered:
         return
-    module = inspect.getmodule(run.py_func)  # type: ignore[attr-defined]
+    module = sys.modules[run.__module__]
     names = {"tasks": tasks, "run": run, "HELPER": f"{name}_helper"}
     helper = _compile(_helper, types.void(types.int64), name, names, module)
     add_symbol(f"{name}_helper", helper.address)

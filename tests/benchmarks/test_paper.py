@@ -19,9 +19,14 @@ old
 <!-- end -->
 """
 
-FILLED = """# Results
+HEAD = (
+    "| method | learning rate | one | two | **average** | forgotten, nats |"
+    " trained | stored | step memory |"
+)
+
+FILLED = f"""# Results
 <!-- table: methods toy:base toy:token toy:unfinished -->
-| method | learning rate | one | two | **average** | forgotten, nats | trained | stored | step memory |
+{HEAD}
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | base |  | 1.0 | 2.0 | **1.5** |  |  |  |  |
 | token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 12.5% | 4 MB | 1 GB |
@@ -33,7 +38,7 @@ between
 | base | 2.00 | 3.00 |
 | token | 2.50 | 3.00 |
 <!-- end -->
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture
