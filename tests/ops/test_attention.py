@@ -18,10 +18,11 @@ def make_inputs(length, width, value_width):
     rng = np.random.default_rng(0)
     shapes = [(B, length, H, w) for w in (width, width, value_width)]
     query, key, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    # Documents that straddle blocks, and padding that fills whole ones.
+    # Documents that straddle blocks, padding that fills whole ones, and a number that comes back.
     segments = np.zeros((B, length), np.int32)
     segments[0], segments[0, : length // 2 - 1] = 2, 1
     segments[1, : length // 5], segments[1, length // 5 : length // 3] = 1, 2
+    segments[1, -2:] = 1
     return query * (R / width) ** 0.5, key, value, segments
 
 

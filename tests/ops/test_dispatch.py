@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from esft_jax.ops.dispatch import combine, sort_by_group, take_rows
 
@@ -19,6 +20,13 @@ def test_assignments_are_sorted_by_group():
     # Assignments of nobody (group G) come last and are not counted.
     np.testing.assert_array_equal(dispatch.group_sizes, np.bincount(flat, minlength=G + 1)[:G])
     assert dispatch.group_sizes[2] == 0 and dispatch.group_sizes.sum() < T * K
+
+
+def test_more_assignments_than_can_be_numbered_are_refused():
+    groups = jax.ShapeDtypeStruct((2**26, 4), jnp.int32)
+    jax.eval_shape(lambda groups: sort_by_group(groups, 15), groups)
+    with pytest.raises(ValueError, match="268435456 assignments to 16 groups"):
+        jax.eval_shape(lambda groups: sort_by_group(groups, 16), groups)
 
 
 def test_rows_and_gradients_are_those_of_plain_indexing():

@@ -1,8 +1,8 @@
 """Attention on a CPU, by BLAS: queries, keys and values are read where they lie.
 
 A foreign function (`ops/foreign.py`); it needs the `cpu` extra. The algorithm is that of `xla.py`,
-with two savings: a block of queries meets only keys of its own documents, and nothing is copied to
-bring heads together.
+with two savings: blocks of queries end with documents, and so meet only keys of their own; and
+nothing is copied to bring heads together.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ from esft_jax.ops.foreign import (
     view,
 )
 
-BLOCK = 128  # queries per block
+BLOCK = 128  # queries per block, at most
 
 
 def causal_attention(
@@ -97,15 +97,16 @@ def _matrix(array: foreign.Buffer, row: int, token: int, head: int) -> Matrix:
 
 
 @compiled
-def _first_key(segments: np.ndarray, start: int, stop: int) -> int:
-    """The first token that may be in a document of the queries `start` to `stop`."""
-    lowest = highest = segments[start]
-    for i in range(start, stop):
-        lowest, highest = min(lowest, segments[i]), max(highest, segments[i])
-    first = 0
-    while segments[first] < lowest or segments[first] > highest:
+def _document(segments: np.ndarray, start: int, limit: int) -> tuple[int, int]:
+    """The first token of the document of query `start`, and the end of the queries, at most
+    `limit`, that follow it in the same document.
+    """
+    first, stop = 0, start + 1
+    while segments[first] != segments[start]:
         first += 1
-    return first
+    while stop < limit and segments[stop] == segments[start]:
+        stop += 1
+    return first, stop
 
 
 @compiled
@@ -182,14 +183,25 @@ def _blocks(frame: int) -> int:
 
 @compiled
 def _attend(frame: int, index: int) -> None:
-    query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
-    mixed, denominators = result(frame, 0), result(frame, 1)
+    query = operand(frame, 0)
     length, heads = extent(query, 1), extent(query, 2)
     blocks = -(-length // BLOCK)
     row, head, start = index // blocks // heads, index // blocks % heads, index % blocks * BLOCK
-    stop = min(start + BLOCK, length)
+    limit = min(start + BLOCK, length)
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
-    first = _first_key(segments, start, stop)
+    while start < limit:
+        first, stop = _document(segments, start, limit)
+        _attend_to(frame, row, head, first, start, stop)
+        start = stop
+
+
+@compiled
+def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: int) -> None:
+    """Queries `start` to `stop` of one document, whose first token is `first`."""
+    query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    mixed, denominators = result(frame, 0), result(frame, 1)
+    length, heads = extent(query, 1), extent(query, 2)
+    segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
     width = stop - first
     scores, powers = np.empty((stop - start, width), np.float32), np.empty(width, np.float32)
     weights = Matrix(address_of(scores), width)
@@ -245,9 +257,9 @@ def _gradient(frame: int, index: int) -> None:
     logs = view(operand(frame, 5).address + 4 * index * length, length, np.float32)
     _clear(_matrix(dkey, row, 0, head), length, inner)
     _clear(_matrix(dvalue, row, 0, head), length, outer)
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        first = _first_key(segments, start, stop)
+    start = 0
+    while start < length:
+        first, stop = _document(segments, start, min((start // BLOCK + 1) * BLOCK, length))
         rows, width = stop - start, stop - first
         scores, dscores = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
         powers = np.empty(width, np.float32)
@@ -279,3 +291,4 @@ def _gradient(frame: int, index: int) -> None:
         multiply_matrices(dweights, q, dk, width, inner, rows, True, False, _ONE, _ONE)
         multiply_matrices(weights, g, dv, width, outer, rows, True, False, _ONE, _ONE)
         keep(scores, dscores)
+        start = stop
