@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -11,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +84,17 @@ def restart_peak() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_new_process(module: str, function: str, **arguments: Any) -> Any:
+    """Call a function of a module in a fresh process; nothing of it is imported here."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_call, module, function, arguments).result()
+
+
+def _call(module: str, function: str, arguments: dict[str, Any]) -> Any:
+    return getattr(importlib.import_module(module), function)(**arguments)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
     python benchmarks/paper.py [--check]
 
 A table stands between `<!-- table: KIND SWEEP:METHOD ... -->` and `<!-- end -->`, with a row for
-each method; `SWEEP:all` stands for all of a sweep. The kind `methods` has tasks, what is forgotten,
-and sizes; `domains` the held-out loss of what was not trained on, by domain. What a sweep has run
-is in benchmarks/records; `python -m esft_jax.sweep --config configs/paper/SWEEP.yaml` runs what is
+each method; `SWEEP:all` stands for all of a sweep. Kinds: `methods` has tasks, what is forgotten,
+and sizes; `domains` the held-out loss of what was not trained on, by domain; `search` each learning
+rate that was tried; `hours` how long a sweep took to train. What a sweep has run is in
+benchmarks/records; `python -m esft_jax.sweep --config configs/paper/SWEEP.yaml` runs what is
 missing. With --check nothing is written: exit code 1 if a table is not that of the records.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import size_text
-from esft_jax.sweeping.config import BASE, base_cells, load_sweep, method_cells
+from esft_jax.sweeping.config import BASE, base_cells, load_sweep, method_cells, search_cells
 from esft_jax.sweeping.record import CellResult, Record
 from esft_jax.sweeping.table import MethodRow, Spread, summarise
 
@@ -30,14 +31,17 @@ _TABLE = re.compile(r"(<!-- table: (\w+) (.*?) -->\n).*?(<!-- end -->)", re.DOTA
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table.
+    """A method of a sweep.
 
     Attributes:
         results: of its finished cells, all seeds and tasks.
+        searched: of the cells that decided on its learning rate.
     """
 
+    sweep: str
     row: MethodRow
     results: Sequence[CellResult]
+    searched: Sequence[CellResult]
 
 
 @functools.cache
@@ -51,7 +55,8 @@ def lines_of(sweep_name: str) -> dict[str, Line]:
         if row.method != BASE:
             cells = method_cells(sweep, row.method, row.learning_rate)
         results = [record.results[cell] for cell in cells if cell in record.results]
-        found[row.method] = Line(row, results)
+        searched = [record.results[c] for c in search_cells(sweep) if c.method == row.method]
+        found[row.method] = Line(sweep_name, row, results, searched)
     return found
 
 
@@ -117,7 +122,51 @@ def domains_table(lines: Sequence[Line]) -> str:
     return to_markdown(["method", *domains], rows)
 
 
-KINDS = {"methods": methods_table, "domains": domains_table}
+def search_table(lines: Sequence[Line]) -> str:
+    """Every learning rate that was tried, with the first seed: mean over tasks."""
+    base = statistics.fmean(map(mean_loss, lines[0].results))
+    rows = []
+    for line in lines[1:]:
+        by_rate: dict[float | None, list[CellResult]] = {}
+        for result in line.searched:
+            by_rate.setdefault(result.cell.learning_rate, []).append(result)
+        for rate, results in by_rate.items():
+            rows.append(
+                [
+                    line.row.method,
+                    "" if rate is None else f"{rate:g}",
+                    f"{statistics.fmean(result.valid_loss for result in results):.3f}",
+                    f"{statistics.fmean(result.value for result in results):.1f}",
+                    f"{statistics.fmean(map(mean_loss, results)) - base:.2f}",
+                ]
+            )
+    head = ["method", "learning rate", "validation loss", "average", "forgotten, nats"]
+    return to_markdown(head, rows)
+
+
+def mean_loss(result: CellResult) -> float:
+    """Held-out loss, mean over domains."""
+    return statistics.fmean(result.retention.values())
+
+
+def hours_table(lines: Sequence[Line]) -> str:
+    """Runs of each sweep and the hours that their training took."""
+    rows = []
+    for sweep_name in dict.fromkeys(line.sweep for line in lines):
+        sweep = load_sweep(Path("configs/paper") / f"{sweep_name}.yaml")
+        results = Record(Path(sweep.output) / "results.jsonl").results.values()
+        trained = [result for result in results if result.cell.method != BASE]
+        hours = sum(result.seconds for result in trained) / 3600
+        rows.append([sweep_name, str(len(trained)), f"{hours:.1f}"])
+    return to_markdown(["sweep", "runs", "hours of training"], rows)
+
+
+KINDS = {
+    "methods": methods_table,
+    "domains": domains_table,
+    "search": search_table,
+    "hours": hours_table,
+}
 
 
 def fill(text: str) -> str:

@@ -16,17 +16,14 @@ while steps run. Prints Markdown, writes JSON.
 
 import argparse
 import dataclasses
-import importlib
 import itertools
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
-from measuring import Measured, machine, pin, print_table, write_report
+from measuring import Measured, in_new_process, machine, pin, print_table, write_report
 
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.model.remat import Remat
@@ -114,17 +111,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 }
 
 Results = dict[str, dict[str, list[Measured]]]  # by method and contender, one per round
-
-
-def in_new_process(module: str, function: str, **arguments: Any) -> Any:
-    """Call a function of a module in a fresh process; nothing of it is imported here."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_call, module, function, arguments).result()
-
-
-def _call(module: str, function: str, arguments: dict[str, Any]) -> Any:
-    return getattr(importlib.import_module(module), function)(**arguments)
 
 
 def measure(folder: Path, contender: str, method: str, *, remat: str, **arguments: Any) -> Measured:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,10 @@ DOCUMENT = """# Results
 between
 <!-- table: domains toy:all -->
 old
+<!-- end -->
+<!-- table: search toy:all -->
+<!-- end -->
+<!-- table: hours toy:all -->
 <!-- end -->
 """
 
@@ -38,6 +43,17 @@ between
 | base | 2.00 | 3.00 |
 | token | 2.50 | 3.00 |
 <!-- end -->
+<!-- table: search toy:all -->
+| method | learning rate | validation loss | average | forgotten, nats |
+| --- | ---: | ---: | ---: | ---: |
+| token | 0.01 | 1.000 | 50.0 | 0.25 |
+| token | 0.02 | 2.000 | 30.0 | 0.75 |
+<!-- end -->
+<!-- table: hours toy:all -->
+| sweep | runs | hours of training |
+| --- | ---: | ---: |
+| toy | 6 | 3.0 |
+<!-- end -->
 """
 
 
@@ -57,33 +73,27 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tasks": {"one": [], "two": []},
         "methods": {"token": [], "unfinished": ["method=full"]},
         "seeds": [0, 1],
-        "learning_rates": {"token": [0.01]},
+        "learning_rates": {"token": [0.01, 0.02]},
     }
     folder = tmp_path / "configs" / "paper"
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(json.dumps(run))
     (folder / "toy.yaml").write_text(json.dumps(sweep))
     record = Record(Path("records") / "results.jsonl")
-    for task, values in (("one", (40, 42)), ("two", (60, 60))):
-        kept = {"python": 2.0, "poetry": 3.0}
-        before = {"one": 1.0, "two": 2.0}[task]
-        cell = Cell(task, BASE, None, 0)
-        record.add(CellResult(cell, "", "chrf", before, 3.0, retention=kept))
-        for seed, found in enumerate(values):
-            record.add(
-                CellResult(
-                    Cell(task, "token", 0.01, seed),
-                    "",
-                    "chrf",
-                    float(found),
-                    1.0,
-                    retention={"python": 2.5, "poetry": 3.0},
-                    trained=25,
-                    total=200,
-                    stored_bytes=4_000_000,
-                    step_bytes=10**9,
-                )
-            )
+
+    def finish(cell: Cell, value: float, valid_loss: float, python_loss: float) -> None:
+        kept = {"python": python_loss, "poetry": 3.0}
+        result = CellResult(cell, "", "chrf", value, valid_loss, kept)
+        if cell.method != BASE:
+            sizes = {"trained": 25, "total": 200, "stored_bytes": 4_000_000, "step_bytes": 10**9}
+            result = replace(result, seconds=1800.0, **sizes)
+        record.add(result)
+
+    for task, before, values in (("one", 1, (40, 42)), ("two", 2, (60, 60))):
+        finish(Cell(task, BASE, None, 0), before, 3, 2)
+        for seed, value in enumerate(values):
+            finish(Cell(task, "token", 0.01, seed), value, 1, 2.5)
+        finish(Cell(task, "token", 0.02, 0), 30, 2, 3.5)
     path = tmp_path / "docs" / "results.md"
     path.parent.mkdir()
     path.write_text(DOCUMENT)
