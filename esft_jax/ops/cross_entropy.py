@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 
-# Positions per chunk; logits exist for one chunk of every row at a time.
+# Tokens of a chunk for each row; logits exist for one chunk at a time.
 CHUNK = 64
 
 
@@ -27,21 +27,15 @@ def cross_entropy_sums(
 
     Only the sum over all can be differentiated.
 
-    Chunks run along S, so that rows stay on their devices. When differentiated, the gradients
-    are made in the same pass as the loss, since the loss is linear in its own cotangent: logits
-    are computed once. `head` gets a gradient only where one is asked for.
+    Tokens with a weight are brought together, so that the head meets few others: none of a chat's
+    questions, and no padding. When differentiated, the gradients are made in the same pass as the
+    loss, since the loss is linear in its own cotangent: logits are computed once. `head` gets a
+    gradient only where one is asked for.
 
     On a mesh, the devices of an expert group share the vocabulary out: each meets its words with
     the tokens of the whole group (Megatron-LM, arXiv 1909.08053, section 3), so that no device
     ever holds the whole head. A vocabulary that the mesh does not divide is whole on all.
     """
-    length = hidden.shape[1]
-    missing = -length % CHUNK if length > CHUNK else 0
-    if missing:  # positions without weight fill the last chunk
-        hidden, targets, weights = (
-            jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-            for x in (hidden, targets, weights)
-        )
     total, rows = _cross_entropy_sums(mesh, hidden, head, targets, weights)
     return total, jax.lax.stop_gradient(rows)
 
@@ -112,17 +106,16 @@ def _with_gradients(
     is_split = columns[1] is not None
 
     def on_shard(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple:
-        if not is_split:
-            (total, rows), dhidden, dhead = scan(hidden, head, targets, weights)
-            return *jax.lax.psum((total, dhead), RULES.batch), rows, dhidden
-        head = jax.lax.all_gather(head, DATA, axis=1, tiled=True)
-        (total, rows), dhidden, dhead = scan(hidden, head, targets, weights, group=EXPERT)
-        if dhead is not None:
+        group = EXPERT if is_split else None
+        if is_split:
+            head = jax.lax.all_gather(head, DATA, axis=1, tiled=True)
+        (total, rows), dhidden, dhead = scan(hidden, head, targets, weights, group=group)
+        if dhead is not None and is_split:
             dhead = jax.lax.psum_scatter(dhead, DATA, scatter_dimension=1, tiled=True)
             dhead = jax.lax.psum(dhead, REPLICA)
-        own = len(hidden)  # of the rows of the group
-        rows = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(EXPERT) * own, own)
-        return jax.lax.psum(total, (REPLICA, DATA)), dhead, rows, dhidden
+        elif dhead is not None:
+            dhead = jax.lax.psum(dhead, RULES.batch)
+        return jax.lax.psum(total, RULES.batch), dhead, rows, dhidden
 
     batch = PartitionSpec(RULES.batch)
     total, dhead, rows, dhidden = jax.shard_map(
@@ -149,60 +142,91 @@ def _scan_chunks(
 
     Args:
         group: mesh axis whose devices hold consecutive parts of the vocabulary, and rows of their
-            own. Sums and head gradient are those of all rows of the group.
+            own. The head gradient is that of all rows of the group.
     """
-    batch, length, _ = hidden.shape
-    chunk = min(CHUNK, length)
+    batch, length, width = hidden.shape
+    size, tokens = batch * min(CHUNK, length), batch * length
+    order, place, needed = _weighted_first(weights.reshape(-1), size)
+    if group is not None:  # what exchanges data in a chunk must do so on all devices
+        needed = jax.lax.pmax(needed, (DATA, group))
     matrix = head.astype(hidden.dtype)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    def step(carry: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array | None]:
-        total, rows, dhead = carry
-        hidden, targets, weights = chunk
-        words = targets[..., None]
+    def compute(dhead: Array | None, chosen: Array) -> tuple[Array | None, Array, Array | None]:
+        # Past the last token there is none: its weight is 0.
+        own = [
+            jnp.take(x.reshape(tokens, -1), chosen, axis=0, mode="fill", fill_value=0)
+            for x in (hidden, targets, weights)
+        ]
         if group is not None:
-            hidden, words, weights = (
-                jax.lax.all_gather(x, group, tiled=True) for x in (hidden, words, weights)
-            )
+            own = [jax.lax.all_gather(x, group, tiled=True) for x in own]
+        rows, words, row_weights = own
+        if group is not None:
             words = words - jax.lax.axis_index(group) * matrix.shape[1]
-        logits = product("bsd,dv->bsv", hidden, matrix)
+        logits = product("td,dv->tv", rows, matrix)
         top = logits.max(axis=-1, keepdims=True)
         if group is not None:
             top = jax.lax.pmax(top, group)
         exps = jnp.exp(logits - top)
         sums = exps.sum(axis=-1, keepdims=True)
         here = (words >= 0) & (words < logits.shape[-1])
-        chosen = jnp.take_along_axis(logits, jnp.where(here, words, 0), axis=-1)
-        chosen = jnp.where(here, chosen, 0)
+        target = jnp.take_along_axis(logits, jnp.where(here, words, 0), axis=-1)
+        target = jnp.where(here, target, 0)
         if group is not None:
-            sums, chosen = jax.lax.psum((sums, chosen), group)
-        losses = (jnp.log(sums) + top - chosen)[..., 0]
-        total = total + jnp.sum(losses * weights)
-        rows = rows + jnp.sum(losses * weights, axis=1)
+            sums, target = jax.lax.psum((sums, target), group)
+        losses = (row_weights * (jnp.log(sums) + top - target))[:, 0]
+        if group is not None:
+            losses = jax.lax.dynamic_slice_in_dim(losses, jax.lax.axis_index(group) * size, size)
         if not (hidden_grad or head_grad):
-            return (total, rows, None), None
-        weights = weights[..., None]
+            return None, losses, None
         hit = jnp.arange(logits.shape[-1]) == words
-        dlogits = (exps * (weights / sums) - jnp.where(hit, weights, 0)).astype(hidden.dtype)
+        dlogits = exps * (row_weights / sums) - jnp.where(hit, row_weights, 0)
+        dlogits = dlogits.astype(hidden.dtype)
         if head_grad:
-            dhead = dhead + product("bsd,bsv->dv", hidden, dlogits)
-        dhidden = product("bsv,dv->bsd", dlogits, matrix) if hidden_grad else None
-        if dhidden is not None and group is not None:
-            dhidden = jax.lax.psum_scatter(dhidden, group, tiled=True)
-        return (total, rows, dhead), dhidden
+            # In parts, since XLA turns a whole matrix around slowly on a CPU.
+            parts = (x.reshape(batch, -1, x.shape[-1]) for x in (rows, dlogits))
+            dhead = dhead + product("btd,btv->dv", *parts)
+        drows = product("tv,dv->td", dlogits, matrix) if hidden_grad else None
+        if drows is not None and group is not None:
+            drows = jax.lax.psum_scatter(drows, group, tiled=True)
+        return dhead, losses, drows
 
-    group_rows = batch if group is None else batch * jax.lax.axis_size(group)
-    start = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros(group_rows, jnp.float32),
+    def skip(dhead: Array | None, chosen: Array) -> tuple[Array | None, Array, Array | None]:
+        drows = jnp.zeros((size, width), jnp.float32) if hidden_grad else None
+        return dhead, jnp.zeros(size, jnp.float32), drows
+
+    def step(dhead: Array | None, chunk: tuple[Array, Array]) -> tuple:
+        index, chosen = chunk
+        dhead, *made = jax.lax.cond(index < needed, compute, skip, dhead, chosen)
+        return dhead, tuple(made)
+
+    dhead, (losses, drows) = jax.lax.scan(
+        step,
         jnp.zeros(head.shape) if head_grad else None,
+        (jnp.arange(len(order), dtype=jnp.int32), order),
     )
-    (total, rows, dhead), dhidden = jax.lax.scan(
-        step, start, (split(hidden), split(targets), split(weights))
-    )
-    if dhidden is not None:
-        dhidden = jnp.moveaxis(dhidden, 0, 1).reshape(hidden.shape)
-    return (total, rows), dhidden, dhead
+    by_row = losses.reshape(-1)[place].reshape(batch, length).sum(axis=1)
+    dhidden = None
+    if drows is not None:
+        dhidden = drows.reshape(-1, width)[place].reshape(hidden.shape)
+    return (by_row.sum(), by_row), dhidden, dhead
+
+
+def _weighted_first(
+    weights: Float[Array, " T"], size: int
+) -> tuple[Int[Array, "N size"], Int[Array, " T"], Int[Array, ""]]:
+    """Chunks of tokens, those with a weight first.
+
+    Returns:
+        The tokens of each of N chunks, T past the last; the place of each token in them, one chunk
+        after the other; and how many chunks hold a weight.
+    """
+    has_weight = weights != 0
+    count = has_weight.sum(dtype=jnp.int32)
+    among = jnp.cumsum(has_weight, dtype=jnp.int32)
+    index = jnp.arange(len(weights), dtype=jnp.int32)
+    place = jnp.where(has_weight, among - 1, count + index - among)
+    chunks = -(-len(weights) // size)
+    order = jnp.full(chunks * size, len(weights), jnp.int32)
+    order = order.at[place].set(index, unique_indices=True)
+    return order.reshape(chunks, size), place, -(-count // size)

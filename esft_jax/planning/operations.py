@@ -88,7 +88,7 @@ def count_operations(jaxpr: Any, routing: Routing, devices: int) -> Operations:
     """Walk a program traced for TPUs, without what nobody reads.
 
     Outside `shard_map` shapes are global and split over all devices. Pieces of assignments
-    (`esft_jax.model.experts`) are one, as with a balanced router.
+    (`esft_jax.model.experts`) are one, as with a balanced router; every token has a target.
     """
     found = Operations()
 

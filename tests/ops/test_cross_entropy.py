@@ -84,6 +84,15 @@ def test_no_weight_no_loss(inputs):
     assert value == 0 and not any(g.any() for g in grads)
 
 
+def test_chunks_without_weight_are_not_computed(inputs):
+    weights = np.zeros((B, S), np.float32)
+    weights[:, 1::2] = inputs["weights"][:, 1::2] + 1  # as many tokens as one chunk has
+    known = inputs | {"weights": weights}
+    hidden = inputs["hidden"].copy()
+    hidden[:, ::2] = np.nan
+    close(ours(**known | {"hidden": hidden}), plain(**known), 1e-5)
+
+
 def test_only_asked_for_gradients_exist(inputs):
     def loss(hidden, head):
         return cross_entropy_sums(hidden, head, inputs["targets"], inputs["weights"])[0]
@@ -142,8 +151,8 @@ def test_a_mesh_shares_the_vocabulary_out(inputs, replica, data, expert, words):
     close(compiled(**jax.tree.map(jax.device_put, inputs, places)), plain(**inputs), 1e-5)
     # Logits of a chunk: the group's rows by the device's own words.
     rows = 8 // mesh.size
-    own = f"f32[{rows * expert},{CHUNK},{words // expert}]" if words % 8 == 0 else None
+    own = f"f32[{rows * expert * CHUNK},{words // expert}]" if words % 8 == 0 else None
     program = compiled.as_text()
-    assert (own or f"f32[{rows},{CHUNK},{words}]") in program
+    assert (own or f"f32[{rows * CHUNK},{words}]") in program
     if own and expert > 1:
         assert f"[{D},{words}]" not in program  # nobody ever holds the whole head
