@@ -47,7 +47,8 @@ def draw(*shape, seed):
 def reference(x, matrices, sizes, cotangent):
     """Product, and gradients of `sum(product * cotangent)`, in float64."""
     x, matrices, cotangent = (a.astype(np.float64) for a in (x, matrices, cotangent))
-    out, dx, dw = np.zeros((len(x), F)), np.zeros_like(x), np.zeros_like(matrices)
+    out = np.zeros((len(x), matrices.shape[2]))
+    dx, dw = np.zeros_like(x), np.zeros_like(matrices)
     start = 0
     for group, size in enumerate(sizes):
         rows = slice(start, start := start + size)
@@ -66,6 +67,19 @@ def run(implementation, x, banks, sizes, cotangent):
     return out, *pull(cotangent)
 
 
+def check(run, x, banks, sizes, cotangent, tolerance):
+    out, dx, dbanks = run(x, banks, np.array(sizes, np.int32), cotangent)
+    found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
+    matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
+    for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
+        scale = np.abs(expected).max() or 1.0
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
+        )
+    past = sum(sizes)
+    assert not np.any(out[past:]) and not np.any(dx[past:])
+
+
 class TestEveryImplementation:
     @pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
     def environment(self, request):
@@ -73,22 +87,10 @@ class TestEveryImplementation:
         with IMPLEMENTATIONS[request.param]():
             yield
 
-    def check(self, x, banks, sizes, cotangent, tolerance):
-        out, dx, dbanks = self.run(x, banks, np.array(sizes, np.int32), cotangent)
-        found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
-        matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
-        for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
-            scale = np.abs(expected).max() or 1.0
-            np.testing.assert_allclose(
-                np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
-            )
-        past = sum(sizes)
-        assert not np.any(out[past:]) and not np.any(dx[past:])
-
     @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
     def test_two_banks(self, sizes):
         banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
-        self.check(draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
+        check(self.run, draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
 
     def test_a_part_of_an_array(self):
         tuned, more = draw(2, D, F, seed=1), draw(9, D, F, seed=2)
@@ -112,7 +114,7 @@ class TestEveryImplementation:
     def test_one_bank_of_fewer_rows_than_a_block(self):
         assert COVERED[0] > 10
         banks = (draw(3, D, F, seed=1), draw(0, D, F, seed=2))
-        self.check(draw(10, D, seed=0), banks, [4, 0, 5], draw(10, F, seed=3), 1e-6)
+        check(self.run, draw(10, D, seed=0), banks, [4, 0, 5], draw(10, F, seed=3), 1e-6)
 
     def test_no_rows(self):
         banks = (draw(2, D, F, seed=1),)
@@ -128,7 +130,7 @@ class TestEveryImplementation:
         out, dx, dbanks = jax.eval_shape(self.run, x, banks, np.zeros(5, np.int32), cotangent)
         assert (out.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
         assert [d.dtype for d in dbanks] == [jnp.float32, jnp.bfloat16]
-        self.check(x, banks, CASES["uneven"], cotangent, 2**-8)
+        check(self.run, x, banks, CASES["uneven"], cotangent, 2**-8)
 
     def test_weight_gradient_of_bfloat16_rows_is_summed_in_float32(self):
         rows = (
@@ -148,6 +150,12 @@ class TestEveryImplementation:
         clean = self.run(x, banks, sizes, cotangent)
         x[57:100], x[100:] = np.nan, np.inf
         jax.tree.map(np.testing.assert_array_equal, self.run(x, banks, sizes, cotangent), clean)
+
+
+def test_matrices_of_several_tasks_on_a_cpu():
+    banks = (draw(1, 520, 1030, seed=1), draw(1, 520, 1030, seed=2))
+    x, cotangent = draw(320, 520, seed=0), draw(320, 1030, seed=3)
+    check(partial(run, "cpu"), x, banks, [40, 270], cotangent, 1e-6)
 
 
 @pytest.mark.parametrize("environment, kernels", [(emulated_tpu, 3), (nullcontext, 0)])

@@ -27,10 +27,8 @@ from esft_jax.ops.foreign import (
 )
 from esft_jax.ops.grouped_matmul.bank import Bank
 
-# At most so many rows and columns of a result are one task of a thread. A weight gradient's stay in
-# a core's cache while they are summed.
-ROWS, COLUMNS = 256, 1024
-GRADIENT_ROWS, GRADIENT_COLUMNS = 256, 1024
+# At most so many rows and columns of a result are one task of a thread.
+ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
 
 
 def multiply(
@@ -173,7 +171,7 @@ def _multiply(frame: int, index: int) -> None:
 def _gradient_tasks(frame: int) -> int:
     out = result(frame, 0)
     down = _pieces(extent(out, 1), GRADIENT_ROWS)
-    return extent(out, 0) * down * _pieces(extent(out, 2), GRADIENT_COLUMNS)
+    return extent(out, 0) * down * _pieces(extent(out, 2), COLUMNS)
 
 
 @compiled
@@ -181,10 +179,10 @@ def _gradient(frame: int, index: int) -> None:
     x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     out = result(frame, 0)
     inner, outer = extent(out, 1), extent(out, 2)
-    down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, GRADIENT_COLUMNS)
+    down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, COLUMNS)
     place, row = index // (down * across), index // across % down * GRADIENT_ROWS
-    column = index % across * GRADIENT_COLUMNS
-    rows, columns = min(GRADIENT_ROWS, inner - row), min(GRADIENT_COLUMNS, outer - column)
+    column = index % across * COLUMNS
+    rows, columns = min(GRADIENT_ROWS, inner - row), min(COLUMNS, outer - column)
     group = integer(operand(frame, 3), 0) + place
     begin = 0
     for before in range(group):
