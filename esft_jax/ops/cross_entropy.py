@@ -182,7 +182,7 @@ def _scan_chunks(
         hit = jnp.arange(logits.shape[-1]) == words
         dlogits = exps * (row_weights / sums) - jnp.where(hit, row_weights, 0)
         dlogits = dlogits.astype(hidden.dtype)
-        if head_grad:
+        if dhead is not None:
             # In parts, since XLA turns a whole matrix around slowly on a CPU.
             parts = (x.reshape(batch, -1, x.shape[-1]) for x in (rows, dlogits))
             dhead = dhead + product("btd,btv->dv", *parts)
@@ -195,10 +195,12 @@ def _scan_chunks(
         drows = jnp.zeros((size, width), jnp.float32) if hidden_grad else None
         return dhead, jnp.zeros(size, jnp.float32), drows
 
-    def step(dhead: Array | None, chunk: tuple[Array, Array]) -> tuple:
+    def step(
+        dhead: Array | None, chunk: tuple[Array, Array]
+    ) -> tuple[Array | None, tuple[Array, Array | None]]:
         index, chosen = chunk
-        dhead, *made = jax.lax.cond(index < needed, compute, skip, dhead, chosen)
-        return dhead, tuple(made)
+        dhead, losses, drows = jax.lax.cond(index < needed, compute, skip, dhead, chosen)
+        return dhead, (losses, drows)
 
     dhead, (losses, drows) = jax.lax.scan(
         step,

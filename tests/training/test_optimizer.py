@@ -47,6 +47,21 @@ def test_frozen_parameters_have_no_state_no_update_and_no_say_in_the_clip_norm()
     np.testing.assert_allclose(first, (1 - 0.9) / np.sqrt(6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, 100.0])
+def test_clipping_is_that_of_optax(clip_norm: float) -> None:
+    params = _params()
+    grads = jax.tree.map(lambda x: jnp.linspace(-3.0, 4.0, x.size).reshape(x.shape), params)
+    clipped, _ = optax.clip_by_global_norm(clip_norm).update(grads[TUNED], optax.EmptyState())
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), steps=10)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    (moments,) = (x for x in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(x))
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, 0.1 * theirs, rtol=1e-5),
+        moments.mu[TUNED],
+        clipped,
+    )
+
+
 def _is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
