@@ -123,7 +123,7 @@ def domains_table(lines: Sequence[Line]) -> str:
 
 
 def search_table(lines: Sequence[Line]) -> str:
-    """Every learning rate that was tried, with the first seed: mean over tasks; the base is first."""
+    """Every learning rate that was tried, with the first seed; the base comes first."""
     base = statistics.fmean(map(mean_loss, lines[0].results))
     rows = []
     for line in lines[1:]:
