@@ -142,22 +142,28 @@ def run_steps(
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], rounds: int, pause: float = 0.02
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    pause: float = 0.02,
+    turn: float = 0.1,
 ) -> dict[str, float]:
     """Median seconds of each contender over rounds in which all take their turn.
 
     Between turns there is a pause: idle threads of a pool spin for a while and would take the next
     contender's cores. After it, a first call that does not count wakes the contender's own threads
-    and gives it memory, as in a program that works on.
+    and gives it memory, as in a program that works on. Calls that take less than a turn are
+    repeated until it is over: a single one of a few milliseconds says little.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
             time.sleep(pause)
             run()
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
+            begin, calls, taken = time.perf_counter(), 0, 0.0
+            while taken < turn:
+                run()
+                calls, taken = calls + 1, time.perf_counter() - begin
+            seconds[name].append(taken / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -180,8 +180,10 @@ def _gradient(frame: int, index: int) -> None:
     out = result(frame, 0)
     inner, outer = extent(out, 1), extent(out, 2)
     down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, COLUMNS)
-    place, row = index // (down * across), index // across % down * GRADIENT_ROWS
-    column = index % across * COLUMNS
+    # Tasks that run side by side have rows of their own: at the edge of a column two threads would
+    # write to the same new page of memory, and both clear it.
+    place, row = index // (down * across), index % down * GRADIENT_ROWS
+    column = index // down % across * COLUMNS
     rows, columns = min(GRADIENT_ROWS, inner - row), min(COLUMNS, outer - column)
     group = integer(operand(frame, 3), 0) + place
     begin = 0
