@@ -1,20 +1,20 @@
 """`python -m esft_jax.sweep`: a whole table, and one that is killed on the way."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from esft_jax import sweep
-from esft_jax.sweeping.config import load_sweep
+from esft_jax.sweeping.config import base_cells, config_sha256, load_sweep, run_config
+from esft_jax.sweeping.record import CellResult
 from esft_jax.sweeping.run import run_sweep
 
 
@@ -57,8 +57,9 @@ def table(output: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_one_cell_after_the_other(sweep_file: Path, tmp_path: Path) -> None:
-    """A base, a method, a task; again it runs nothing, and no other process may run it."""
+@pytest.fixture
+def small(sweep_file: Path, tmp_path: Path) -> Path:
+    """A sweep of the base and one method on one task, in the folder `small`."""
     content = json.loads(sweep_file.read_text())
     content |= {"output": str(tmp_path / "small"), "seeds": [0], "learning_rates": {}}
     content["tasks"], content["methods"] = (
@@ -66,36 +67,55 @@ def test_one_cell_after_the_other(sweep_file: Path, tmp_path: Path) -> None:
     )
     config = tmp_path / "small.json"
     config.write_text(json.dumps(content))
-    assert sweep.main(["--config", str(config)]) == 0
-    found = results(tmp_path / "small")
+    return config
+
+
+def test_one_cell_after_the_other(small: Path) -> None:
+    """A base, a method, a task; again it runs nothing."""
+    output = small.with_suffix("")
+    assert sweep.main(["--config", str(small)]) == 0
+    found = results(output)
     assert found.keys() == {"sums/base/None/0", "sums/token/None/0"}
     trained = found["sums/token/None/0"]
     assert trained["valid_loss"] != found["sums/base/None/0"]["valid_loss"]
     assert trained["retention"].keys() == {"numbers"}
-    record = (tmp_path / "small" / "results.jsonl").read_bytes()
-    assert sweep.main(["--config", str(config)]) == 0
-    assert (tmp_path / "small" / "results.jsonl").read_bytes() == record
-    with locked(tmp_path / "small"):
-        assert sweep.main(["--config", str(config)]) == 2
+    record = (output / "results.jsonl").read_bytes()
+    assert sweep.main(["--config", str(small)]) == 0
+    assert (output / "results.jsonl").read_bytes() == record
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Have another process work on a sweep."""
-    code = (
-        "import fcntl, time\n"
-        f"lock = open({str(output / 'lock')!r}, 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    with other.stdout:
-        other.stdout.readline()
-        yield
-        other.kill()
-        other.wait()
+# Holds the claim of the base's cell until the other cell is finished; may write down a result.
+HOLDER = """
+import fcntl, sys, time
+from pathlib import Path
+
+output, line = Path(sys.argv[1]), sys.argv[2]
+(output / "claims").mkdir(parents=True)
+claim = (output / "claims" / "sums_base_seed-0").open("w")
+fcntl.flock(claim, fcntl.LOCK_EX)
+print("held", flush=True)
+results = output / "results.jsonl"
+while not results.exists() or not results.read_text().endswith("\\n"):
+    time.sleep(0.1)
+with results.open("a") as file:
+    file.write(line)
+"""
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_cell_that_another_process_runs_is_left_to_it(small: Path, finished: bool) -> None:
+    output, table_of = small.with_suffix(""), load_sweep(small)
+    (cell,) = base_cells(table_of)
+    theirs = CellResult(cell, config_sha256(run_config(table_of, cell)), "chrf", 12.5, 0.5)
+    line = json.dumps(dataclasses.asdict(theirs)) + "\n" if finished else ""
+    command = [sys.executable, "-c", HOLDER, str(output), line]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert sweep.main(["--config", str(small)]) == 0
+    found = results(output)  # which no cell is in twice
+    assert list(found) == ["sums/token/None/0", "sums/base/None/0"]
+    assert (found["sums/base/None/0"]["value"] == 12.5) == finished
+    assert (output / "table.csv").read_text().count("\n") == 3
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +153,26 @@ def test_every_cell_is_run_once_and_judged(done: Path, sweep_file: Path) -> None
     # What a run could be resumed from is gone; its result is not.
     assert not list(done.glob("cells/*/*/**/checkpoints"))
     assert len(list(done.glob("cells/*/token/*/adapter/model.safetensors"))) == 4
+
+
+@pytest.mark.slow
+def test_processes_share_a_sweep(done: Path, sweep_file: Path) -> None:
+    """One of two is killed, and another one comes; no cell is run twice."""
+    output = done.with_name("shared")
+    config = sweep_file.with_name("shared.json")
+    config.write_text(sweep_file.read_text().replace("/done", "/shared"))
+    command = [sys.executable, "-m", "esft_jax.sweep", "--config", str(config)]
+    with (output.parent / "shared-log").open("a") as log:
+        first, second = (subprocess.Popen(command, stdout=log, stderr=log) for _ in range(2))
+        while len(results(output)) < 5:
+            time.sleep(0.1)
+        first.kill()
+        third = subprocess.Popen(command, stdout=log, stderr=log)
+        codes = [process.wait() for process in (first, second, third)]
+    assert codes == [-signal.SIGKILL, 0, 0], (output.parent / "shared-log").read_text()
+    assert results(output) == results(done)
+    assert table(output) == table(done)
+    shutil.rmtree(output)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What the finished cells of a sweep have given, one line each, so that none is run twice."""
 
 import dataclasses
+import fcntl
 import json
 import os
 from dataclasses import dataclass, field
@@ -46,19 +47,22 @@ class CellResult:
 
 
 class Record:
-    """The finished cells, in a JSON Lines file that only ever grows."""
+    """The finished cells, in a JSON Lines file that only ever grows; processes may share it."""
 
     def __init__(self, path: Path):
         self.path = path
         self.results: dict[Cell, CellResult] = {}
-        if not path.exists():
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have finished meanwhile."""
+        if not self.path.exists():
             return
-        lines = read_text(path).split("\n")
-        for number, line in enumerate(lines[:-1], 1):
-            result = _read(line, f"{path}:{number}")
+        # What follows the last end of a line is being written, or was when a process was killed.
+        lines = read_text(self.path).split("\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            result = _read(line, f"{self.path}:{number}")
             self.results[result.cell] = result
-        if lines[-1]:  # a kill may leave half a line behind: its cell is run again
-            os.truncate(path, path.stat().st_size - len(lines[-1].encode()))
 
     def find(self, cell: Cell, config_sha256: str) -> CellResult | None:
         """The result of a cell, if it is finished.
@@ -77,8 +81,12 @@ class Record:
     def add(self, result: CellResult) -> None:
         """Write down a finished cell."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+        line = json.dumps(dataclasses.asdict(result)) + "\n"
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may leave half a line behind
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
         self.results[result.cell] = result

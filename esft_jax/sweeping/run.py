@@ -4,7 +4,8 @@ import dataclasses
 import fcntl
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,43 +37,71 @@ from esft_jax.training.loop import run_training
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import open_setup
 
+# Between looks at what other processes have finished, seconds.
+POLL = 2.0
+
 
 def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record | None:
     """Run what is not finished: the base, the search for learning rates, the other seeds.
 
     Every finished cell is a line of `results.jsonl` in the output folder and is never run again;
     one that was interrupted goes on from its last checkpoint. `table.csv` has what is known so far.
+    Processes that work on the same sweep share its cells out among them.
 
     Returns:
         All results; None if a signal stopped the run of a cell, which saved.
 
     Raises:
-        InputError: a cell cannot run, or another process works on this sweep.
+        InputError: a cell cannot run, or was run with other settings.
     """
-    output = Path(sweep.output)
-    with _alone(output):
-        record = Record(output / "results.jsonl")
+    record = Record(Path(sweep.output) / "results.jsonl")
+    if not _finish(sweep, record, [*base_cells(sweep), *search_cells(sweep)], say):
+        return None
+    rest: list[Cell] = []
+    for method in sweep.methods:
+        rest += method_cells(sweep, method, best_learning_rate(sweep, record, method))
+    if not _finish(sweep, record, rest, say):
+        return None
+    _write_table(sweep, record)  # another process may have written an older one last
+    return record
 
-        def finish(cells: list[Cell]) -> bool:
-            for cell in cells:
-                config = run_config(sweep, cell)
-                sha256 = config_sha256(config)
-                if record.find(cell, sha256) is not None:
+
+def _finish(
+    sweep: SweepConfig, record: Record, cells: Sequence[Cell], say: Callable[[str], None]
+) -> bool:
+    """Run cells that no other process runs, until all are finished; False if a signal stops one."""
+    output, configs = Path(sweep.output), {cell: run_config(sweep, cell) for cell in cells}
+    hashes = {cell: config_sha256(config) for cell, config in configs.items()}
+
+    def unfinished() -> list[Cell]:
+        record.refresh()
+        return [cell for cell in cells if record.find(cell, hashes[cell]) is None]
+
+    waiting = False
+    while left := unfinished():
+        ran = False
+        for cell in left:
+            with _claimed(output, cell) as ours:
+                if not ours or cell not in unfinished():
                     continue
                 say(f"cell {cell.name}: {len(record.results)} finished before")
-                result = run_cell(cell, config, sha256)
+                result = run_cell(cell, configs[cell], hashes[cell])
                 if result is None:
                     return False
                 record.add(result)
-                write_text_atomic(output / "table.csv", to_csv(summarise(sweep, record)))
-            return True
+            _write_table(sweep, record)
+            ran = True
+        if not ran:
+            if not waiting:
+                say(f"waiting for {len(left)} cells that other processes run")
+            time.sleep(POLL)
+        waiting = not ran
+    return True
 
-        if not finish([*base_cells(sweep), *search_cells(sweep)]):
-            return None
-        for method in sweep.methods:
-            if not finish(method_cells(sweep, method, best_learning_rate(sweep, record, method))):
-                return None
-    return record
+
+def _write_table(sweep: SweepConfig, record: Record) -> None:
+    record.refresh()
+    write_text_atomic(Path(sweep.output) / "table.csv", to_csv(summarise(sweep, record)))
 
 
 def run_cell(cell: Cell, config: RunConfig, sha256: str) -> CellResult | None:
@@ -118,16 +147,18 @@ def _judged(cell: Cell, sha256: str, report: EvaluationReport) -> CellResult:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep other processes from working on the same sweep."""
+def _claimed(output: Path, cell: Cell) -> Iterator[bool]:
+    """Keep other processes from running a cell; False if one of them does."""
+    path = output / "claims" / cell.name.replace("/", "_")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / "lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        claim = path.open("w")
     except OSError as error:
         raise InputError(f"output: {output}: {error.strerror}") from None
-    with lock:
+    with claim:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"output: {output}: another process works on this sweep") from None
-        yield
+            yield False
+        else:
+            yield True

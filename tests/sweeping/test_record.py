@@ -37,6 +37,20 @@ def test_half_a_line_is_a_cell_that_is_not_finished(tmp_path: Path) -> None:
         assert record.path.read_bytes() == content
 
 
+def test_what_others_finish_is_seen(tmp_path: Path) -> None:
+    """Lines of several processes; reading cuts nothing off, since it may be just being written."""
+    ours, theirs = (Record(tmp_path / "results.jsonl") for _ in range(2))
+    theirs.add(ONE)
+    ours.refresh()
+    assert ours.results == {ONE.cell: ONE}
+    ours.add(TWO)
+    content = ours.path.read_bytes()
+    ours.path.write_bytes(content[:-1])
+    theirs.refresh()
+    assert theirs.results == {ONE.cell: ONE}
+    assert ours.path.read_bytes() == content[:-1]
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     record = Record(tmp_path / "results.jsonl")
     record.add(ONE)
