@@ -3,11 +3,18 @@
     python benchmarks/paper.py [--check]
 
 A table stands between `<!-- table: KIND SWEEP:METHOD ... -->` and `<!-- end -->`, with a row for
-each method; `SWEEP:all` stands for all of a sweep. Kinds: `methods` has tasks, what is forgotten,
-and sizes; `domains` the held-out loss of what was not trained on, by domain; `search` each learning
-rate that was tried; `hours` how long a sweep took to train. What a sweep has run is in
-benchmarks/records; `python -m esft_jax.sweep --config configs/paper/SWEEP.yaml` runs what is
-missing. With --check nothing is written: exit code 1 if a table is not that of the records.
+each method; `SWEEP:all` stands for all of a sweep. Kinds:
+
+- `methods`: tasks, what is forgotten, and sizes;
+- `first_seed`: the same of the first seed alone, for methods of sweeps with several seeds and with
+  one; the base, which is named first, is not shown;
+- `domains`: the held-out loss of what was not trained on, by domain;
+- `search`: each learning rate that was tried;
+- `hours`: how long a sweep took to train.
+
+What a sweep has run is in benchmarks/records; `python -m esft_jax.sweep --config
+configs/paper/SWEEP.yaml` runs what is missing. With --check nothing is written: exit code 1 if a
+table is not that of the records.
 """
 
 import argparse
@@ -16,7 +23,7 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from esft_jax.reporting.comparison import forgotten
@@ -34,12 +41,15 @@ class Line:
     """A method of a sweep.
 
     Attributes:
+        row: over all seeds.
+        first: of the first seed.
         results: of its finished cells, all seeds and tasks.
         searched: of the cells that decided on its learning rate.
     """
 
     sweep: str
     row: MethodRow
+    first: MethodRow
     results: Sequence[CellResult]
     searched: Sequence[CellResult]
 
@@ -50,13 +60,14 @@ def lines_of(sweep_name: str) -> dict[str, Line]:
     sweep = load_sweep(Path("configs/paper") / f"{sweep_name}.yaml")
     record = Record(Path(sweep.output) / "results.jsonl")
     found = {}
-    for row in summarise(sweep, record):
+    firsts = summarise(replace(sweep, seeds=sweep.seeds[:1]), record)
+    for row, first in zip(summarise(sweep, record), firsts, strict=True):
         cells = base_cells(sweep)
         if row.method != BASE:
             cells = method_cells(sweep, row.method, row.learning_rate)
         results = [record.results[cell] for cell in cells if cell in record.results]
         searched = [record.results[c] for c in search_cells(sweep) if c.method == row.method]
-        found[row.method] = Line(sweep_name, row, results, searched)
+        found[row.method] = Line(sweep_name, row, first, results, searched)
     return found
 
 
@@ -84,11 +95,22 @@ def spread_text(spread: Spread, digits: int) -> str:
 
 def methods_table(lines: Sequence[Line]) -> str:
     """What each method gains, forgets and costs; the base comes first."""
-    tasks, lost = list(lines[0].row.values), forgotten([line.row for line in lines])
+    head, rows = _gains([line.row for line in lines])
+    return to_markdown(head, rows)
+
+
+def first_seed_table(lines: Sequence[Line]) -> str:
+    """The same with the first seed alone; the base, which comes first, is not shown."""
+    head, rows = _gains([line.first for line in lines])
+    return to_markdown(head, rows[1:])
+
+
+def _gains(methods: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
+    tasks, lost = list(methods[0].values), forgotten(methods)
     head = ["method", "learning rate", *tasks, "**average**", "forgotten, nats"]
     head += ["trained", "stored", "step memory"]
     rows = []
-    for row in (line.row for line in lines):
+    for row in methods:
         across = row.retention.deviation if row.retention else 0.0
         change = lost.get(row.method)
         rows.append(
@@ -103,7 +125,7 @@ def methods_table(lines: Sequence[Line]) -> str:
                 "" if row.step_bytes is None else size_text(row.step_bytes),
             ]
         )
-    return to_markdown(head, rows)
+    return head, rows
 
 
 def domains_table(lines: Sequence[Line]) -> str:
@@ -163,6 +185,7 @@ def hours_table(lines: Sequence[Line]) -> str:
 
 KINDS = {
     "methods": methods_table,
+    "first_seed": first_seed_table,
     "domains": domains_table,
     "search": search_table,
     "hours": hours_table,

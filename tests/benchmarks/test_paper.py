@@ -15,6 +15,8 @@ DOCUMENT = """# Results
 <!-- table: methods toy:base toy:token toy:unfinished -->
 <!-- end -->
 between
+<!-- table: first_seed toy:all -->
+<!-- end -->
 <!-- table: domains toy:all -->
 old
 <!-- end -->
@@ -37,6 +39,11 @@ FILLED = f"""# Results
 | token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 12.5% | 4 MB | 1 GB |
 <!-- end -->
 between
+<!-- table: first_seed toy:all -->
+{HEAD}
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| token | 0.01 | 40.0 | 60.0 | **50.0** | 0.25 | 12.5% | 4 MB | 1 GB |
+<!-- end -->
 <!-- table: domains toy:all -->
 | method | python | poetry |
 | --- | ---: | ---: |
