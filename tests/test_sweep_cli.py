@@ -155,13 +155,18 @@ def test_every_cell_is_run_once_and_judged(done: Path, sweep_file: Path) -> None
     assert len(list(done.glob("cells/*/token/*/adapter/model.safetensors"))) == 4
 
 
+def same_sweep(done: Path, sweep_file: Path, name: str) -> tuple[Path, Path, list[str]]:
+    """The sweep in another folder: this folder, its configuration, and the command that runs it."""
+    config = sweep_file.with_name(f"{name}.json")
+    config.write_text(sweep_file.read_text().replace("/done", f"/{name}"))
+    command = [sys.executable, "-m", "esft_jax.sweep", "--config", str(config)]
+    return done.with_name(name), config, command
+
+
 @pytest.mark.slow
 def test_processes_share_a_sweep(done: Path, sweep_file: Path) -> None:
     """One of two is killed, and another one comes; no cell is run twice."""
-    output = done.with_name("shared")
-    config = sweep_file.with_name("shared.json")
-    config.write_text(sweep_file.read_text().replace("/done", "/shared"))
-    command = [sys.executable, "-m", "esft_jax.sweep", "--config", str(config)]
+    output, _, command = same_sweep(done, sweep_file, "shared")
     with (output.parent / "shared-log").open("a") as log:
         first, second = (subprocess.Popen(command, stdout=log, stderr=log) for _ in range(2))
         while len(results(output)) < 5:
@@ -177,10 +182,7 @@ def test_processes_share_a_sweep(done: Path, sweep_file: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_table(done: Path, sweep_file: Path) -> None:
-    output = done.with_name("killed")
-    config = sweep_file.with_name("killed.json")
-    config.write_text(sweep_file.read_text().replace("/done", "/killed"))
-    command = [sys.executable, "-m", "esft_jax.sweep", "--config", str(config)]
+    output, config, command = same_sweep(done, sweep_file, "killed")
     kept: dict[str, dict] = {}
     for number, enough in (
         (signal.SIGKILL, 1),
