@@ -43,6 +43,7 @@ class SweepConfig:
     Attributes:
         output: Folder of the sweep.
         run: Run configuration that every cell begins with.
+        overrides: What all cells change in it (`key=value`), the base's too: another model, say.
         tasks: For each task, what it changes (`key=value`): its data, its metric. Or a YAML file of
             them, for sweeps over the same tasks.
         methods: For each method, what it changes.
@@ -56,6 +57,7 @@ class SweepConfig:
     run: Text
     tasks: Tasks
     methods: Annotated[dict[Name, Overrides], Field(min_length=1)]
+    overrides: Overrides = ()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     learning_rates: dict[Name, Annotated[tuple[Positive, ...], Field(min_length=1)]] = (
         dataclasses.field(default_factory=dict)
@@ -112,7 +114,7 @@ def load_sweep(path: str | Path) -> SweepConfig:
 
 def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:
     """The configuration of a cell's run."""
-    overrides = [*sweep.tasks[cell.task], *sweep.methods.get(cell.method, ())]
+    overrides = [*sweep.overrides, *sweep.tasks[cell.task], *sweep.methods.get(cell.method, ())]
     if cell.learning_rate is not None:
         overrides.append(f"optimizer.learning_rate={cell.learning_rate}")
     overrides += [f"seed={cell.seed}", f"output={Path(sweep.output) / 'cells' / cell.name}"]

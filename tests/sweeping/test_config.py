@@ -45,6 +45,19 @@ def test_the_run_of_a_cell(sweep_file: Path) -> None:
     assert run_config(sweep, base_cells(sweep)[0]).evaluation.metric == "intent"
 
 
+def test_what_all_cells_change(sweep_file: Path) -> None:
+    content = json.loads(sweep_file.read_text())
+    overrides = ["model=another", "train.steps=7", "evaluation.metric=bleu", "method=lora"]
+    sweep_file.write_text(json.dumps(content | {"overrides": overrides}))
+    sweep = load_sweep(sweep_file)
+    base = run_config(sweep, base_cells(sweep)[0])
+    full = run_config(sweep, Cell("intent", "full", 1e-5, 3))
+    for config in (base, full):
+        assert (config.model, config.train.steps) == ("another", 7)
+        assert config.evaluation.metric == "intent", "a task comes after what all cells change"
+    assert full.method == "full", "and a method after both"
+
+
 def test_a_configuration_is_the_same_wherever_it_writes(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file)
     one = run_config(sweep, Cell("intent", "token", None, 4))
