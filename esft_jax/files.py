@@ -29,6 +29,16 @@ def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | os.PathLike[str], key: str) -> None:
+    """Refuse a folder that cannot be written to, or be made; the `InputError` starts with `key`."""
+    path = Path(folder)
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"{key}: {existing} is a file; expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{key}: {existing}: no permission to write")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 file; `InputError` names it if it is missing, unreadable or not UTF-8."""
     try:

@@ -4,15 +4,17 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.experts.choose import choose_experts, describe
+from esft_jax.files import check_writable
 from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import load_pretrained, measure_scores, open_setup
+from esft_jax.training.setup import check_samples, load_pretrained, measure_scores, open_setup
 
 
 @command
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     setup = open_setup(config)
+    check_samples(config, setup.model_config, setup.task_set)
+    folder = Path(args.output) if args.output else RunFolder(config.output).scores
+    check_writable(folder, "--output" if args.output else "output")
     scores = measure_scores(setup, load_pretrained(setup))
-    folder = args.output or RunFolder(config.output).scores
     if jax.process_index() == 0:
         scores.save(folder)
         # Of these scores, whatever the configuration will train on.

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None) -> None:
         type=int,
         default=6,
         metavar="K",
-        help="experts per token of routing logs, which do not say it (default: 6)",
+        help="experts per token of routing logs, which do not say it; --model does (default: 6)",
     )
     args = parser.parse_args(argv)
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None) -> None:
     if args.model is not None:
         model = ModelConfig.load(local_folder(args.model, files=("config.json",)))
         check_select(select, model, args.dtype)
-    tasks = load_tasks(args.scores, args.experts_per_token)
+    tasks = load_tasks(args.scores, model, args.experts_per_token)
     config = choose_experts(select, tasks, model, args.dtype, args.experts_per_token)
     config.save(args.output)
     console = Console()

@@ -30,7 +30,7 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
-from esft_jax.files import parse_json, read_text, write_text_atomic
+from esft_jax.files import check_writable, parse_json, read_text, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.mesh import any_process, make_mesh
@@ -114,7 +114,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     if not evaluation.asked:
         raise InputError("evaluation.data: not set; expected a file of prompts and answers")
     run = RunFolder(config.output)
-    run.check_writable()
+    check_writable(run.path, "output")
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)

@@ -13,7 +13,7 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.groups import group_experts
 from esft_jax.experts.partition import TUNED, label
-from esft_jax.experts.scores import ExpertScores, load_scores
+from esft_jax.experts.scores import ExpertScores, as_wide, load_scores
 from esft_jax.experts.select import combine_experts, random_experts, select_experts
 from esft_jax.files import parse_json, read_text
 from esft_jax.hf.names import tensor_placements
@@ -97,14 +97,21 @@ def describe(select: SelectConfig, *, scored: bool = True) -> str:
     return ", ".join(words)
 
 
-def load_tasks(paths: Sequence[str], experts_per_token: int) -> list[ExpertScores | ExpertConfig]:
-    """Read scores (see `load_scores`) and `expert_cfg.json` files."""
-    return [
-        ExpertConfig.load(path)
-        if _is_expert_config(path)
-        else load_scores(path, experts_per_token=experts_per_token)
-        for path in paths
-    ]
+def load_tasks(
+    paths: Sequence[str], model: ModelConfig | None, experts_per_token: int = 6
+) -> list[ExpertScores | ExpertConfig]:
+    """Read scores (see `load_scores`) and `expert_cfg.json` files.
+
+    Args:
+        model: whose they are, if it is known.
+        experts_per_token: of routing logs; the model's, if it is given.
+    """
+    top_k = experts_per_token if model is None else model.router.top_k
+    given = {path: ExpertConfig.load(path) for path in paths if _is_expert_config(path)}
+    scores = [load_scores(path, experts_per_token=top_k) for path in paths if path not in given]
+    widest = max((one.num_experts for one in scores), default=0)
+    scored = iter(as_wide(scores, widest if model is None else model.router.num_experts))
+    return [given[path] if path in given else next(scored) for path in paths]
 
 
 def _is_expert_config(path: str) -> bool:
@@ -165,23 +172,31 @@ def _check_fit(
     select: SelectConfig, tasks: Sequence[ExpertScores | ExpertConfig], model: ModelConfig | None
 ) -> None:
     """Check tasks against the model, or against the first scores."""
-    first: ExpertScores | None = None
-    for index, task in enumerate(tasks):
-        where = select.scores[index] if select.scores else "scores"
+    paths = select.scores or ["scores"] * len(tasks)
+    named = list(zip(paths, tasks, strict=True))
+    scored = [(path, task) for path, task in named if isinstance(task, ExpertScores)]
+    shape = None
+    if model is not None:
+        shape = model.moe_layers, model.router.num_experts
+    elif scored:
+        shape = scored[0][1].layers, scored[0][1].num_experts
+    for where, task in named:
         if isinstance(task, ExpertConfig):
             if select.has_rule or select.group_size > 1:
                 raise InputError(
                     f"{where}: is a selection already; top_p, top_k, a budget and group_size "
                     "choose from scores"
                 )
-            if model is not None:
-                task.validate(model.moe_layers, model.router.num_experts)
+            try:
+                if shape is not None:
+                    task.validate(*shape)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
             continue
         if model is not None:
             _check_scores(task, model, where)
-        first = first or task
-        if (task.layers, task.num_experts) != (first.layers, first.num_experts):
-            raise InputError(f"{where}: scores of another model than {select.scores[0]}")
+        if (task.layers, task.num_experts) != shape:
+            raise InputError(f"{where}: scores of another model than {scored[0][0]}")
         if select.group_size > 1 and task.num_experts % select.group_size:
             raise InputError(
                 f"select.group_size: {select.group_size} does not divide {task.num_experts} experts"
@@ -193,7 +208,7 @@ def _check_fit(
     needs_model = select.max_parameters is not None or select.max_bytes is not None
     if model is None and needs_model:
         raise InputError("--model: a budget needs the size of an expert; expected a model's folder")
-    if model is None and select.random_seed is not None and first is None:
+    if shape is None and select.random_seed is not None:
         raise InputError("--model: random experts need their number; expected a model's folder")
 
 

@@ -1,6 +1,7 @@
 """Measuring how relevant each expert is to a task (arXiv 2407.01906, equations 6 and 7)."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,8 @@ def score_experts(
 ) -> ExpertScores:
     """Run a model forward over task samples and average its routing.
 
-    The routing itself of the first rows, `ROUTING_TOKENS` tokens, is kept beside the averages.
+    The routing itself is kept beside the averages, of the first documents that together have at
+    most `ROUTING_TOKENS` tokens.
 
     Args:
         model: the base model.
@@ -72,8 +74,10 @@ def score_experts(
     graph, params = nnx.split(model)
     num_experts = model.config.router.num_experts
 
-    @jax.jit
-    def add(totals: tuple, params: nnx.State, batch: dict[str, Array]) -> tuple[tuple, _Batch]:
+    @partial(jax.jit, static_argnames="keep")
+    def add(
+        totals: tuple, params: nnx.State, batch: dict[str, Array], keep: bool
+    ) -> tuple[tuple, _Batch | None]:
         model = nnx.merge(graph, params)
         _, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
         token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
@@ -82,6 +86,9 @@ def score_experts(
         # The paper's gates are the router's probabilities, before any scaling factor.
         gate = gate / model.config.router.scale
         together = chosen_together(router.expert_ids, num_experts)
+        totals = jax.tree.map(jnp.add, totals, (token, gate, filled, tokens, together))
+        if not keep:
+            return totals, None
         routing = _Batch(
             router.expert_ids.astype(jnp.uint16),
             (router.gates / model.config.router.scale).astype(jnp.float16),
@@ -91,7 +98,7 @@ def score_experts(
         if model.mesh is not None:  # every process reads all rows
             everywhere = NamedSharding(model.mesh, PartitionSpec())
             routing = jax.lax.with_sharding_constraint(routing, everywhere)
-        return jax.tree.map(jnp.add, totals, (token, gate, filled, tokens, together)), routing
+        return totals, routing
 
     zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
     none = jnp.zeros((), jnp.int32)
@@ -101,8 +108,8 @@ def score_experts(
     room = ROUTING_TOKENS
     for batch in batches:
         inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
-        totals, routing = add(totals, params, place_batch(inputs, model.mesh))
-        if room > 0:
+        totals, routing = add(totals, params, place_batch(inputs, model.mesh), keep=room > 0)
+        if routing is not None:
             kept.append(_Batch(*map(np.asarray, routing)))
             room -= int((kept[-1].segment_ids > 0).sum())
     token, gate, samples, tokens, together = jax.device_get(totals)
@@ -128,24 +135,27 @@ class _Batch(NamedTuple):
 
 
 def _routing_log(kept: list[_Batch], layers: tuple[int, ...], num_experts: int) -> RoutingLog:
+    """Of whole documents: at least one, and `ROUTING_TOKENS` tokens at most."""
     real = [batch.segment_ids > 0 for batch in kept]
     # A document starts where its number changes and where a row begins.
     first = [
         np.diff(batch.segment_ids, axis=1, prepend=-1)[filled] != 0
         for batch, filled in zip(kept, real, strict=True)
     ]
-    starts = np.flatnonzero(np.concatenate(first))
+    total = sum(int(filled.sum()) for filled in real)
+    starts = np.append(np.flatnonzero(np.concatenate(first)), total)
+    fitting = np.searchsorted(starts, ROUTING_TOKENS, side="right")
+    starts = starts[: max(fitting, 2)]
+
+    def tokens_of(arrays: list[np.ndarray], axis: int) -> np.ndarray:
+        joined = np.concatenate(arrays, axis)
+        return joined.take(range(starts[-1]), axis)
+
     return RoutingLog(
         layers=layers,
         num_experts=num_experts,
-        expert_ids=np.concatenate(
-            [batch.expert_ids[:, filled] for batch, filled in zip(kept, real, strict=True)], axis=1
-        ),
-        gates=np.concatenate(
-            [batch.gates[:, filled] for batch, filled in zip(kept, real, strict=True)], axis=1
-        ),
-        starts=np.append(starts, sum(int(filled.sum()) for filled in real)),
-        tokens=np.concatenate(
-            [batch.tokens[filled] for batch, filled in zip(kept, real, strict=True)]
-        ),
+        expert_ids=tokens_of([b.expert_ids[:, f] for b, f in zip(kept, real, strict=True)], 1),
+        gates=tokens_of([b.gates[:, f] for b, f in zip(kept, real, strict=True)], 1),
+        starts=starts,
+        tokens=tokens_of([b.tokens[f] for b, f in zip(kept, real, strict=True)], 0),
     )

@@ -5,9 +5,10 @@ a layer's token scores sum to 1. Gate score (eq. 6): an expert's mean gate over 
 where it was not chosen; a layer's gate scores sum to the mean gate mass of its top-K experts.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -253,6 +254,19 @@ def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "
         return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
     except OverflowError:
         raise InputError(f"{where}: a score is beyond the range of floating point") from None
+
+
+def as_wide(loaded: Sequence[ExpertScores], num_experts: int) -> list[ExpertScores]:
+    """What `load_scores` has read, with `num_experts` in each layer where logs show fewer.
+
+    Logs do not say how many there are: the last ones are missing if no token chose them.
+    """
+    return [
+        _of_logs(dataclasses.replace(scores.routing, num_experts=num_experts))
+        if scores.routing is not None and scores.num_experts < num_experts
+        else scores
+        for scores in loaded
+    ]
 
 
 def _of_logs(log: RoutingLog) -> ExpertScores:

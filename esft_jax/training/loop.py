@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
-from esft_jax.errors import InputError
+from esft_jax.errors import Diverged
 from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA, Trained
@@ -360,7 +360,7 @@ class _Run:
             if jax.process_index() == 0:
                 write_text_atomic(listed, "".join(f"{place}\n" for place in examples))
             if count > config.max_skipped:
-                raise InputError(
+                raise Diverged(
                     f"step {step}: loss or gradients are not finite, in {count} updates of this "
                     f"run; train.max_skipped allows {config.max_skipped}. The batch: {examples[0]} "
                     f"and {len(examples) - 1} more examples, listed in {listed} "
@@ -433,10 +433,11 @@ class _Run:
         config = self.config
         # Of given experts nothing is known of how they were chosen.
         given = config.expert_cfg is not None or not config.selects_experts
+        measured = not given and not config.select.scores
         manifest = {
             "base_model": config.model,
             "base_fingerprint": self.source.fingerprint,
-            "scores_sha256": None if given else _file_hash(self.folder.scores / "scores.json"),
+            "scores_sha256": _file_hash(self.folder.scores / "scores.json") if measured else None,
             "data_sha256": self.train_set.stats.sha256,
             "select": None if given else dataclasses.asdict(config.select),
             "step": outcome.step,
@@ -476,7 +477,7 @@ def _file_hash(path: Path) -> str | None:
 def _finite(name: str, step: int, value: float) -> float:
     """The value; a diverged run ends here, with its last good checkpoint."""
     if not math.isfinite(value):
-        raise InputError(
+        raise Diverged(
             f"step {step}: {name} is {value}; expected a finite number "
             "(a lower optimizer.learning_rate, or other data)"
         )

@@ -1,14 +1,13 @@
 """The folder of one run: what lies where, and whether it may be continued."""
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
-from esft_jax.files import read_text, write_text_atomic
+from esft_jax.files import check_writable, read_text, write_text_atomic
 
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
@@ -67,7 +66,7 @@ class RunFolder:
         Raises:
             InputError: naming the folder, and the first setting that differs.
         """
-        self.check_writable()
+        check_writable(self.path, "output")
         if not self.path.exists():
             return
         if not self.config.exists():
@@ -92,14 +91,6 @@ class RunFolder:
                     f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
-
-    def check_writable(self) -> None:
-        """Raise an `InputError` unless the folder, or a new one in its place, can be written to."""
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise InputError(f"output: {existing} is a file; expected a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"output: {existing}: no permission to write")
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration."""

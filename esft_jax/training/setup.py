@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -64,16 +65,12 @@ def open_setup(config: RunConfig) -> Setup:
     Raises:
         InputError: naming the key, file or line that is wrong.
     """
-    run = RunFolder(config.output)
-    run.check(config)
-    folder = local_folder(config.model)
-    model_config = ModelConfig.load(folder)
-    mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
-    check_fit(config, model_config, mesh)
-    experts = given_experts(config, model_config)
+    run, folder, model_config, mesh, experts = check_setup(config)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model_config.vocab_size)
     task_set, train_set, valid_sets = _data(config, tokenizer)
+    if config.selects_experts and experts is None:
+        check_samples(config, model_config, task_set)
     return Setup(
         config,
         run,
@@ -86,6 +83,23 @@ def open_setup(config: RunConfig) -> Setup:
         valid_sets,
         experts,
     )
+
+
+def check_setup(
+    config: RunConfig,
+) -> tuple[RunFolder, Path, ModelConfig, Mesh, ExpertConfig | None]:
+    """Read everything but weights and data, and check that it fits together; see `Setup`.
+
+    Raises:
+        InputError: naming the key or file that is wrong.
+    """
+    run = RunFolder(config.output)
+    run.check(config)
+    folder = local_folder(config.model)
+    model_config = ModelConfig.load(folder)
+    mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
+    check_fit(config, model_config, mesh)
+    return run, folder, model_config, mesh, given_experts(config, model_config)
 
 
 def _data(
@@ -117,23 +131,26 @@ def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
     if not config.selects_experts:
         return None
     chosen = Path(config.expert_cfg) if config.expert_cfg is not None else run.expert_cfg
-    if not chosen.exists():
-        if not select.scores:
-            return None
-        tasks = load_tasks(select.scores, model.router.top_k)
-        return choose_experts(select, tasks, model, config.dtype)
-    experts = ExpertConfig.load(chosen)
-    try:
-        experts.validate(model.moe_layers, model.router.num_experts)
-    except InputError as error:
-        raise InputError(f"{chosen}: {error}") from None
+    where = str(chosen)
+    if chosen.exists():
+        experts = ExpertConfig.load(chosen)
+        try:
+            experts.validate(model.moe_layers, model.router.num_experts)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    elif select.scores:
+        where = "select.scores"
+        tasks = load_tasks(select.scores, model)
+        experts = choose_experts(select, tasks, model, config.dtype)
+    else:
+        return None
     if config.method == "lora":
         if not experts.num_experts_selected:
-            raise InputError(f"{chosen}: selects no expert for lora.targets: selected_experts")
+            raise InputError(f"{where}: selects no expert for lora.targets: selected_experts")
         for flag in ("shared_experts", "non_expert_modules"):
             if getattr(experts, flag):
                 raise InputError(
-                    f"{chosen}: {flag} is true; with method lora, lora.targets says what is "
+                    f"{where}: {flag} is true; with method lora, lora.targets says what is "
                     "trained besides routed experts"
                 )
     return experts
@@ -165,10 +182,26 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             f"train.batch_size / train.micro_batches: {micro_batch} rows cannot be split over "
             f"{mesh.size} devices"
         )
-    # Where nothing is scored, the defaults of `score` need not fit.
     if config.selects_experts and config.expert_cfg is None:
-        _check_rows("score", config.score.sequence_length, model)
         check_select(config.select, model, config.dtype)
+        if not config.select.scores:  # nothing is scored else, and the defaults need not fit
+            _check_rows("score", config.score.sequence_length, model)
+
+
+def check_samples(config: RunConfig, model: ModelConfig, task_set: PackedDataset) -> None:
+    """Check that the task's examples can be scored in rows of `score.sequence_length`.
+
+    Raises:
+        InputError: rows are longer than the model's limit, or shorter than an example.
+    """
+    length, data = config.score.sequence_length, config.data
+    _check_rows("score", length, model)
+    longest = int(np.diff(task_set.documents.offsets).max()) - 1  # the last token is only a target
+    if data.format == "chat" and data.too_long == "error" and longest > length:
+        raise InputError(
+            f"score.sequence_length: {length} tokens; the longest chat of data.train needs "
+            f"{longest}; expected at least that, or data.too_long: cut"
+        )
 
 
 def _check_rows(section: str, length: int, model: ModelConfig) -> None:
@@ -195,11 +228,9 @@ def _packed(
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     """Score the base model's experts on samples of the task's training data.
 
-    Raises:
-        InputError: `score.sequence_length` is beyond the model's limit.
+    `check_samples` must have passed.
     """
     config, dataset = setup.config, setup.task_set
-    _check_rows("score", config.score.sequence_length, setup.model_config)
     length = config.score.sequence_length
     if length != dataset.sequence_length:
         dataset = _packed(config, config.data.train, setup.tokenizer, length)

@@ -86,8 +86,15 @@ def test_tasks_that_do_not_fit(model, scores):
     expected = "scores of 8 experts in layers 1 to 2; the model has 8 in 1 to 3"
     with pytest.raises(InputError, match=expected):
         choose_experts(SelectConfig(), [other], model)
-    with pytest.raises(InputError, match="expert 8 is out of range"):
+    with pytest.raises(InputError, match="a: expert config: layer 1: expert 8 is out of range"):
         choose_experts(SelectConfig(scores=("a",)), [ExpertConfig({1: (8,)})], model)
+    # Without a model, by the scores beside it.
+    for given, message in (
+        (ExpertConfig({1: (8,)}), "b: expert config: layer 1: expert 8 is out of range"),
+        (ExpertConfig({7: (0,)}), "b: expert config: layer 7 is no MoE layer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            choose_experts(SelectConfig(scores=("a", "b")), [scores, given])
     with pytest.raises(InputError, match="select.group_size: 3 does not divide the model's 8"):
         check_select(SelectConfig(group_size=3), model, "float32")
 

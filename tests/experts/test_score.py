@@ -132,7 +132,12 @@ def test_the_routing_of_so_many_tokens_is_kept(model, monkeypatch) -> None:
     monkeypatch.setattr("esft_jax.experts.score.ROUTING_TOKENS", 20)
     scores = score_experts(model, [part(rows, row, row + 1) for row in range(6)])
     assert scores.provenance["tokens"] == rows["segment_ids"].sum()
-    assert scores.routing.num_sequences == 3  # 8, 9 and 10 tokens
+    np.testing.assert_array_equal(scores.routing.starts, [0, 8, 17])  # a third one has 10 tokens
+    assert scores.routing.gates.shape[1] == len(scores.routing.tokens) == 17
+    # The same of one batch, and one document at least.
+    np.testing.assert_array_equal(score_experts(model, [rows]).routing.starts, [0, 8, 17])
+    monkeypatch.setattr("esft_jax.experts.score.ROUTING_TOKENS", 5)
+    np.testing.assert_array_equal(score_experts(model, [rows]).routing.starts, [0, 8])
 
 
 def test_gate_scores_leave_out_the_routers_scaling_factor(model) -> None:

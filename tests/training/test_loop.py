@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +18,7 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.groups import group_experts
 from esft_jax.experts.scores import load_scores
+from esft_jax.files import write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.planning.analysis import make_plan, open_case
@@ -298,8 +300,11 @@ def test_selections_of_other_tasks_need_no_measuring(make_config, finished, tmp_
     scores, first = str(finished[1].folder / "scores"), finished[1].experts
     select = {"scores": [scores], "top_p": 0.3, "random_seed": 1}
     config = make_config(select=select, train={"steps": 1, "batch_size": 4})
+    unrelated = Path(config.output) / "scores" / "scores.json"  # by an earlier `score`
+    write_text_atomic(unrelated, "{}")
     result = run(config)
-    assert not (result.folder / "scores").exists()
+    assert unrelated.read_text() == "{}"
+    assert json.loads((result.result / "manifest.json").read_text())["scores_sha256"] is None
     counts = {layer: len(ids) for layer, ids in first.experts.items()}
     assert {layer: len(ids) for layer, ids in result.experts.experts.items()} == counts
     assert result.experts != first
@@ -311,6 +316,18 @@ def test_selections_of_other_tasks_need_no_measuring(make_config, finished, tmp_
     )
     with pytest.raises(InputError, match=r"select.top_k: 9; the model has 8 experts per layer"):
         open_setup(wrong)
+
+
+def test_rows_to_score_are_checked_before_anything_is_loaded(make_config, finished) -> None:
+    score = {"samples": 8, "sequence_length": 8, "batch_size": 8}
+    with pytest.raises(InputError, match=r"score.sequence_length: 8 tokens; the longest chat of"):
+        open_setup(make_config(score=score))
+    score["sequence_length"] = 4096
+    with pytest.raises(InputError, match=r"score.sequence_length: 4096 tokens; the model's limit"):
+        open_setup(make_config(score=score))
+    # Nothing is scored where the experts are known.
+    given = {"scores": [str(finished[1].folder / "expert_cfg.json")]}
+    assert open_setup(make_config(score=score, select=given)).experts == finished[1].experts
 
 
 def test_full_training_from_random_weights_writes_a_model(make_config) -> None:

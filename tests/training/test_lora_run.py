@@ -91,3 +91,8 @@ def test_given_experts_are_checked(make_config, tmp_path) -> None:
 
     assert "shared_experts is true; with method lora" in message(ExpertConfig({1: (0,)}, True))
     assert "layer 0 is no MoE layer" in message(ExpertConfig({0: (0,)}))
+    # The same of a selection that another run has made.
+    ExpertConfig({1: (0,)}, shared_experts=True).save(path)
+    select = {"scores": [str(path)]}
+    with pytest.raises(InputError, match="select.scores: shared_experts is true; with method lora"):
+        open_setup(make_config(method="lora", lora=LORA, select=select))
