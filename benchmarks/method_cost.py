@@ -60,6 +60,7 @@ def measure(sweep_path: Path, method: str, steps: int) -> Cost:
             config,
             output=f"{folder}/run",
             train=replace(config.train, steps=steps, eval_every=steps, save_every=steps),
+            optimizer=replace(config.optimizer, warmup_steps=0),  # fewer than any `steps`
             evaluation=EvaluationConfig(),
         )
         split_cpu(config.mesh.cpu_devices)

@@ -29,7 +29,7 @@ from pathlib import Path
 from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import size_text
 from esft_jax.sweeping.config import BASE, base_cells, load_sweep, method_cells, search_cells
-from esft_jax.sweeping.record import CellResult, Record
+from esft_jax.sweeping.record import CellResult, open_record
 from esft_jax.sweeping.table import MethodRow, Spread, summarise
 
 DOCUMENT = Path("docs/results.md")
@@ -43,7 +43,7 @@ class Line:
     Attributes:
         row: over all seeds.
         first: of the first seed.
-        results: of its finished cells, all seeds and tasks.
+        results: of its finished cells that did not diverge, all seeds and tasks.
         searched: of the cells that decided on its learning rate.
     """
 
@@ -57,8 +57,8 @@ class Line:
 @functools.cache
 def lines_of(sweep_name: str) -> dict[str, Line]:
     """The finished methods of a sweep by name, the base among them."""
-    sweep = load_sweep(Path("configs/paper") / f"{sweep_name}.yaml")
-    record = Record(Path(sweep.output) / "results.jsonl")
+    sweep = load_sweep(sweep_path(sweep_name))
+    record = open_record(sweep)
     found = {}
     firsts = summarise(replace(sweep, seeds=sweep.seeds[:1]), record)
     for row, first in zip(summarise(sweep, record), firsts, strict=True):
@@ -66,9 +66,15 @@ def lines_of(sweep_name: str) -> dict[str, Line]:
         if row.method != BASE:
             cells = method_cells(sweep, row.method, row.learning_rate)
         results = [record.results[cell] for cell in cells if cell in record.results]
+        results = [result for result in results if result.value is not None]
         searched = [record.results[c] for c in search_cells(sweep) if c.method == row.method]
         found[row.method] = Line(sweep_name, row, first, results, searched)
     return found
+
+
+def sweep_path(name: str) -> Path:
+    """Its configuration."""
+    return Path("configs/paper") / f"{name}.yaml"
 
 
 def chosen_lines(names: str) -> list[Line]:
@@ -77,6 +83,8 @@ def chosen_lines(names: str) -> list[Line]:
     for name in names.split():
         sweep, _, method = name.partition(":")
         lines = lines_of(sweep)
+        if method not in ("all", BASE, *load_sweep(sweep_path(sweep)).methods):
+            raise SystemExit(f"{DOCUMENT}: {name}: no such method")
         found += lines.values() if method == "all" else filter(None, [lines.get(method)])
     return found
 
@@ -85,12 +93,6 @@ def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def spread_text(spread: Spread, digits: int) -> str:
-    """Mean and, of several values, standard deviation."""
-    deviation = f" ± {spread.deviation:.{digits}f}" if spread.count > 1 else ""
-    return f"{spread.mean:.{digits}f}{deviation}"
 
 
 def methods_table(lines: Sequence[Line]) -> str:
@@ -108,7 +110,7 @@ def first_seed_table(lines: Sequence[Line]) -> str:
 def _gains(methods: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
     tasks, lost = list(methods[0].values), forgotten(methods)
     head = ["method", "learning rate", *tasks, "**average**", "forgotten, nats"]
-    head += ["trained", "stored", "step memory"]
+    head += ["experts", "trained", "stored", "step memory"]
     rows = []
     for row in methods:
         across = row.retention.deviation if row.retention else 0.0
@@ -117,9 +119,10 @@ def _gains(methods: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
             [
                 row.method,
                 "" if row.learning_rate is None else f"{row.learning_rate:g}",
-                *(spread_text(row.values[task], 1) for task in tasks),
-                f"**{spread_text(row.average, 1)}**",
-                "" if change is None else spread_text(Spread(change, across, row.average.count), 2),
+                *(row.values[task].text(1) for task in tasks),
+                f"**{row.average.text(1)}**",
+                "" if change is None else Spread(change, across, row.average.count).text(2),
+                "" if row.experts is None else f"{row.experts:.0f}",
                 "" if row.method == BASE else f"{row.trained_share:.1%}",
                 "" if row.method == BASE else size_text(row.stored_bytes),
                 "" if row.step_bytes is None else size_text(row.step_bytes),
@@ -153,15 +156,14 @@ def search_table(lines: Sequence[Line]) -> str:
         for result in line.searched:
             by_rate.setdefault(result.cell.learning_rate, []).append(result)
         for rate, results in by_rate.items():
-            rows.append(
-                [
-                    line.row.method,
-                    "" if rate is None else f"{rate:g}",
-                    f"{statistics.fmean(result.valid_loss for result in results):.3f}",
-                    f"{statistics.fmean(result.value for result in results):.1f}",
-                    f"{statistics.fmean(map(mean_loss, results)) - base:.2f}",
-                ]
-            )
+            losses = [result.valid_loss for result in results if result.valid_loss is not None]
+            values = [result.value for result in results if result.value is not None]
+            cells = ["diverged", "", ""]
+            if len(values) == len(results):
+                lost = statistics.fmean(map(mean_loss, results)) - base
+                means = statistics.fmean(losses), statistics.fmean(values)
+                cells = [f"{means[0]:.3f}", f"{means[1]:.1f}", f"{lost:.2f}"]
+            rows.append([line.row.method, "" if rate is None else f"{rate:g}", *cells])
     head = ["method", "learning rate", "validation loss", "average", "forgotten, nats"]
     return to_markdown(head, rows)
 
@@ -175,8 +177,7 @@ def hours_table(lines: Sequence[Line]) -> str:
     """Runs of each sweep and the hours that their training took."""
     rows = []
     for sweep_name in dict.fromkeys(line.sweep for line in lines):
-        sweep = load_sweep(Path("configs/paper") / f"{sweep_name}.yaml")
-        results = Record(Path(sweep.output) / "results.jsonl").results.values()
+        results = open_record(load_sweep(sweep_path(sweep_name))).results.values()
         trained = [result for result in results if result.cell.method != BASE]
         hours = sum(result.seconds for result in trained) / 3600
         rows.append([sweep_name, str(len(trained)), f"{hours:.1f}"])

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from esft_jax.cli import command
 from esft_jax.errors import InputError
 from esft_jax.experts.scores import SCORE_METHODS
 from esft_jax.experts.select import DEFAULT_TOP_P
-from esft_jax.files import write_bytes_atomic, write_text_atomic
+from esft_jax.files import check_writable, write_bytes_atomic, write_text_atomic
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
 from esft_jax.reporting.comparison import read_comparison, verdict
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None) -> None:
         type=int,
         default=6,
         metavar="K",
-        help="of scores that do not say it (default: 6)",
+        help="of scores that do not say it; --model does (default: 6)",
     )
     parser.add_argument(
         "--sweep", metavar="FILE", help="configuration of a sweep; adds what it has found so far"
@@ -84,15 +85,26 @@ def main(argv: Sequence[str] | None) -> None:
         folder = local_folder(args.model, ("config.json", "tokenizer*", "special_tokens*"))
         costs = CostModel(ModelConfig.load(folder), args.sequence_length)
         tokenizer = load_tokenizer(folder)
-    tasks = read_tasks(args.scores, args.experts_per_token)
+    router = None if costs is None else costs.config.router
+    tasks = read_tasks(
+        args.scores,
+        args.experts_per_token if router is None else router.top_k,
+        None if router is None else router.num_experts,
+    )
     known = {task.log.top_k for task in tasks if task.log is not None}
-    if costs is not None:
-        known.add(costs.config.router.top_k)
+    if router is not None:
+        known.add(router.top_k)
     if len(known) > 1:
         raise InputError(f"experts per token: {sorted(known)} in one report; expected one model")
     top_k = known.pop() if known else args.experts_per_token
-    findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
+    if not 1 <= top_k <= tasks[0].scores.num_experts:
+        raise InputError(
+            f"--experts-per-token: {top_k}; expected a number from 1 to the "
+            f"{tasks[0].scores.num_experts} experts of a layer"
+        )
+    check_writable(args.output, "--output")
     compared = () if args.sweep is None else read_comparison(args.sweep)
+    findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
     write_report(findings, Path(args.output), compared)
     print_summary(findings, Console())
     if compared:
@@ -101,7 +113,9 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow] = ()) -> None:
-    """Write `data/*.csv`, `figures/*.png` and, last, `report.html`."""
+    """Write `data/*.csv`, `figures/*.png` and, last, `report.html`; an earlier report goes."""
+    for stale in [folder / PAGE, *folder.glob("data/*.csv"), *folder.glob("figures/*.png")]:
+        stale.unlink(missing_ok=True)
     for name, table in tables(findings).items():
         write_text_atomic(folder / "data" / f"{name}.csv", to_csv(table))
     if compared:
@@ -118,7 +132,7 @@ def print_summary(findings: Findings, console: Console) -> None:
     """The answers for each task, and how much the tasks have in common."""
     for index, choice in enumerate(findings.choices):
         found = answers(findings, index)
-        table = Table(title=choice.task.name, title_justify="left", show_header=False)
+        table = Table(title=escape(choice.task.name), title_justify="left", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column()
         table.add_row("fit", found.fit)
@@ -128,7 +142,7 @@ def print_summary(findings: Findings, console: Console) -> None:
         table.add_row("cost", found.cost)
         console.print(table)
     if findings.overlap is not None:
-        names = [choice.task.name for choice in findings.choices if choice.halves is not None]
+        names = [escape(c.task.name) for c in findings.choices if c.halves is not None]
         table = Table(
             f"shared top {findings.top_k} (chance {findings.chance:.2f})",
             *names,

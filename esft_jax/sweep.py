@@ -11,7 +11,7 @@ from esft_jax.cli import command
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import split_cpu
 from esft_jax.sweeping.config import base_cells, load_sweep, run_config
-from esft_jax.sweeping.table import MethodRow, Spread, summarise
+from esft_jax.sweeping.table import MethodRow, summarise
 
 
 @command
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None) -> None:
         console.print("Stopped and saved; the same command continues the sweep.")
         return
     print_table(summarise(sweep, record), console)
+    for result in record.results.values():
+        if result.value is None:
+            console.print(f"diverged, and left out: {result.cell.name}", soft_wrap=True)
     console.print(f"written to {sweep.output}/table.csv", soft_wrap=True)
 
 
@@ -46,22 +49,15 @@ def print_table(rows: Sequence[MethodRow], console: Console) -> None:
         table.add_row(
             row.method,
             "" if row.learning_rate is None else f"{row.learning_rate:g}",
-            *(_cell(row.values[task], 1) for task in tasks),
-            _cell(row.average, 1),
-            _cell(row.retention, 3),
+            *(row.values[task].text(1) for task in tasks),
+            row.average.text(1),
+            "" if row.retention is None else row.retention.text(3),
             f"{row.trained_share:.1%}",
             f"{row.stored_bytes / 1e6:.1f}",
             "" if row.step_bytes is None else f"{row.step_bytes / 2**20:.0f}",
             f"{row.seconds:.0f}",
         )
     console.print(table)
-
-
-def _cell(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return ""
-    deviation = f" ± {spread.deviation:.{digits}f}" if spread.count > 1 else ""
-    return f"{spread.mean:.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -84,6 +84,23 @@ def test_one_cell_after_the_other(small: Path) -> None:
     assert (output / "results.jsonl").read_bytes() == record
 
 
+def test_a_run_that_diverges_does_not_end_the_sweep(
+    small: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output, content = small.with_suffix(""), json.loads(small.read_text())
+    content["learning_rates"] = {"token": [1e38, 1e-4]}
+    small.write_text(json.dumps(content))
+    assert sweep.main(["--config", str(small)]) == 0
+    found = results(output)
+    diverged, trained = found["sums/token/1e+38/0"], found["sums/token/0.0001/0"]
+    assert diverged["value"] is None and diverged["valid_loss"] is None
+    assert 0 < trained["valid_loss"] < 10
+    assert [row["learning_rate"] for row in table(output)] == ["", "0.0001"]
+    assert "diverged, and left out: sums/token/lr-1e+38/seed-0" in capsys.readouterr().out
+    # What they could be resumed from is gone, once they are written down.
+    assert not list(output.glob("cells/**/checkpoints"))
+
+
 # Holds the claim of the base's cell until the other cell is finished; may write down a result.
 HOLDER = """
 import fcntl, sys, time
@@ -207,6 +224,27 @@ def test_a_killed_sweep_ends_with_the_same_table(done: Path, sweep_file: Path) -
     assert results(output) == results(done)
     assert table(output) == table(done)
     shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("data.mix={more: {train: [nowhere.jsonl]}}", "nowhere.jsonl"),
+        ("select.group_size=3", "select.group_size: 3 does not divide"),
+        ("data.sequence_length=100000", "data.sequence_length: 100000 tokens; the model's limit"),
+    ],
+)
+def test_what_a_run_would_refuse_is_found_before_any_is_run(
+    small: Path, override: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    content = json.loads(small.read_text())
+    content["methods"]["token"].append(override)
+    small.write_text(json.dumps(content))
+    assert sweep.main(["--config", str(small)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cell sums/token/seed-0: ") and message in line
+    assert not (small.with_suffix("") / "results.jsonl").exists()
 
 
 def test_a_mistake_in_a_cell_is_found_before_any_is_run(

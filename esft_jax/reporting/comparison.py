@@ -5,7 +5,7 @@ from pathlib import Path
 
 from esft_jax.errors import InputError
 from esft_jax.sweeping.config import BASE, load_sweep
-from esft_jax.sweeping.record import Record
+from esft_jax.sweeping.record import open_record
 from esft_jax.sweeping.table import MethodRow, summarise
 
 
@@ -16,14 +16,16 @@ def read_comparison(path: str | Path) -> list[MethodRow]:
         path: configuration of the sweep.
 
     Raises:
-        InputError: the configuration is wrong, or no method has been run on all tasks.
+        InputError: the configuration is wrong, or not that of the results, or no method has been
+            run on all tasks.
     """
     sweep = load_sweep(path)
-    record = Path(sweep.output) / "results.jsonl"
-    rows = summarise(sweep, Record(record))
+    record = open_record(sweep)
+    rows = summarise(sweep, record)
     if [row.method for row in rows[:1]] != [BASE] or len(rows) == 1:
         raise InputError(
-            f"{record}: expected the base and a method, finished on all tasks; run `sweep` first"
+            f"{record.path}: expected the base and a method, finished on all tasks; run `sweep` "
+            "first"
         )
     return rows
 
@@ -49,7 +51,7 @@ def verdict(rows: Sequence[MethodRow]) -> str:
         for row in rows[1:]
         if row is not best and best.average.mean - row.average.mean <= best.average.deviation
     ]
-    if near:
+    if near and best.average.count > 1:
         names = " and ".join(row.method for row in near)
         text += f" Within a standard deviation of it: {names}."
     lost = forgotten(rows)
@@ -59,5 +61,7 @@ def verdict(rows: Sequence[MethodRow]) -> str:
             f" {least} forgets least: the loss of what was not trained on rises by"
             f" {lost[least]:.2f} nats per token"
         )
-        text += "." if least == best.method else f", with {best.method} by {lost[best.method]:.2f}."
+        if least != best.method and best.method in lost:
+            text += f", with {best.method} by {lost[best.method]:.2f}"
+        text += "."
     return text

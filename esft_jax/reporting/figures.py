@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
+    "text.parse_math": False,  # a task's name may have a "$"
     "svg.fonttype": "path",  # the same letters on every machine
     "figure.constrained_layout.use": True,
 }

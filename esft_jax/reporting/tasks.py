@@ -1,7 +1,7 @@
 """The tasks of a report: where their scores and routing are read, and what follows from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,13 @@ from jaxtyping import Bool, Float, Float64, Int64
 
 from esft_jax.errors import InputError
 from esft_jax.experts.routing_log import RoutingLog, load_routing
-from esft_jax.experts.scores import ExpertScores, ScoreMethod, load_scores, round_scores
+from esft_jax.experts.scores import (
+    ExpertScores,
+    ScoreMethod,
+    as_wide,
+    load_scores,
+    round_scores,
+)
 from esft_jax.experts.select import chosen_mask, rank_and_take
 from esft_jax.reporting import analysis
 from esft_jax.training.run_folder import RunFolder
@@ -60,8 +66,14 @@ class Choice:
         return self.chosen.sum(axis=1)
 
 
-def read_tasks(arguments: Sequence[str], experts_per_token: int) -> list[Task]:
+def read_tasks(
+    arguments: Sequence[str], experts_per_token: int, num_experts: int | None = None
+) -> list[Task]:
     """Read `[NAME=]PATH` arguments: a run folder, or what `load_scores` reads.
+
+    Args:
+        experts_per_token: of routing logs, which do not say it.
+        num_experts: of a layer; default: the most of any task.
 
     Raises:
         InputError: naming the argument or file that is wrong.
@@ -69,6 +81,7 @@ def read_tasks(arguments: Sequence[str], experts_per_token: int) -> list[Task]:
     tasks: list[Task] = []
     for argument in arguments:
         name, found, text = argument.partition("=")
+        found = "" if Path(argument).exists() else found  # a path may have a "=", too
         path = Path(text if found else argument)
         folder = RunFolder(path).scores if RunFolder(path).scores.is_dir() else path
         if not found:
@@ -76,10 +89,18 @@ def read_tasks(arguments: Sequence[str], experts_per_token: int) -> list[Task]:
         if not name or any(task.name == name for task in tasks):
             raise InputError(f"{argument}: {name!r} names no new task; expected NAME=PATH")
         scores = load_scores(folder, experts_per_token=experts_per_token)
-        log = scores.routing if scores.routing is not None else load_routing(folder)
+        log = load_routing(folder) if scores.routing is None else None
         if log is not None and (log.layers, log.num_experts) != (scores.layers, scores.num_experts):
             raise InputError(f"{folder}: scores and routing are of different models")
         tasks.append(Task(name, str(path), scores, log))
+    wide = as_wide(
+        [task.scores for task in tasks],
+        num_experts or max(task.scores.num_experts for task in tasks),
+    )
+    tasks = [
+        replace(task, scores=scores, log=task.log or scores.routing)
+        for task, scores in zip(tasks, wide, strict=True)
+    ]
     first = tasks[0]
     for task in tasks[1:]:
         if task.scores.layers != first.scores.layers or task.scores.token.shape != (

@@ -102,6 +102,8 @@ def load_sweep(path: str | Path) -> SweepConfig:
         InputError: naming the file and the line, or the cell and what is wrong with it.
     """
     sweep = strict_yaml.load(SweepConfig, path)
+    base = {cell.task: run_config(sweep, cell) for cell in base_cells(sweep)}
+    devices = next(iter(base.values())).mesh.cpu_devices
     for cell in [*base_cells(sweep), *all_cells(sweep)]:
         config = run_config(sweep, cell)
         if config.evaluation.data is None or not config.data.valid:
@@ -109,7 +111,22 @@ def load_sweep(path: str | Path) -> SweepConfig:
                 f"{path}: tasks.{cell.task}: cells are compared by evaluation.data and data.valid; "
                 "expected both"
             )
+        if _judged_by(config) != _judged_by(base[cell.task]):
+            raise InputError(
+                f"{path}: methods.{cell.method}: changes evaluation.data, metric or others; "
+                "expected the same for all methods, since they are compared by these"
+            )
+        if config.mesh.cpu_devices != devices:
+            raise InputError(
+                f"{path}: cell {cell.name}: mesh.cpu_devices is {config.mesh.cpu_devices}, and "
+                f"{devices} for the first; expected one number, since one process runs all cells"
+            )
     return sweep
+
+
+def _judged_by(config: RunConfig) -> tuple[object, ...]:
+    evaluation = config.evaluation
+    return evaluation.data, evaluation.metric, evaluation.others
 
 
 def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:

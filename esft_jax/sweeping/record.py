@@ -9,7 +9,14 @@ from pathlib import Path
 
 from esft_jax.errors import InputError
 from esft_jax.files import parse_json, read_text
-from esft_jax.sweeping.config import Cell
+from esft_jax.sweeping.config import (
+    Cell,
+    SweepConfig,
+    all_cells,
+    base_cells,
+    config_sha256,
+    run_config,
+)
 
 
 @dataclass(frozen=True)
@@ -18,23 +25,23 @@ class CellResult:
 
     Attributes:
         config_sha256: of its run configuration.
-        metric, value: the task's metric, in percent.
-        valid_loss: on the task's validation data, nats per target token.
+        metric, value: the task's metric, in percent; None if the run diverged.
+        valid_loss: on the task's validation data, nats per target token; None if the run diverged.
         retention: held-out loss of what was not trained on, nats per token, by name.
         other_values: metrics of tasks that were not trained on, in percent, by name.
         trained, total: parameters.
         experts: that were trained; None if they were not chosen.
         stored_bytes: of the run's result.
         step_bytes: arguments and temporaries of the training step, per device.
-        step_seconds: median time of an update.
-        seconds: of training, scoring and compiling included.
+        step_seconds: median time of an update; None if none was left when the run was resumed.
+        seconds: of updates, evaluation losses and checkpoints, whenever the run was resumed.
     """
 
     cell: Cell
     config_sha256: str
     metric: str
-    value: float
-    valid_loss: float
+    value: float | None
+    valid_loss: float | None
     retention: dict[str, float] = field(default_factory=dict)
     other_values: dict[str, float] = field(default_factory=dict)
     trained: int = 0
@@ -90,6 +97,19 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         self.results[result.cell] = result
+
+
+def open_record(sweep: SweepConfig) -> Record:
+    """What the cells of a sweep have given so far.
+
+    Raises:
+        InputError: one was run with other settings than the sweep has now.
+    """
+    record = Record(Path(sweep.output) / "results.jsonl")
+    for cell in [*base_cells(sweep), *all_cells(sweep)]:
+        if cell in record.results:
+            record.find(cell, config_sha256(run_config(sweep, cell)))
+    return record
 
 
 def _read(line: str, where: str) -> CellResult:

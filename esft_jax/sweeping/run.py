@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from esft_jax.config import RunConfig
-from esft_jax.errors import InputError
+from esft_jax.errors import Diverged, InputError
 from esft_jax.evaluation.run import (
     OWN,
     EvaluationReport,
@@ -31,11 +31,11 @@ from esft_jax.sweeping.config import (
     run_config,
     search_cells,
 )
-from esft_jax.sweeping.record import CellResult, Record
+from esft_jax.sweeping.record import CellResult, Record, open_record
 from esft_jax.sweeping.table import best_learning_rate, summarise, to_csv
 from esft_jax.training.loop import run_training
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import open_setup
+from esft_jax.training.setup import check_setup, open_setup
 
 # Between looks at what other processes have finished, seconds.
 POLL = 2.0
@@ -52,10 +52,12 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
         All results; None if a signal stopped the run of a cell, which saved.
 
     Raises:
-        InputError: a cell cannot run, or was run with other settings.
+        InputError: a cell cannot run, or was run with other settings; before any is run.
     """
-    record = Record(Path(sweep.output) / "results.jsonl")
-    if not _finish(sweep, record, [*base_cells(sweep), *search_cells(sweep)], say):
+    record = open_record(sweep)
+    first = [*base_cells(sweep), *search_cells(sweep)]
+    _check([cell for cell in first if cell not in record.results], sweep)
+    if not _finish(sweep, record, first, say):
         return None
     rest: list[Cell] = []
     for method in sweep.methods:
@@ -64,6 +66,24 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
         return None
     _write_table(sweep, record)  # another process may have written an older one last
     return record
+
+
+def _check(cells: Sequence[Cell], sweep: SweepConfig) -> None:
+    """Find what a cell's run would refuse, so that none is run in vain; see `check_setup`."""
+    read: list[tuple[object, ...]] = []
+    for cell in cells:
+        config = run_config(sweep, cell)
+        data = (config.model, config.data, config.evaluation)
+        try:
+            if cell.method != BASE:
+                check_setup(config)
+            if data not in read:  # most cells of a task share them
+                check_evaluation(config)
+                if cell.method != BASE:
+                    open_setup(config)
+                    read.append(data)
+        except InputError as error:
+            raise InputError(f"cell {cell.name}: {error}") from None
 
 
 def _finish(
@@ -85,10 +105,12 @@ def _finish(
                 if not ours or cell not in unfinished():
                     continue
                 say(f"cell {cell.name}: {len(record.results)} finished before")
-                result = run_cell(cell, configs[cell], hashes[cell])
+                result = run_cell(cell, configs[cell], hashes[cell], say)
                 if result is None:
                     return False
                 record.add(result)
+                # What was trained stays; what it could be resumed from is many times as large.
+                shutil.rmtree(RunFolder(configs[cell].output).checkpoints, ignore_errors=True)
             _write_table(sweep, record)
             ran = True
         if not ran:
@@ -104,30 +126,34 @@ def _write_table(sweep: SweepConfig, record: Record) -> None:
     write_text_atomic(Path(sweep.output) / "table.csv", to_csv(summarise(sweep, record)))
 
 
-def run_cell(cell: Cell, config: RunConfig, sha256: str) -> CellResult | None:
+def run_cell(
+    cell: Cell, config: RunConfig, sha256: str, say: Callable[[str], None]
+) -> CellResult | None:
     """Run one cell to its end; None if a signal stopped it."""
     inputs = check_evaluation(config)
     if cell.method == BASE:
         return _judged(cell, sha256, run_evaluation(config, None, inputs))
-    result = run_training(open_setup(config))
-    if result.result is None:
-        return None
-    judged = dataclasses.replace(
-        _judged(cell, sha256, evaluate_result(config, result.result, inputs)),
-        trained=result.trained,
-        total=result.total,
-        experts=None if result.experts is None else result.experts.num_experts_selected,
-        stored_bytes=sum(file.stat().st_size for file in result.result.glob("*.safetensors")),
-        step_bytes=result.step_bytes,
-        step_seconds=None if result.timing.step is None else result.timing.step.p50,
-        seconds=result.seconds,
-    )
-    # The result stays; what it could be resumed from is many times as large.
-    shutil.rmtree(RunFolder(config.output).checkpoints)
-    # The next cell compiles other programs.
-    jax.clear_caches()
-    gc.collect()
-    return judged
+    try:
+        result = run_training(open_setup(config), say)
+        if result.result is None:
+            return None
+        return dataclasses.replace(
+            _judged(cell, sha256, evaluate_result(config, result.result, inputs)),
+            trained=result.trained,
+            total=result.total,
+            experts=None if result.experts is None else result.experts.num_experts_selected,
+            stored_bytes=sum(file.stat().st_size for file in result.result.glob("*.safetensors")),
+            step_bytes=result.step_bytes,
+            step_seconds=None if result.timing.step is None else result.timing.step.p50,
+            seconds=sum(result.timing.spent.values()),
+        )
+    except Diverged as error:
+        say(f"cell {cell.name}: {error}")
+        return CellResult(cell, sha256, config.evaluation.metric, None, None)
+    finally:
+        # The next cell compiles other programs.
+        jax.clear_caches()
+        gc.collect()
 
 
 def _judged(cell: Cell, sha256: str, report: EvaluationReport) -> CellResult:

@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from esft_jax.sweeping.config import BASE, Cell
+from esft_jax.errors import InputError
+from esft_jax.sweeping.config import BASE, Cell, config_sha256, load_sweep, run_config
 from esft_jax.sweeping.record import CellResult, Record
 
 DOCUMENT = """# Results
@@ -28,21 +29,21 @@ old
 
 HEAD = (
     "| method | learning rate | one | two | **average** | forgotten, nats |"
-    " trained | stored | step memory |"
+    " experts | trained | stored | step memory |"
 )
 
 FILLED = f"""# Results
 <!-- table: methods toy:base toy:token toy:unfinished -->
 {HEAD}
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| base |  | 1.0 | 2.0 | **1.5** |  |  |  |  |
-| token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 12.5% | 4 MB | 1 GB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| base |  | 1.0 | 2.0 | **1.5** |  |  |  |  |  |
+| token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 7 | 12.5% | 4 MB | 1 GB |
 <!-- end -->
 between
 <!-- table: first_seed toy:all -->
 {HEAD}
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| token | 0.01 | 40.0 | 60.0 | **50.0** | 0.25 | 12.5% | 4 MB | 1 GB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| token | 0.01 | 40.0 | 60.0 | **50.0** | 0.25 | 7 | 12.5% | 4 MB | 1 GB |
 <!-- end -->
 <!-- table: domains toy:all -->
 | method | python | poetry |
@@ -55,11 +56,12 @@ between
 | --- | ---: | ---: | ---: | ---: |
 | token | 0.01 | 1.000 | 50.0 | 0.25 |
 | token | 0.02 | 2.000 | 30.0 | 0.75 |
+| token | 0.04 | diverged |  |  |
 <!-- end -->
 <!-- table: hours toy:all -->
 | sweep | runs | hours of training |
 | --- | ---: | ---: |
-| toy | 6 | 3.0 |
+| toy | 8 | 4.0 |
 <!-- end -->
 """
 
@@ -80,20 +82,23 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tasks": {"one": [], "two": []},
         "methods": {"token": [], "unfinished": ["method=full"]},
         "seeds": [0, 1],
-        "learning_rates": {"token": [0.01, 0.02]},
+        "learning_rates": {"token": [0.01, 0.02, 0.04]},
     }
     folder = tmp_path / "configs" / "paper"
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(json.dumps(run))
     (folder / "toy.yaml").write_text(json.dumps(sweep))
-    record = Record(Path("records") / "results.jsonl")
+    record, loaded = Record(Path("records") / "results.jsonl"), load_sweep(folder / "toy.yaml")
 
-    def finish(cell: Cell, value: float, valid_loss: float, python_loss: float) -> None:
+    def finish(
+        cell: Cell, value: float | None, valid_loss: float | None, python_loss: float
+    ) -> None:
         kept = {"python": python_loss, "poetry": 3.0}
-        result = CellResult(cell, "", "chrf", value, valid_loss, kept)
+        sha256 = config_sha256(run_config(loaded, cell))
+        result = CellResult(cell, sha256, "chrf", value, valid_loss, kept)
         if cell.method != BASE:
             sizes = {"trained": 25, "total": 200, "stored_bytes": 4_000_000, "step_bytes": 10**9}
-            result = replace(result, seconds=1800.0, **sizes)
+            result = replace(result, seconds=1800.0, experts=5 + 4 * (cell.task == "two"), **sizes)
         record.add(result)
 
     for task, before, values in (("one", 1, (40, 42)), ("two", 2, (60, 60))):
@@ -101,6 +106,8 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for seed, value in enumerate(values):
             finish(Cell(task, "token", 0.01, seed), value, 1, 2.5)
         finish(Cell(task, "token", 0.02, 0), 30, 2, 3.5)
+    finish(Cell("one", "token", 0.04, 0), 20, 3, 4.5)
+    finish(Cell("two", "token", 0.04, 0), None, None, 4.5)
     path = tmp_path / "docs" / "results.md"
     path.parent.mkdir()
     path.write_text(DOCUMENT)
@@ -120,6 +127,19 @@ def test_tables_are_filled(document: Path, paper: ModuleType) -> None:
     assert paper.main([]) == 0
     assert document.read_text() == FILLED
     assert paper.main(["--check"]) == 0
+
+
+def test_what_is_misspelt_is_not_taken_for_unfinished(document: Path, paper: ModuleType) -> None:
+    document.write_text("<!-- table: methods toy:base toy:tokn -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="toy:tokn: no such method"):
+        paper.main([])
+
+
+def test_the_records_are_of_these_settings(document: Path, paper: ModuleType) -> None:
+    config = Path("configs/paper/toy.yaml")
+    config.write_text(config.read_text().replace('"token": []', '"token": ["select.top_p=0.9"]'))
+    with pytest.raises(InputError, match="one/token/lr-0.01/seed-0 was run with other settings"):
+        paper.main(["--check"])
 
 
 def test_the_documents_tables_are_those_of_the_records(

@@ -10,7 +10,7 @@ from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.model import ModelConfig
 from esft_jax.report import main
-from esft_jax.sweeping.config import BASE, Cell
+from esft_jax.sweeping.config import BASE, Cell, config_sha256, load_sweep, run_config
 from esft_jax.sweeping.record import CellResult, Record
 
 
@@ -60,7 +60,7 @@ def sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = folder / "sweep.yaml"
     path.write_text(json.dumps(content))
-    record = Record(folder / "out" / "results.jsonl")
+    record, loaded = Record(folder / "out" / "results.jsonl"), load_sweep(path)
     for method, value, lost, trained in (
         (BASE, 1, 0.0, 0),
         ("full", 60, 0.8, 100),
@@ -74,7 +74,7 @@ def sweep(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 record.add(
                     CellResult(
                         cell,
-                        "",
+                        config_sha256(run_config(loaded, cell)),
                         "chrf",
                         value + more + 2 * seed,
                         1.0,

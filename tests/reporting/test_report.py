@@ -114,6 +114,11 @@ def test_by_gate_score(scored: list[Path], tmp_path: Path) -> None:
         (["{one}", "--sequence-length", "0"], "--sequence-length: 0 is not a number from 1"),
         (["{one}", "--model", "models/deepseek-v2-lite"], "experts per token: [2, 6]"),
         (["{one}", "other={other}"], "expected scores of one model"),
+        (
+            ["{other}", "--experts-per-token", "0"],
+            "--experts-per-token: 0; expected a number from 1",
+        ),
+        (["{other}"], "--experts-per-token: 6; expected a number from 1 to the 1 experts"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -128,6 +133,53 @@ def test_bad_input_is_one_line(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not output.exists()
+
+
+def write_log(folder: Path, ids: list[str]) -> None:
+    """A layer of tokens with two experts each, a sequence of two tokens in each line."""
+    folder.mkdir()
+    lines = [f"{text}\t\t0.5\t0.25\t0.5\t0.25\n" for text in ids]
+    (folder / "expert_weights_1.txt").write_text("".join(lines))
+
+
+def test_logs_need_not_show_every_expert(tmp_path: Path) -> None:
+    """Nothing else says how many there are."""
+    write_log(tmp_path / "all", ["0\t1\t2\t7"] * 8)
+    write_log(tmp_path / "few", ["0\t1\t1\t2"] * 8)
+    output = tmp_path / "out"
+    arguments = [str(tmp_path / "all"), str(tmp_path / "few"), "--experts-per-token", "2"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    experts = [row for row in rows(output, "experts") if row["task"] == "few"]
+    assert [int(row["expert"]) for row in experts] == list(range(8))
+    assert [float(row["token_score"]) for row in experts][:4] == [0.25, 0.5, 0.25, 0]
+
+
+def test_any_name_of_a_task(scored: list[Path], tmp_path: Path, capsys) -> None:
+    """Nothing in it is markup for a terminal or a figure."""
+    output = tmp_path / "lr=1"
+    names = ["a[/b]", "c[d]", "$x^{$"]
+    tasks = [f"{name}={path}" for name, path in zip(names, [*scored, scored[0]], strict=True)]
+    assert main([*tasks, "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    # A folder with such a name is one, and no NAME=PATH.
+    (output / "scores").symlink_to(scored[0])
+    assert main([str(output), "--output", str(tmp_path / "out")]) == 0
+    assert {row["task"] for row in rows(tmp_path / "out", "layers")} == {"lr=1"}
+
+
+def test_nothing_of_an_earlier_report_stays(scored: list[Path], tmp_path: Path) -> None:
+    assert main([*map(str, scored), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "figures" / "experts-1.png").exists()
+    assert (tmp_path / "data" / "overlap.csv").exists()
+    assert main([f"task={scored[0] / 'summary.json'}", "--output", str(tmp_path)]) == 0
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "concentration",
+        "experts-0",
+        "layers",
+        "threshold",
+    }
+    assert not (tmp_path / "data" / "overlap.csv").exists()
 
 
 def test_released_logs(esft_reference: Path, tmp_path: Path) -> None:

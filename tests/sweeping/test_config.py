@@ -96,8 +96,8 @@ def test_what_a_configuration_leaves_at_its_default_does_not_tell_it_apart(
 
     same = config_sha256(plain)
     assert full("train.remat=none", f"optimizer.beta1={plain.optimizer.beta1}") == same
-    assert full("evaluation.others={python: {valid: [p.jsonl], format: text}}") == full(
-        "evaluation.others={python: {valid: [p.jsonl]}}"
+    assert full("data.mix={more: {train: [m.jsonl], weight: 1.0}}") == full(
+        "data.mix={more: {train: [m.jsonl]}}"
     )
     assert full("train.remat=dots") != same
 
@@ -134,3 +134,21 @@ def test_the_shipped_sweep_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
             assert path is not None and Path(path).parent.name == task and Path(path).is_file()
         others = config.evaluation.others.values()
         assert all(Path(path).is_file() for other in others for path in other.valid)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.metric=bleu", "methods.full: changes evaluation.data, metric or others"),
+        ("evaluation.others={a: {valid: [a.jsonl]}}", "methods.full: changes evaluation.data"),
+        ("mesh.cpu_devices=2", "full/lr-1e-05/seed-3: mesh.cpu_devices is 2, and None"),
+    ],
+)
+def test_what_must_be_the_same_for_all_methods(
+    sweep_file: Path, override: str, message: str
+) -> None:
+    content = json.loads(sweep_file.read_text())
+    content["methods"]["full"].append(override)
+    sweep_file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        load_sweep(sweep_file)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ def sweep(sweep_file: Path) -> SweepConfig:
 
 
 def add(
-    record: Record, task: str, method: str, rate: float | None, seed: int, value: float, loss: float
+    record: Record,
+    task: str,
+    method: str,
+    rate: float | None,
+    seed: int,
+    value: float | None,
+    loss: float | None,
 ) -> None:
     trained = {BASE: 0, "token": 20, "full": 100}[method]
     record.add(
@@ -27,7 +34,9 @@ def add(
             "m",
             value,
             loss,
-            retention={"a": loss + 1, "b": loss + 2},
+            retention={} if loss is None else {"a": loss + 1, "b": loss + 2},
+            other_values={} if value is None else {"sums": value / 2},
+            experts=trained + seed if method == "token" else None,
             trained=trained,
             total=100,
             stored_bytes=4 * trained,
@@ -69,6 +78,25 @@ def test_rows_of_what_is_finished(sweep: SweepConfig, record: Record) -> None:
     assert (full.trained_share, full.stored_bytes, full.seconds) == (1.0, 400.0, 35.0)
 
 
+def test_what_diverged_is_left_out(sweep: SweepConfig, record: Record) -> None:
+    # The best losses but for one task: this learning rate is not chosen.
+    add(record, "intent", "full", 0.001, 3, None, None)
+    assert best_learning_rate(sweep, record, "full") == 1e-5
+    add(record, "intent", "full", 1e-5, 4, 42, 1)
+    add(record, "licence", "full", 1e-5, 4, None, None)
+    assert summarise(sweep, record)[1].average == Spread(50.0, 0.0, 1)
+    # Nothing is left of a method of which all learning rates diverged.
+    add(record, "licence", "full", 1e-5, 3, None, None)
+    assert [row.method for row in summarise(sweep, record)] == [BASE]
+
+
+def test_the_base_is_that_of_the_sweep_as_it_is_now(sweep: SweepConfig, record: Record) -> None:
+    one = replace(sweep, tasks={"licence": sweep.tasks["licence"]})
+    base, full = summarise(one, record)
+    assert (base.average.mean, full.average.mean) == (2.0, 60.0)
+    assert [row.method for row in summarise(replace(sweep, seeds=(4, 3)), record)] == []
+
+
 def test_csv(sweep: SweepConfig, record: Record) -> None:
     add(record, "intent", "token", None, 3, 30, 1)
     add(record, "licence", "token", None, 3, 50, 1)
@@ -76,3 +104,5 @@ def test_csv(sweep: SweepConfig, record: Record) -> None:
     assert [row["method"] for row in rows] == [BASE, "token", "full"]
     assert (rows[1]["average"], rows[1]["trained_share"], rows[1]["seeds"]) == ("40.0", "0.2", "1")
     assert (rows[2]["learning_rate"], rows[2]["licence"]) == ("0.001", "60.0")
+    assert (rows[1]["other_sums"], rows[1]["experts"]) == ("20.0", "23.0")  # of 15, 25; 20 + seed
+    assert (rows[0]["experts"], rows[2]["experts"]) == ("", "")
