@@ -1,8 +1,10 @@
 """Writing folders in Hugging Face layout: weights in shards, and the files beside them."""
 
 import contextlib
+import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,15 +54,25 @@ def copy_companions(source: Path, target: Path) -> None:
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends without an error.
 
+    What killed writers left beside it is removed. Of two writers at one time the later one wins,
+    and the other one fails.
+
     Args:
         target: must be new or empty, unless `replace` is set.
         replace: an existing folder gives way once the new one is complete.
     """
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists; expected a new or empty folder")
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target = target.resolve()
+
+    def unused() -> Path:
+        return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}.tmp"):
+        with contextlib.suppress(OSError):
+            # Renamed first: a writer that lives must not finish a folder that lacks some files.
+            shutil.rmtree(left.rename(unused()), ignore_errors=True)
+    temporary, old = unused(), target.with_name(f".{target.name}.old")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -68,9 +80,16 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)  # of a writer killed just below
+            target.rename(old)
+        temporary.rename(target)
+    except FileNotFoundError:
+        if temporary.exists():
+            raise
+        raise InputError(f"{target}: another process writes it; expected one at a time") from None
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -1,0 +1,113 @@
+"""New folders: complete or as before, whatever is killed or fails on the way."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.hf.folder import new_folder
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from esft_jax.hf.folder import new_folder
+
+rename, left = os.rename, int(sys.argv[2])
+
+def count(*args):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    rename(*args)
+
+with new_folder(Path(sys.argv[1]), replace=True) as folder:
+    (folder / "killed").touch()
+    os.rename = os.replace = count
+"""
+
+
+def kill(target, renames):
+    """A writer that ends so suddenly that it cleans nothing up, after some renames."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target), str(renames)])
+    assert done.returncode == 9
+
+
+def write(target, name):
+    with new_folder(target, replace=True) as folder:
+        (folder / name).touch()
+
+
+def fail(target):
+    with pytest.raises(KeyboardInterrupt), new_folder(target, replace=True):
+        raise KeyboardInterrupt
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "run" / "adapter"
+
+
+def test_what_killed_writers_left_is_removed(target):
+    kill(target, 0)
+    kill(target, 0)
+    kill(target.with_name("adapter.v2"), 0)
+    (other,) = (name for name in names(target.parent) if ".v2." in name)
+    write(target, "new")
+    assert names(target) == ["new"]
+    assert names(target.parent) == [other, "adapter"]
+
+
+def test_killed_between_old_and_new(target):
+    write(target, "old")
+    kill(target, 1)
+    assert not target.exists()
+    fail(target)
+    assert names(target) == ["old"]
+    kill(target, 1)
+    write(target, "new")
+    assert names(target) == ["new"]
+    assert names(target.parent) == ["adapter"]
+
+
+def test_killed_with_the_new_one_in_place(target, monkeypatch):
+    write(target, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **options: None)
+        write(target, "new")
+    assert len(names(target.parent)) > 1
+    write(target, "newer")
+    assert names(target) == ["newer"]
+    assert names(target.parent) == ["adapter"]
+
+
+def test_an_older_folder_stays_where_a_new_one_cannot_be_placed(target, monkeypatch):
+    write(target, "old")
+    rename = Path.rename
+
+    def refuse(self, to):
+        if (self / "new").exists() and to == target:
+            raise PermissionError
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        write(target, "new")
+    assert names(target) == ["old"]
+    assert names(target.parent) == ["adapter"]
+
+
+def test_of_two_writers_the_later_one_wins(target):
+    write(target, "old")
+    refused = pytest.raises(InputError, match="adapter: another process writes it")
+    with refused, new_folder(target, replace=True) as first:
+        (first / "first").touch()
+        write(target, "second")
+    assert names(target) == ["second"]
+    assert names(target.parent) == ["adapter"]
