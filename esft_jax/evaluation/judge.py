@@ -27,6 +27,9 @@ _CONCURRENT = 8
 _RETRIES = 6
 _TIMEOUT = 120.0  # seconds
 
+# What the library, or reading what it returns, raises where a reply is no chat completion.
+_MALFORMED = (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError)
+
 _SCORE = re.compile(r"Score: (10|[0-9])")
 _INSTRUCTIONS = """\
 You grade answers. {rubric}
@@ -136,18 +139,20 @@ class Judge:
                 model=self.model,
                 messages=messages,  # type: ignore[arg-type]  # plain dictionaries
             )
-            reply = answer.choices[0].message.content or ""
+            reply = answer.choices[0].message.content
+            if not isinstance(reply, str | None):
+                raise TypeError
         except self._failed as error:
             # An error may repeat what was sent.
             reason = " ".join(str(error).split()).replace(self._key, "***")[:300]
             raise InputError(f"judge {self.model} (OPENAI_BASE_URL): {reason}") from None
-        except (AttributeError, IndexError, TypeError):
+        except _MALFORMED:
             raise InputError(
                 f"judge {self.model} (OPENAI_BASE_URL): the reply is no chat completion"
             ) from None
-        content = {"model": self.model, "messages": messages, "reply": reply}
+        content = {"model": self.model, "messages": messages, "reply": reply or ""}
         write_text_atomic(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-        return reply
+        return reply or ""
 
 
 def _messages(rubric: str, prompt: str, answer: str, references: Sequence[str]) -> Messages:

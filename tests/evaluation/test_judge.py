@@ -26,10 +26,10 @@ REFERENCES = [["uno"], ["dos", "due"], ["tres"]]
 
 
 class Server:
-    """Answers each request by `answer(body)`: a status, and the text of a completion or None."""
+    """Answers each request by `answer(body)`: a status, and a completion's content or raw bytes."""
 
     def __init__(self) -> None:
-        self.answer: Callable[[dict[str, Any]], tuple[int, str | None]] = lambda body: (
+        self.answer: Callable[[dict[str, Any]], tuple[int, Any]] = lambda body: (
             200,
             "Fine.\nScore: 7",
         )
@@ -51,7 +51,7 @@ class Server:
                 content: dict[str, Any] = {"choices": [{"index": 0, "message": message}]}
                 if status != 200:
                     content = {"error": {"message": f"no: {self.headers['Authorization']}"}}
-                payload = json.dumps(content).encode()
+                payload = text if isinstance(text, bytes) else json.dumps(content).encode()
                 with lock:
                     server.busy -= 1
                 self.send_response(status)
@@ -147,6 +147,27 @@ def test_replies_without_exactly_one_score_are_counted(
     assert result.per_example == [0.6, None, 0.6]
     assert result.aggregate == pytest.approx(60.0)  # not 40: it is no 0
     assert result.failures == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"{",
+        b'{"choices": [{"message": {"content": "\xff"}}]}',
+        b"[]",
+        b'{"choices": {}}',
+        [{"type": "text", "text": "Score: 7"}],
+        7,
+    ],
+)
+def test_replies_that_are_no_completion_end_it_and_are_not_kept(
+    judge: Judge, server: Server, tmp_path: Path, reply: Any
+) -> None:
+    server.answer = lambda body: (200, reply)
+    with pytest.raises(InputError, match="OPENAI_BASE_URL.: the reply is no chat completion"):
+        grade(judge)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_judge_that_never_gives_a_score_is_an_error(judge: Judge, server: Server) -> None:
