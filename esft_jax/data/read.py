@@ -55,6 +55,17 @@ def read_text(paths: Sequence[str]) -> Iterator[TextExample]:
         yield TextExample(where, _string(where, "text", record["text"]))
 
 
+def check_unicode(where: str, key: str, text: str) -> None:
+    """Raises InputError on half of a surrogate pair, which JSON can say and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {key}: half of a surrogate pair at character {error.start}; "
+            "expected valid Unicode"
+        ) from error
+
+
 def source_sha256(path: str) -> str:
     """SHA-256 of the whole file; of its rows as JSON lines for a hub dataset."""
     if Path(path).is_file():
@@ -106,13 +117,7 @@ def _messages(where: str, record: dict[str, Any]) -> list[Message]:
 def _string(where: str, key: str, value: object) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: {key}: is {_short(value)}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: {key}: half of a surrogate pair at character {error.start}; "
-            "expected valid Unicode"
-        ) from error
+    check_unicode(where, key, value)
     return value
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.data.pipeline import PackedDataset, eval_batches
-from esft_jax.data.read import read_chat
+from esft_jax.data.read import check_unicode, read_chat
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
@@ -129,6 +129,9 @@ def _prompt_row(where: str, record: Any) -> TaskRow:
         raise InputError(f"{where}: raw_answers: expected a list of at least one text")
     if not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"{where}: raw_answers: expected texts only")
+    check_unicode(where, "prompt", prompt)
+    for number, answer in enumerate(answers):
+        check_unicode(where, f"raw_answers[{number}]", answer)
     rendered = prompt.startswith("User: ") and prompt.endswith("\n\nAssistant:")
     messages = None if rendered else (Message(role="user", content=prompt),)
     return TaskRow(where, prompt, messages, tuple(answers))

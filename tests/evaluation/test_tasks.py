@@ -87,6 +87,8 @@ def test_reference_tasks_load(esft_reference, tokenizer):
         ([PLAIN, {"prompt": "a"}], 2, "raw_answers: expected a list of at least one text"),
         ([{"prompt": "a", "raw_answers": []}], 1, "raw_answers: expected a list of at least one"),
         ([{"prompt": "a", "raw_answers": [4]}], 1, "raw_answers: expected texts only"),
+        ([{"prompt": "a\ud83d", "raw_answers": ["4"]}], 1, "prompt: half of a surrogate pair at"),
+        ([{"prompt": "a", "raw_answers": ["4", "\udc00"]}], 1, "raw_answers[1]: half of a surr"),
         ([PLAIN, {"messages": CHAT}], 2, "prompt: expected a text"),
         ([{"messages": CHAT}, PLAIN], 2, "messages: missing"),
         ([{"messages": [*CHAT, CHAT[1]]}], 1, "messages: expected a prompt, and the assistant's"),
