@@ -22,6 +22,9 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ m.content }}{{ '\\n\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# What `Tokenizer.load` reads.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 # Text handed to the library at once: bounds the memory its encodings take.
 _BATCH_CHARACTERS = 4_000_000
 
@@ -82,21 +85,18 @@ class Tokenizer:
         The chat template is ``chat_template.jinja``, else the one in the configuration, else
         DeepSeek's. Raises InputError that names the file and the key.
         """
-        folder = Path(folder)
-        config_path = folder / "tokenizer_config.json"
+        tokenizer_path, config_path, template_path = (Path(folder) / n for n in TOKENIZER_FILES)
         config = parse_json(_read(config_path), str(config_path))
         if not isinstance(config, dict):
             raise InputError(f"{config_path}: expected a JSON object")
         eos_token = _token_text(config, "eos_token")
         if eos_token is None:
             raise InputError(f"{config_path}: eos_token: missing; expected the token ending a text")
-        tokenizer_path = folder / "tokenizer.json"
         definition = _read(tokenizer_path)
         try:
             backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{tokenizer_path}: not a tokenizer: {_one_line(error)}") from error
-        template_path = folder / "chat_template.jinja"
         template = _read(template_path) if template_path.exists() else config.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {t["name"]: t["template"] for t in template}.get("default")

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from esft_jax.config import EvaluationConfig, OtherConfig, RunConfig
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
-from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, write_completions
@@ -33,6 +33,7 @@ from esft_jax.evaluation.tasks import (
 from esft_jax.files import check_writable, parse_json, read_text, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
+from esft_jax.hf.lora import ADAPTER_CONFIG
 from esft_jax.mesh import any_process, make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -122,14 +123,15 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
     judged = any(METRICS[case.metric].rubric for case in named if case.data is not None)
     judge = Judge.from_environment(run.evaluation / "judge") if judged else None
-    cases = dict(_cases(config, shape, tokenizer, judge))
+    cases = dict(_cases(config, folder, shape, tokenizer, judge))
     return EvaluationInputs(tokenizer, mesh, cases, judge)
 
 
 def _cases(
-    config: RunConfig, shape: ModelConfig, tokenizer: Tokenizer, judge: Judge | None
+    config: RunConfig, folder: Path, shape: ModelConfig, tokenizer: Tokenizer, judge: Judge | None
 ) -> Iterator[tuple[str, Case]]:
     evaluation, data = config.evaluation, config.data
+    tokenizer_sha256 = _sha256(folder / name for name in TOKENIZER_FILES)
 
     def case(
         task: str | None,
@@ -151,9 +153,11 @@ def _cases(
                 seed=config.seed,
             )
         facts: dict[str, Any] = {
+            "tokenizer_sha256": tokenizer_sha256,
             "rows": len(rows),
             "seed": config.seed,
             "sequence_length": data.sequence_length if valid else None,
+            "format": format if valid else None,
             "data_sha256": ({} if task is None else {task: source_sha256(task)})
             | ({} if heldout is None else heldout.stats.sha256),
         }
@@ -349,17 +353,22 @@ def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str
         "model": config.model,
         "base_fingerprint": fingerprint,
         "adapter": None if adapter is None else str(adapter),
-        "adapter_sha256": None if adapter is None else _folder_sha256(Path(adapter)),
+        "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
     }
 
 
-def _folder_sha256(folder: Path) -> str:
-    """Of the tensors in a folder."""
+def _adapter_sha256(folder: Path) -> str:
+    """Of its tensors, and of what scales them if they are factors."""
+    return _sha256([*sorted(folder.glob("*.safetensors")), folder / ADAPTER_CONFIG])
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of names and contents of the files that exist."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in paths:
+        if path.exists():
+            digest.update(f"{path.name}:{source_sha256(str(path))}\n".encode())
     return digest.hexdigest()
 
 

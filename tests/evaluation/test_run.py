@@ -1,6 +1,7 @@
 """A run's evaluation: its own task and others, before and after training, kept and compared."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import pytest
 from esft_jax import evaluate, train
 from esft_jax.config import load_config
 from esft_jax.data.pipeline import build_dataset
-from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.data.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import run as evaluation
 from esft_jax.evaluation.judge import VARIABLES
 from esft_jax.evaluation.metrics import read_completions
 from esft_jax.evaluation.run import Score, check_evaluation, run_evaluation
 from esft_jax.evaluation.tasks import EvaluationResult, HeldoutLoss, heldout_loss
-from esft_jax.hf.load import load_model
+from esft_jax.hf.load import load_base, load_model
 from tests.evaluation.test_judge import KEY, Server
 
 TEXTS = ["In the beginning was the word.", "def add(a, b):\n    return a + b\n"]
@@ -164,6 +165,37 @@ def test_only_scores_of_the_same_settings_are_taken_over(
     done.clear()
     run_evaluation(load_config(config, same))  # not asked to take over anything
     assert done == everything
+
+
+def test_scores_depend_on_all_that_is_read(
+    config: Path, base: Path, tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(base, tmp_path / "model")
+    adapter = tmp_path / "lora" / "adapter_config.json"
+    adapter.parent.mkdir()
+    loaded = load_base(model, "float32")
+    monkeypatch.setattr(evaluation, "load_tuned", lambda *args: loaded)
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "1 2", "messages": chat}) + "\n")
+
+    def evaluated(*overrides: str) -> list[str]:
+        done.clear()
+        overridden = load_config(config, [f"model={model}", *overrides])
+        run_evaluation(overridden, adapter.parent, reuse=True)
+        return list(done)
+
+    adapter.write_text('{"lora_alpha": 1}')
+    everything = evaluated()
+    assert evaluated() == []
+    assert evaluated("evaluation.others.text.format=chat") == ["text"]
+    evaluated()
+    adapter.write_text('{"lora_alpha": 2}')
+    assert evaluated() == everything
+    (model / "chat_template.jinja").write_text("!" + DEFAULT_TEMPLATE)
+    assert evaluated() == everything
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"new": 1}))
+    assert evaluated() == everything
 
 
 def test_a_comparison_is_not_left_beside_other_scores(
