@@ -224,9 +224,9 @@ def run_evaluation(
     # Where processes see different files, all of them compute.
     scores = {name: None if any_process(not score) else score for name, score in scores.items()}
     if None in scores.values():
+        base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
         if jax.process_index() == 0:  # it speaks of scores that give way
             RunFolder(config.output).comparison.unlink(missing_ok=True)
-        base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
         fingerprint = fingerprint or base.fingerprint
         facts = _model_facts(config, adapter, fingerprint)
         for name in [name for name, score in scores.items() if score is None]:

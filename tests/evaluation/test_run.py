@@ -209,6 +209,9 @@ def test_a_comparison_is_not_left_beside_other_scores(
     comparison.write_text("{}")
     run_evaluation(load_config(config), reuse=True)
     assert comparison.exists()  # nothing was computed
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        run_evaluation(load_config(config), "nowhere")
+    assert comparison.exists()
 
 
 def test_a_judge_scores_a_task(
