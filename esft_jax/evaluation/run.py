@@ -323,10 +323,11 @@ def _evaluate(
         heldout,
     )
     if jax.process_index() == 0:
-        target = folder / "scores.json"
-        target.unlink(missing_ok=True)  # never beside the completions of another run
+        target, completions = folder / "scores.json", folder / "completions.jsonl"
+        for old in (target, completions):
+            old.unlink(missing_ok=True)  # never beside what belongs to another score
         if result is not None:
-            write_completions(folder / "completions.jsonl", result.completions)
+            write_completions(completions, result.completions)
         content = dataclasses.asdict(score) | {"seconds": time.perf_counter() - begin}
         content |= {**facts, **case.facts}
         write_text_atomic(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

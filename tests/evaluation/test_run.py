@@ -214,6 +214,17 @@ def test_a_comparison_is_not_left_beside_other_scores(
     assert comparison.exists()
 
 
+def test_completions_are_not_left_beside_other_scores(
+    config: Path, tmp_path: Path, done: list[str]
+) -> None:
+    run_evaluation(load_config(config))
+    chats = tmp_path / "run" / "evaluation" / "base" / "chats"
+    assert (chats / "completions.jsonl").exists()
+    run_evaluation(load_config(config, ["evaluation.others.chats.data=null"]))
+    assert json.loads((chats / "scores.json").read_text())["metric"] is None
+    assert not (chats / "completions.jsonl").exists()
+
+
 def test_a_judge_scores_a_task(
     config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
