@@ -42,6 +42,18 @@ _PLAIN = {
     "modules_to_save": None,
     "layer_replication": None,
 }
+# The same of kinds of LoRA that most versions of `peft` do not know: never written.
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# How factors may begin. All else (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) changes the base as well.
+_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,16 @@ def open_lora(folder: Path) -> LoRAAdapter:
     config = parse_json(read_text(path), str(path))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: expected a JSON object with peft_type = 'LORA'")
-    for key, plain in _PLAIN.items():
+    for key, plain in (_PLAIN | dict.fromkeys(_VARIANTS)).items():
         found = config.get(key, plain)
         if found != plain and found:
             raise InputError(f"{path}: {key}: {found!r} is not supported; expected {plain!r}")
+    beginning = config.get("init_lora_weights", True)
+    if beginning not in _BEGINNINGS:
+        known = ", ".join(map(str, _BEGINNINGS))
+        raise InputError(
+            f"{path}: init_lora_weights: {beginning!r} is not supported; expected one of {known}"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1:
         raise InputError(f"{path}: r: {rank!r}; expected a number from 1")

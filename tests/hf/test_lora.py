@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -256,6 +257,11 @@ EXPERT = "base_model.model.model.layers.1.mlp.experts.5.gate_proj.lora_"
     [
         (lambda f: edit(f, use_rslora=True), "adapter_config.json: use_rslora: True is not supp"),
         (lambda f: edit(f, rank_pattern={"q": 2}), "rank_pattern: .* is not supported"),
+        (
+            lambda f: edit(f, init_lora_weights="pissa_niter_4"),
+            "init_lora_weights: 'pissa_niter_4' ",
+        ),
+        (lambda f: edit(f, init_lora_weights="lora_ga"), "init_lora_weights: 'lora_ga' is not sup"),
         (lambda f: edit(f, peft_type="IA3"), "expected a JSON object with peft_type = 'LORA'"),
         (lambda f: edit(f, r=4), r"has shape \[3, 48\]; config.json expects \[4, 48\]"),
         (lambda f: edit(f, r=0), "r: 0; expected a number from 1"),
@@ -287,6 +293,22 @@ def test_adapters_that_do_not_fit(tiny, copy, damage, message):
     with pytest.raises(InputError, match=message):
         apply_adapter(base.model, load_adapter(copy), base.fingerprint)
     assert_same(base.model, load_model(tiny[1]))
+
+
+VARIANTS = [field.name for field in fields(peft.LoraConfig) if "is_lora_variant" in field.metadata]
+
+
+@pytest.mark.parametrize("key", [*VARIANTS, "use_qalora"])
+def test_variants_of_peft_are_refused(copy, key):
+    edit(copy, **{key: [1]})
+    with pytest.raises(InputError, match=rf"{key}: \[1\] is not supported"):
+        load_adapter(copy)
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_factors_may_begin_as_anything_that_leaves_the_base_alone(copy, kind):
+    edit(copy, init_lora_weights=kind)
+    assert load_adapter(copy).rank == 3
 
 
 def test_another_base_is_refused(tiny, adapters):
