@@ -9,7 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.instance import Instance
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 from esft_jax import harness
@@ -269,6 +271,30 @@ def test_without_the_library_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert harness.main([]) == 2
     assert "expected an installation with the extra `harness`" in capsys.readouterr().err
+
+
+def test_a_file_of_settings_counts_for_more_than_our_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[EvaluatorConfig] = []
+
+    def read_settings() -> None:
+        found.append(EvaluatorConfig.from_cli(HarnessCLI().parse_args()))
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", read_settings)
+    path = tmp_path / "settings.yaml"
+    path.write_text("{batch_size: 64, model_args: {pretrained: x}, tasks: [arc_easy]}")
+    for arguments in (["--tasks", "arc_easy"], ["-C", str(path)]):
+        assert harness.main(arguments) == 0
+    path.write_text("{model: dummy, tasks: [arc_easy]}")
+    assert harness.main([f"--config={path}", "--batch_size", "8"]) == 0
+    settings = [(each.model, str(each.batch_size)) for each in found]
+    assert settings == [("esft_jax", "16"), ("esft_jax", "64"), ("dummy", "8")]
+
+
+def test_a_file_of_settings_that_is_missing_is_named(capsys: Any) -> None:
+    assert harness.main(["--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.yaml: cannot be read")
 
 
 def test_wrong_requests_are_named(models: tuple[EsftJaxLM, HFLM]) -> None:
