@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from esft_jax import harness
 from esft_jax.errors import InputError
+from esft_jax.evaluation import lm_eval_model
 from esft_jax.evaluation.lm_eval_model import EsftJaxLM
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.adapter import save_adapter, trained_names
@@ -297,14 +298,21 @@ def test_a_file_of_settings_that_is_missing_is_named(capsys: Any) -> None:
     assert capsys.readouterr().err.startswith("error: nowhere.yaml: cannot be read")
 
 
-def test_wrong_requests_are_named(models: tuple[EsftJaxLM, HFLM]) -> None:
+def test_wrong_requests_are_named(
+    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = models[0]
+    monkeypatch.delattr(lm_eval_model, "generate_tokens")
     too_long = requests("loglikelihood", [("a", long_text(100))])
     with pytest.raises(InputError, match="pair 0: a continuation of .* expected at most 96"):
         ours.loglikelihood(too_long, disable_tqdm=True)
+    right = {"until": [], "max_gen_toks": 4}
     for options, message in [
         ({"until": [], "max_gen_toks": 96}, "max_gen_toks: 96; expected at most 95"),
         ({"until": [], "num_beams": 4}, "num_beams: not supported"),
+        ({**right, "temperature": 1.0, "top_p": 2.0}, "top_p: 2.0 is out of range"),
     ]:
+        # Before anything is decoded.
+        both = requests("generate_until", [("a", right), ("a", options)])
         with pytest.raises(InputError, match=message):
-            ours.generate_until(requests("generate_until", [("a", options)]), disable_tqdm=True)
+            ours.generate_until(both, disable_tqdm=True)

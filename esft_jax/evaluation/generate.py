@@ -106,7 +106,7 @@ def generate_tokens(
     Raises:
         InputError: an empty prompt or one too long for the model, or an option out of range.
     """
-    _check_options(max_new_tokens, temperature, top_p, batch_size)
+    check_options(max_new_tokens, temperature, top_p, batch_size)
     for number, prompt in enumerate(prompts):
         check_length(f"prompt {number}", len(prompt), max_new_tokens, model.config.max_positions)
     graph, params = nnx.split(model)
@@ -152,7 +152,8 @@ def check_length(name: str, length: int, max_new_tokens: int, max_positions: int
         )
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    """Raise an `InputError` if one of them is out of range."""
     for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count < 1:
             raise InputError(f"{name}: {count} is out of range; expected at least 1")

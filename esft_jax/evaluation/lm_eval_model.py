@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.evaluation.generate import DecodingOptions, generate_tokens
+from esft_jax.evaluation.generate import DecodingOptions, check_options, generate_tokens
 from esft_jax.evaluation.likelihood import continuation_likelihoods
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.hf.load import local_folder
@@ -180,32 +180,43 @@ class EsftJaxLM(TemplateLM):
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
+        wanted = {
+            key: self._wanted(requests[numbers[0]].args[1]) for key, numbers in groups.items()
+        }
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or None) as bar:
-            for numbers in groups.values():
+            for key, numbers in groups.items():
                 contexts = [requests[number].args[0] for number in numbers]
-                found = self._generate(contexts, requests[numbers[0]].args[1], bar)
+                found = self._generate(contexts, wanted[key], bar)
                 for number, text in zip(numbers, found, strict=True):
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
 
-    def _generate(self, contexts: list[str], given: dict[str, Any], bar: tqdm) -> list[str]:
+    def _wanted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of a request, in the harness's one spelling, once they are known to do."""
         wanted: dict[str, Any] = {**normalize_gen_kwargs(given, self.max_gen_toks)}
         if unknown := sorted(wanted.keys() - _GENERATION_KEYS):
             known = ", ".join(sorted(_GENERATION_KEYS))
             raise InputError(f"generation_kwargs: {unknown[0]}: not supported; expected {known}")
-        until, count = wanted["until"], wanted["max_gen_toks"]
+        count = wanted["max_gen_toks"]
         if not 0 < count < self.max_length:
             raise InputError(
                 f"generation_kwargs: max_gen_toks: {count}; expected at most "
                 f"{self.max_length - 1}, one less than the model reads"
             )
+        # As in `transformers`, where sampling without a temperature has 1.
         sampled = wanted["do_sample"]
+        wanted["temperature"] = wanted.get("temperature", 1.0) if sampled else 0.0
+        wanted["top_p"] = wanted.get("top_p", 1.0) if sampled else 1.0
+        check_options(count, wanted["temperature"], wanted["top_p"], self.batch_size)
+        return wanted
+
+    def _generate(self, contexts: list[str], wanted: dict[str, Any], bar: tqdm) -> list[str]:
+        until, count = wanted["until"], wanted["max_gen_toks"]
         options: DecodingOptions = {
-            # As in `transformers`, where sampling without a temperature has 1.
-            "temperature": wanted.get("temperature", 1.0) if sampled else 0.0,
-            "top_p": wanted.get("top_p", 1.0) if sampled else 1.0,
+            "temperature": wanted["temperature"],
+            "top_p": wanted["top_p"],
             "seed": self._seed,
             "batch_size": self.batch_size,
             "stop": lambda ids: any(text and text in self._tokens.decode(ids) for text in until),
