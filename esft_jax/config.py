@@ -332,7 +332,7 @@ class EvaluationConfig:
         data: File of prompts with accepted answers, or of chats whose last message is the answer.
         metric: Name of a metric of `esft_jax.evaluation.metrics`.
         max_new_tokens: Tokens per completion, at most.
-        batch_size: Prompts decoded together, over all devices.
+        batch_size: Prompts decoded together, and held-out rows per forward pass, over all devices.
         temperature: 0 decodes greedily.
         top_p: Nucleus of the sampled distribution.
         limit: Examples to evaluate, from the first; none takes all.
