@@ -10,7 +10,7 @@ usage: launch_tpu.sh --name TPU ... --zone ZONE --config FILE [options] [-- KEY=
 Puts the code on every host, installs it there with the tpu extra, runs
 `python -m esft_jax.train --config FILE KEY=VALUE ...` on all hosts at once, and exits with the
 highest exit code among them. If one fails, the others are ended. SIGINT and SIGTERM are passed on
-to the training processes, which save a checkpoint and stop.
+to the training processes, which save a checkpoint and stop; so is the end of the terminal.
 
   --name TPU            name of a TPU VM; once per slice for a run over several
   --zone ZONE           the zone of all of them
@@ -132,6 +132,8 @@ fi
 setup=$(
   cat <<END
 set -e
+# A training may have outlived the connection that it was started over, of an earlier launch too.
+[ ! -e esft_jax.pid ] || pkill -KILL -F esft_jax.pid -f esft_jax.train || true
 rm -f esft_jax.pid
 mkdir -p esft_jax
 cd esft_jax
@@ -219,9 +221,7 @@ if $dry_run; then
   if ((restarts)); then
     echo "# up to $restarts times, unless one exited with code 2:"
     all_slices slice_state
-    echo "# again until each prints READY; then:"
-    all_slices signal_slice KILL
-    echo "# and once more from the top"
+    echo "# again until each prints READY, and once more from the top"
   fi
   exit
 fi
@@ -349,10 +349,6 @@ train() {
 
 run_attempt() {
   wait_until_ready || return
-  if ((attempt > 1)); then
-    # A training may have outlived the connection that it was started over.
-    all_slices signal_slice KILL || true
-  fi
   all_slices set_up_slice || return
   find_workers || return
   train
@@ -378,6 +374,7 @@ scratch=$(mktemp -d)
 trap clean_up EXIT
 attempt=0 final=false trained=false training=false
 trap 'on_signal INT 130' INT
+trap 'on_signal TERM 129' HUP
 trap 'on_signal TERM 143' TERM
 archive=$scratch/esft_jax.tar.gz
 [[ -n $repo ]] || pack_checkout

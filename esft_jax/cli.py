@@ -114,7 +114,9 @@ def join_processes(args: argparse.Namespace) -> None:
     import jax
 
     _check_processes(args)
-    if args.distributed:
+    if not args.distributed:
+        return
+    try:
         jax.distributed.initialize(
             args.coordinator,
             args.processes,
@@ -123,6 +125,11 @@ def join_processes(args: argparse.Namespace) -> None:
             # A process that ends with an error waits for the others, too, before it goes.
             shutdown_timeout_seconds=args.peer_timeout,
         )
+    except ValueError as error:
+        raise InputError(
+            f"--distributed: JAX finds no others ({error}); expected --coordinator, --processes "
+            "and --process"
+        ) from None
 
 
 def _check_processes(args: argparse.Namespace) -> None:

@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from esft_jax.errors import InputError
+
+_PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
@@ -37,6 +40,20 @@ def check_writable(folder: str | os.PathLike[str], key: str) -> None:
         raise InputError(f"{key}: {existing} is a file; expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {existing}: no permission to write")
+
+
+def seen(path: Path) -> bool:
+    """Whether a file is there that another host has just written.
+
+    Network file systems may take a while to tell.
+    """
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # has them look
+        if path.exists():
+            return True
+        time.sleep(1)
+    return path.exists()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

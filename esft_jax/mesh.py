@@ -253,12 +253,27 @@ def device_multiple(rows: int, mesh: Mesh | None) -> int:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """This process's rows of a batch, on its devices."""
+    """This process's rows of a batch, on its devices; see `place_whole_batch`."""
     if mesh is None:
         return {key: jax.numpy.asarray(value) for key, value in batch.items()}
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }
+
+
+def place_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, on all devices; row i of the result is row i of it.
+
+    Of `place_batch` only the set of rows is known: on a TPU slice, the devices of one process need
+    not lie next to each other in the mesh.
+    """
+    if mesh is None:
+        return {key: jax.numpy.asarray(value) for key, value in batch.items()}
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+        for key, value in batch.items()
     }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esft_jax.cli import add_config_arguments, command
-from esft_jax.config import RunConfig, load_config
+from esft_jax.config import LoRAConfig, RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None) -> int:
 
 def _full(config: RunConfig) -> RunConfig:
     train = dataclasses.replace(config.train, verify_frozen=False)
-    return dataclasses.replace(config, method="full", expert_cfg=None, train=train)
+    return dataclasses.replace(
+        config, method="full", expert_cfg=None, lora=LoRAConfig(), train=train
+    )
 
 
 def _table(plans: Sequence[Plan]) -> Table:

@@ -17,7 +17,7 @@ from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption
-from esft_jax.training.setup import open_setup
+from esft_jax.training.setup import create_run, open_setup
 from esft_jax.training.signals import exit_on_sigterm
 
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None) -> None:
 def _train(config: RunConfig, console: Console) -> None:
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
+    create_run(setup)
     before = None
     if inputs is not None and config.init == "pretrained":
         before = run_evaluation(config, None, inputs, reuse=True)

@@ -78,6 +78,19 @@ def test_what_is_said_of_other_processes_is_checked(options: list[str], message:
         cli.open_config(parser.parse_args(["--config", "c.yaml", *options]))
 
 
+def test_others_that_nobody_names() -> None:
+    """JAX itself ends with a traceback, which a launcher takes for a failure to be tried again."""
+    code = (
+        "import argparse; from esft_jax import cli\n"
+        "run = cli.command(lambda argv: cli.join_processes(args))\n"
+        "parser = argparse.ArgumentParser(); cli.add_process_arguments(parser)\n"
+        "args = parser.parse_args(['--distributed']); raise SystemExit(run([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --distributed: JAX finds no others")
+
+
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["tain"])

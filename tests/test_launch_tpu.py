@@ -224,10 +224,10 @@ def test_failed_installation_starts_no_training(pod: Pod) -> None:
     assert [call[3] for call in pod.calls()] == ["scp", "ssh"]
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_forwards_signals_and_waits_for_the_workers(pod: Pod, name: str) -> None:
+@pytest.mark.parametrize(("name", "passed"), [("TERM", "TERM"), ("INT", "INT"), ("HUP", "TERM")])
+def test_forwards_signals_and_waits_for_the_workers(pod: Pod, name: str, passed: str) -> None:
     for worker in range(2):
-        ready = f"trap 'echo saved; exit {worker * 5}' {name}; touch $HOME/ready"
+        ready = f"trap 'echo saved; exit {worker * 5}' {passed}; touch $HOME/ready"
         pod.behave(worker, f"{ready}; while true; do sleep 0.05; done")
     process = pod.start("--restarts", "3")
     for worker in range(2):
@@ -237,7 +237,7 @@ def test_forwards_signals_and_waits_for_the_workers(pod: Pod, name: str) -> None
     assert process.returncode == 5
     assert "[worker 0] saved" in out
     assert "[worker 1] saved" in out
-    assert f"passing SIG{name} on" in err
+    assert f"passing SIG{passed} on" in err
     assert "warning" not in err
     assert "starting again" not in err
 
@@ -326,6 +326,22 @@ def test_a_training_that_outlives_its_connection_is_not_started_twice(pod: Pod) 
     assert "[worker 0] error: the connection broke" in out
 
 
+def test_a_training_that_outlives_its_launch_is_ended_by_the_next_one(pod: Pod) -> None:
+    for worker in range(2):
+        pod.behave(worker, f"trap '' TERM; touch $HOME/ready; {HANG}")
+    first = pod.start()
+    for worker in range(2):
+        wait_for(pod.home(worker) / "ready", first)
+    left = [int((pod.home(worker) / "esft_jax.pid").read_text()) for worker in range(2)]
+    first.kill()
+    for worker in range(2):
+        assert Path(f"/proc/{left[worker]}").exists()
+        pod.behave(worker, "exit 0")
+    assert pod.launch()[0] == 0
+    states = [Path(f"/proc/{pid}/stat") for pid in left]
+    assert not any(path.exists() and ") Z " not in path.read_text() for path in states)
+
+
 def test_waits_for_a_queued_resource(pod: Pod) -> None:
     pod.states("queue", "WAITING_FOR_RESOURCES", "PROVISIONING", "PROVISIONING", "", "ACTIVE")
     code, _, err = pod.launch("--queued-resource", "queue", "--project", "p")
@@ -387,10 +403,10 @@ def test_a_signal_between_two_attempts_ends_the_launch(pod: Pod, name: str, code
     ("arguments", "verbs"),
     [
         ([], "scp ssh describe ssh ssh"),
-        (["--restarts", "2", "--project", "p"], "scp ssh describe ssh ssh describe ssh"),
+        (["--restarts", "2", "--project", "p"], "scp ssh describe ssh ssh describe"),
         (
             ["--name", "pod-1", "--queued-resource", "queue", "--restarts", "1"],
-            "describe scp ssh scp ssh describe describe ssh ssh ssh ssh describe describe ssh ssh",
+            "describe scp ssh scp ssh describe describe ssh ssh ssh ssh describe describe",
         ),
     ],
     ids=["single", "restarts", "several"],

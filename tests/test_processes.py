@@ -16,13 +16,21 @@ from safetensors.numpy import load_file
 DEVICES, STEPS = 8, 20
 
 
-def start(config: Path, output: Path, processes: int, *overrides: str) -> list[subprocess.Popen]:
-    """The processes of a run, each with its share of eight devices."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def environment_without_devices() -> dict[str, str]:
+    """For processes that split the CPU themselves."""
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    return os.environ | {"XLA_FLAGS": " ".join(flags)}
+
+
+def start(config: Path, output: Path, processes: int, *overrides: str) -> list[subprocess.Popen]:
+    """The processes of a run, each with its share of eight devices."""
+    port, environment = free_port(), environment_without_devices()
     started = []
     for process in range(processes):
         command = [sys.executable, "-m", "esft_jax.train", "--config", str(config)]
@@ -80,6 +88,39 @@ def test_processes_together_make_the_run_of_one(
     mine, theirs = (load_file(f / "adapter" / "model.safetensors") for f in (output, alone))
     for name, tensor in mine.items():
         np.testing.assert_allclose(tensor, theirs[name], atol=1e-5)
+
+
+def test_rows_stay_in_order_wherever_the_devices_of_a_process_lie(tmp_path: Path) -> None:
+    """On a TPU slice, devices of different processes alternate in the mesh."""
+    program = tmp_path / "program.py"
+    program.write_text(INTERLEAVED)
+    port, environment = free_port(), environment_without_devices()
+    command = [sys.executable, str(program), str(port)]
+    processes = [
+        subprocess.Popen([*command, str(process)], env=environment, stdout=subprocess.PIPE)
+        for process in range(2)
+    ]
+    for process in processes:
+        *_, rows = process.communicate(timeout=60)[0].splitlines()
+        assert json.loads(rows) == list(range(8))
+
+
+INTERLEAVED = """
+import json, sys
+import jax
+import numpy as np
+
+from esft_jax.mesh import make_mesh, place_whole_batch
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+devices = sorted(jax.devices(), key=lambda device: (device.id % 4, device.process_index))
+assert [device.process_index for device in devices] == [0, 1] * 4
+mesh = make_mesh(2, 4, devices)
+rows = place_whole_batch({"rows": np.arange(8)}, mesh)["rows"]
+replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+print(json.dumps(np.asarray(jax.jit(lambda x: x, out_shardings=replicated)(rows)).tolist()))
+"""
 
 
 @pytest.mark.slow

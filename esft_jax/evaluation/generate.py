@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.mesh import RULES, device_multiple, place_batch
+from esft_jax.mesh import RULES, device_multiple, place_whole_batch
 from esft_jax.model.attention import LatentCache
 from esft_jax.model.transformer import Transformer
 
@@ -123,7 +123,7 @@ def generate_tokens(
             graph,
             params,
             model.mesh,
-            own_rows(batch),
+            batch,
             jax.random.key(seed),
             jnp.int32(eos_id),
             sampling,
@@ -179,13 +179,6 @@ def _pad(
     return {"tokens": tokens, "lengths": lengths, "numbers": padded}
 
 
-def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's share of a batch."""
-    size = len(next(iter(batch.values()))) // jax.process_count()
-    start = jax.process_index() * size
-    return {key: rows[start : start + size] for key, rows in batch.items()}
-
-
 class _Progress(NamedTuple):
     """Completions in progress: P prompt tokens at most, N new tokens at most.
 
@@ -221,12 +214,11 @@ def _complete(
     """New tokens of each row, filled up with EOS.
 
     Args:
-        batch: this process's rows: `tokens` `[B, P]`, `lengths` of the prompts in it and their
-            `numbers` `[B]`.
+        batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`.
         sampling: temperature and top_p; None for greedy decoding.
         stop: see `generate_tokens`.
     """
-    placed = place_batch(batch, mesh)
+    placed = place_whole_batch(batch, mesh)
     state = _begin(graph, params, placed, key, eos_id, max_new_tokens=max_new_tokens)
     block = max_new_tokens if stop is None else _STOP_BLOCK
     for limit in range(block, max_new_tokens + block, block):
@@ -238,7 +230,7 @@ def _complete(
         stopped = [over or stop(ids) for over, ids in zip(np.asarray(done), rows, strict=True)]
         if all(stopped):
             break
-        state = state._replace(**place_batch(own_rows({"done": np.array(stopped)}), mesh))
+        state = state._replace(**place_whole_batch({"done": np.array(stopped)}, mesh))
     return np.asarray(new)
 
 

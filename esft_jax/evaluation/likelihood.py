@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from esft_jax.errors import InputError
-from esft_jax.evaluation.generate import own_rows
-from esft_jax.mesh import device_multiple, place_batch
+from esft_jax.mesh import device_multiple, place_whole_batch
 from esft_jax.model.transformer import Transformer
 
 # Rows and continuations are padded to powers of two from here on: few shapes, so few compilations.
@@ -62,8 +61,8 @@ def continuation_likelihoods(
     results = [(0.0, False)] * len(pairs)
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
-        batch = own_rows(_pad([pairs[number] for number in numbers], size, limit))
-        found = _likelihoods(graph, params, place_batch(batch, model.mesh))
+        batch = _pad([pairs[number] for number in numbers], size, limit)
+        found = _likelihoods(graph, params, place_whole_batch(batch, model.mesh))
         for number, total, greedy in zip(numbers, *map(np.asarray, found), strict=False):
             results[number] = (float(total), bool(greedy))
         if advance is not None:

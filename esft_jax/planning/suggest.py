@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 
-from esft_jax.mesh import EXPERT, make_mesh
+from esft_jax.mesh import EXPERT, REPLICA, count_slices, make_mesh
 from esft_jax.planning.analysis import Case, Plan, what_is_trained
 
 
@@ -40,7 +40,9 @@ def _method(case: Case, plan: Plan) -> str | None:
 def _expert_axis(case: Case, plan: Plan) -> str | None:
     """Along `expert` a layer's experts are split; along `data` they are copies."""
     devices = list(case.mesh.devices.flat)
-    expert = math.gcd(len(devices), case.model.router.num_experts)
+    # An expert group lies within one slice and one replica.
+    parts = max(count_slices(devices), case.mesh.shape[REPLICA])
+    expert = math.gcd(len(devices) // parts, case.model.router.num_experts)
     if expert <= case.mesh.shape[EXPERT]:
         return None
     state = case.state_bytes(make_mesh(-1, expert, devices, case.config.mesh.replica))

@@ -113,11 +113,14 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
         """The last checkpoint: the state, placed like `abstract`, and the saved position.
 
+        A best one of a later step goes.
+
         Raises:
             InputError: the checkpoint belongs to other facts (base weights, experts, data), or is
                 damaged.
         """
         step = self.last_step
+        assert step is not None
         position = self._position(self._last)
         # The facts come first: with other experts the arrays would not even have these shapes.
         for key, value in self._facts.items():
@@ -127,6 +130,9 @@ class Checkpoints:
                     f"{position['facts'].get(key)!r}; this run has {value!r}"
                 )
         state = self._state(self._last, abstract, position)
+        if self.best_step is not None and self.best_step > step:
+            # It is ahead of where the run goes on from. The best one before it is gone.
+            self._best.delete(self.best_step)
         names = [field.name for field in dataclasses.fields(Position)]
         return state, Position(**{name: position[name] for name in names})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -48,6 +49,7 @@ from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.setup import (
     Setup,
+    create_run,
     load_pretrained,
     low_rank_updates,
     measure_scores,
@@ -101,8 +103,8 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     begin = time.perf_counter()
     for line in _describe_data(setup):
         say(line)
+    create_run(setup)
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
-    on_first_process(lambda: setup.run.create(setup.config), "run folder")
     trained: Trained = None
     experts = loads = None
     if base is not None and setup.config.selects_experts:
@@ -128,6 +130,8 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     with stop_signal() as stopped, closing(run.checkpoints):
         outcome = run.train(stopped)
         path = None if outcome.tuned is None else run.write_result(outcome)
+    if path is not None and (late := stopped()):
+        signal.raise_signal(late)  # too late for the loop, but what comes next is to stop
     return RunResult(
         setup.run.path,
         path,
@@ -266,7 +270,7 @@ class _Run:
             "data_sha256": self.train_set.stats.sha256,
         }
 
-    def train(self, stopped: Callable[[], bool]) -> _Outcome:
+    def train(self, stopped: Callable[[], int | None]) -> _Outcome:
         """Run to the last step, or until a signal has asked to stop."""
         config = self.config.train
         iterator = train_iterator(
@@ -313,9 +317,10 @@ class _Run:
                         self.best_loss = loss
                         with watch.other("checkpoints"):
                             self.checkpoints.save_best(step, self.state)
-                # Several processes agree where they would wait for each other anyway.
-                ask = jax.process_count() == 1 or step % config.log_every == 0
-                stop = ask and any_process(stopped())
+                # Several processes agree where they would wait for each other anyway. At the last
+                # step there is nothing to stop, and the signal is left for what comes after.
+                ask = not last and (jax.process_count() == 1 or step % config.log_every == 0)
+                stop = ask and any_process(stopped() is not None)
                 if last or stop or step % config.save_every == 0:
                     # A resumed run counts them, and would not list them again.
                     self._check_skipped(step, jax.device_get(skipped))
@@ -323,7 +328,7 @@ class _Run:
                     with watch.other("checkpoints"):
                         position = Position(iterator.get_state(), self.best_loss, watch.spent)
                         self.checkpoints.save(step, self.state, position)
-                    if stop and not last:
+                    if stop:
                         return _Outcome(step, None, loss, watch.timing())
         timing = watch.timing()
         if self.checkpoints.best_step is not None:
@@ -387,7 +392,8 @@ class _Run:
         schedule = make_schedule(self.config.optimizer, self.config.train.steps)
         return {
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
-            "learning_rate": float(schedule(step - 1)),
+            # Updates that were skipped do not count for the schedule.
+            "learning_rate": float(schedule(max(step - 1 - self.skipped, 0))),
             **self.train_set.epochs(step * self.config.train.batch_size),
             "peak_memory_bytes": peak_memory(),
             "trained_share": self.trained / self.total,

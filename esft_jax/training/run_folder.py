@@ -79,11 +79,14 @@ class RunFolder:
                     f"output: {self.path} is not empty and holds no run; expected a new folder"
                 )
             return
+        changeable = _CHANGEABLE
+        if config.train.balance_loss == 0:  # which is computed for each micro-batch
+            changeable = changeable | {"train.micro_batches"}
         saved = _flat(dataclasses.asdict(load_config(self.config)))
         asked = _flat(dataclasses.asdict(config))
         for key in [*asked, *saved]:
             section = key.split(".")[0]
-            if key in _CHANGEABLE or section in ("evaluation", "output"):
+            if key in changeable or section in ("evaluation", "output"):
                 continue
             before, value = saved.get(key), asked.get(key)  # sources of data.mix come and go
             if before != value:

@@ -25,8 +25,16 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
+from esft_jax.files import seen
 from esft_jax.hf.load import LoadedBase, load_base, local_folder
-from esft_jax.mesh import EXPERT, device_multiple, make_mesh, param_shardings
+from esft_jax.mesh import (
+    EXPERT,
+    device_multiple,
+    make_mesh,
+    on_all_processes,
+    on_first_process,
+    param_shardings,
+)
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.run_folder import RunFolder
@@ -100,6 +108,22 @@ def check_setup(
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
     return run, folder, model_config, mesh, given_experts(config, model_config)
+
+
+def create_run(setup: Setup) -> None:
+    """Make the run's folder, and check that every process sees it.
+
+    Raises:
+        InputError: it cannot be written to, or is not the same one for all.
+    """
+    run = setup.run
+    on_first_process(lambda: run.create(setup.config), "run folder")
+    with on_all_processes("output"):
+        if not seen(run.config):
+            raise InputError(
+                f"output: process {jax.process_index()} does not see {run.config}; expected a "
+                "folder that all processes share"
+            )
 
 
 def _data(

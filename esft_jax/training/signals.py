@@ -13,11 +13,11 @@ _terminated = threading.Event()
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM (schedulers, preemption) and SIGINT into a flag that stays set.
+def stop_signal() -> Iterator[Callable[[], int | None]]:
+    """Turn SIGTERM (schedulers, preemption) and SIGINT into a flag that stays set: the signal.
 
     A second SIGINT interrupts at once. Signals reach the main thread only; elsewhere the flag
-    stays unset.
+    stays None.
     """
     received: list[int] = []
 
@@ -27,7 +27,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         received.append(signum)
 
     with _handled(note, signal.SIGTERM, signal.SIGINT):
-        yield lambda: bool(received) or _terminated.is_set()
+        yield lambda: received[0] if received else signal.SIGTERM if _terminated.is_set() else None
 
 
 @contextmanager

@@ -155,10 +155,21 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     assert remat.startswith("train.remat=full instead of dots")
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
     assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
+    # Replicas share nothing: an expert group lies within one.
+    twice = make_config(mesh={"replica": 2, "expert": 2}, train={"batch_size": 16})
+    replicated = open_case(twice, "cpu:8")
+    short = dataclasses.replace(fitting.memory, available=1, needed=None)
+    expert, *_ = suggestions(replicated, dataclasses.replace(fitting, memory=short))
+    assert expert.startswith("mesh.data=-1 mesh.expert=4:")
     full = dataclasses.replace(case, config=make_config(**FULL), trained=None)
     memory = dataclasses.replace(fitting.memory, available=1, needed=None)
     method, *_ = suggestions(full, dataclasses.replace(fitting, memory=memory))
     assert method.startswith("method=esft:") and "1 of 8 experts in each layer, assumed" in method
+
+
+def test_any_method_is_compared_with_full_fine_tuning(make_config) -> None:
+    lora = make_config(method="lora", expert_cfg=None, lora={"rank": 4, "targets": ("attention",)})
+    assert plan._full(lora).method == "full"
 
 
 @pytest.mark.slow
@@ -189,7 +200,7 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pods").glob("*.yaml")), ids=str)
 def test_pod_configurations(path) -> None:
     config = load_config(path)
-    model = ModelConfig.load(ROOT / "models" / "deepseek-v2-lite")
+    model = ModelConfig.load(ROOT / "models" / Path(config.model).name)
     assert model.router.num_experts % config.mesh.expert == 0
 
 

@@ -45,6 +45,29 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
     checkpoints.close()
 
 
+def test_a_best_one_ahead_of_the_last_gives_way(tmp_path) -> None:
+    """Else Orbax would refuse a better one of an earlier step without a word."""
+
+    def state(step: int) -> TrainState:
+        weights = {"w": jnp.full(4, step, jnp.float32)}
+        return TrainState(jnp.array(step), jnp.array(0), weights, ())
+
+    checkpoints = Checkpoints(tmp_path, {}, None)
+    checkpoints.save(5, state(5), Position({}, 1.5, {}))
+    checkpoints.save_best(8, state(8))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, {}, None)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(5)
+    )
+    checkpoints.restore(abstract)
+    assert checkpoints.best_step is None
+    checkpoints.save_best(7, state(7))
+    assert checkpoints.best_step == 7
+    np.testing.assert_array_equal(checkpoints.restore_best(abstract)["w"], np.full(4, 7.0))
+    checkpoints.close()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     """The checkpoints of steps 5 and 6, the second also the best one."""

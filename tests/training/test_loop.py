@@ -24,7 +24,8 @@ from esft_jax.hf.load import load_base, load_model
 from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.training import loop
 from esft_jax.training.loop import RunResult
-from esft_jax.training.setup import open_setup
+from esft_jax.training.run_folder import RunFolder
+from esft_jax.training.setup import create_run, open_setup
 from esft_jax.training.timing import Stopwatch
 
 
@@ -216,6 +217,53 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
     assert set(steps) == {1, 2, 3, 4}
 
 
+def test_a_folder_that_not_every_process_sees(make_config, monkeypatch) -> None:
+    setup = open_setup(make_config())
+    create_run(setup)
+    monkeypatch.setattr("esft_jax.training.setup.seen", lambda path: False)
+    with pytest.raises(InputError, match=r"output: process 0 does not see .*run/config.yaml"):
+        create_run(setup)
+
+
+def test_a_signal_that_comes_too_late_is_not_lost(make_config, monkeypatch) -> None:
+    """The run ends well; what comes after it is to stop."""
+    config = make_config(train={"steps": 1, "batch_size": 4})
+    write = loop.save_adapter
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "save_adapter", interrupted)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        result = run(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    assert result.result is not None and adapter_tensors(config)
+
+
+def test_a_run_continues_with_other_micro_batches(finished, make_config, tmp_path) -> None:
+    config, result = finished
+    again = tmp_path / "again"
+    shutil.copytree(result.folder, again)
+    # On half of the devices, where as many rows may not fit.
+    train = dataclasses.replace(config.train, steps=5, micro_batches=2)
+    mesh = dataclasses.replace(config.mesh, data=1)
+    more = dataclasses.replace(config, output=str(again), train=train, mesh=mesh)
+    assert run(more).timing.step is not None  # the fifth step
+    # Of the balance loss, each micro-batch has its own.
+    full = dataclasses.replace(train, balance_loss=0.1, verify_frozen=False)
+    balanced = make_config(method="full", train=full)
+    balanced_run = RunFolder(balanced.output)
+    balanced_run.create(balanced)
+    other = dataclasses.replace(balanced.train, micro_batches=1)
+    with pytest.raises(InputError, match=r"holds a run with train.micro_batches = 2, not 1"):
+        balanced_run.check(dataclasses.replace(balanced, train=other))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -404,11 +452,15 @@ def poisoned(monkeypatch) -> list[str]:
 
 def test_updates_that_are_not_finite_are_skipped_and_listed(make_config, poisoned) -> None:
     train = {"steps": 8, "batch_size": 4, "log_every": 4, "save_every": 4}
-    config = make_config(train=train, data=make_config().data.__dict__ | {"valid": ()})
+    schedule = {"learning_rate": 1e-3, "warmup_steps": 8}
+    data = make_config().data.__dict__ | {"valid": ()}
+    config = make_config(train=train, data=data, optimizer=schedule)
     result = run(config)
     lines = [json.loads(s) for s in (result.folder / "metrics.jsonl").read_text().splitlines()]
     listed = {int(p.stem): p.read_text().splitlines() for p in result.folder.glob("skipped/*")}
     assert lines[-1]["skipped"] == len(listed) > 0
+    # The warm-up waits for them.
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-3 * (7 - len(listed)) / 8)
     for examples in listed.values():
         assert poisoned[0] in examples and len(examples) < 20  # of 40
     assert all(np.isfinite(x).all() for x in adapter_tensors(config).values())
