@@ -334,12 +334,21 @@ def test_a_training_that_outlives_its_launch_is_ended_by_the_next_one(pod: Pod) 
         wait_for(pod.home(worker) / "ready", first)
     left = [int((pod.home(worker) / "esft_jax.pid").read_text()) for worker in range(2)]
     first.kill()
+
+    def alive() -> list[int]:
+        stats = [Path(f"/proc/{pid}/stat") for pid in left]
+        found = [path.read_text() if path.exists() else ") Z " for path in stats]
+        return [pid for pid, stat in zip(left, found, strict=True) if ") Z " not in stat]
+
+    assert alive() == left
     for worker in range(2):
-        assert Path(f"/proc/{left[worker]}").exists()
         pod.behave(worker, "exit 0")
-    assert pod.launch()[0] == 0
-    states = [Path(f"/proc/{pid}/stat") for pid in left]
-    assert not any(path.exists() and ") Z " not in path.read_text() for path in states)
+    try:
+        assert pod.launch()[0] == 0
+        assert alive() == []
+    finally:
+        for pid in alive():
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_waits_for_a_queued_resource(pod: Pod) -> None:
