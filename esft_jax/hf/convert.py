@@ -7,7 +7,7 @@ was killed goes on where it stopped, with any number of them.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -33,7 +33,7 @@ from esft_jax.hf.folder import copy_companions
 from esft_jax.hf.names import LeafPath
 from esft_jax.hf.source import HuggingFaceSource, combine_digests
 from esft_jax.hf.streaming import in_order, share
-from esft_jax.hf.tensor_files import DTYPE_NAMES
+from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype
 from esft_jax.mesh import on_all_processes
 
 
@@ -59,15 +59,16 @@ def convert_checkpoint(
     if is_converted(source_folder):
         raise InputError(f"{source_folder}: is a converted checkpoint already")
     source = HuggingFaceSource(source_folder)
+    dtypes = _leaf_dtypes(source)
     process = jax.process_index()
     with on_all_processes(f"{folder}: conversion"):
         if process == 0:
             _begin(folder, _identity(source))
     with on_all_processes(f"{folder}: conversion"):
-        _convert_share(source, folder, process, jax.process_count())
+        _convert_share(source, folder, dtypes, process, jax.process_count())
     with on_all_processes(f"{folder}: conversion"):
         if process == 0:
-            _finish(source, folder, origin or str(source_folder))
+            _finish(source, folder, dtypes, origin or str(source_folder))
     return ConvertedSource(folder).fingerprint
 
 
@@ -95,9 +96,14 @@ def _begin(folder: Path, identity: str) -> None:
         path.unlink()
 
 
-def _convert_share(source: HuggingFaceSource, folder: Path, process: int, processes: int) -> None:
+def _convert_share(
+    source: HuggingFaceSource,
+    folder: Path,
+    dtypes: Mapping[LeafPath, np.dtype],
+    process: int,
+    processes: int,
+) -> None:
     """Convert this process's share of the tensors that are not yet; note each that is on disk."""
-    dtypes = _leaf_dtypes(source)
     arrays = create_arrays(folder, source.placements, dtypes)
 
     def convert(name: str) -> str:
@@ -129,11 +135,13 @@ def _convert_share(source: HuggingFaceSource, folder: Path, process: int, proces
             progress.update(source.num_bytes(name))
 
 
-def _finish(source: HuggingFaceSource, folder: Path, origin: str) -> None:
+def _finish(
+    source: HuggingFaceSource, folder: Path, dtypes: Mapping[LeafPath, np.dtype], origin: str
+) -> None:
     """Write what belongs to all tensors; the manifest last, for it says that all is there."""
     copy_companions(source.folder, folder)
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
-    digests, dtypes = _digests(_journals(folder)), _leaf_dtypes(source)
+    digests = _digests(_journals(folder))
     assert digests.keys() == source.placements.keys()
     manifest = {
         "format": FORMAT,
@@ -149,7 +157,7 @@ def _finish(source: HuggingFaceSource, folder: Path, origin: str) -> None:
 def _leaf_dtypes(source: HuggingFaceSource) -> dict[LeafPath, np.dtype]:
     """Without loss: where a parameter's tensors differ in type, it takes a type that holds all."""
     return {
-        leaf: np.result_type(*{source.dtype(name) for name in names})
+        leaf: common_dtype(source.dtype(name) for name in names)
         for leaf, names in source.by_leaf.items()
     }
 

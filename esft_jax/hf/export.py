@@ -19,6 +19,7 @@ from esft_jax.hf.folder import TensorSpec, copy_companions, new_folder, write_te
 from esft_jax.hf.load import open_source
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
+from esft_jax.hf.tensor_files import common_dtype
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
@@ -141,7 +142,7 @@ def _write_model(
     replace: bool,
 ) -> None:
     path = template / "config.json"
-    widest = np.result_type(*{spec.dtype for spec in specs.values()})
+    widest = common_dtype(spec.dtype for spec in specs.values())
     config = exported_config(parse_json(read_text(path), str(path)), widest)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)

@@ -1,11 +1,12 @@
 """Safetensors files of one folder, read lazily and by slices."""
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,12 @@ DTYPES = {
     "F32": np.dtype(np.float32),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The smallest type that holds numbers of all these types without loss."""
+    # NumPy knows no type for bfloat16 beside float16.
+    return reduce(jnp.promote_types, dtypes)
 
 
 class TensorInfo(NamedTuple):

@@ -64,6 +64,18 @@ def test_mixed_types_are_kept_without_loss(tiny, tmp_path):
     assert base.source.dtype("model.layers.2.mlp.gate.weight") == np.float32
 
 
+def test_two_half_types_in_one_parameter_become_float32(tiny, tmp_path):
+    def mix(tensors):
+        return {
+            name: tensor.half() if "layers.1" in name else tensor.bfloat16()
+            for name, tensor in tensors.items()
+        }
+
+    folder = rewrite(tiny[1], tmp_path / "mixed", mix)
+    convert_checkpoint(folder, tmp_path / "converted")
+    assert_same(load_model(folder), load_model(tmp_path / "converted"))
+
+
 def test_orbax_restores_it_onto_a_mesh(tiny, converted_tiny):
     model = load_model(tiny[1])
     mesh = make_mesh(2, 4)

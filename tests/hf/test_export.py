@@ -98,6 +98,15 @@ def test_tensors_keep_their_types_and_the_config_names_the_widest(tiny, adapter,
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_float16_base_takes_a_bfloat16_adapter(tmp_path):
+    half = save(torch_model().half(), tmp_path / "half")
+    save_trained(tmp_path / "adapter", load_base(half, jnp.bfloat16))
+    export_model(half, tmp_path / "adapter", tmp_path / "export")
+    assert {info.dtype for info in TensorFiles(tmp_path / "export").values()} == {"F16", "BF16"}
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["dtype"] == "float32"  # the smallest that holds both
+
+
 def test_all_weights_are_cast_on_request(tiny, adapter, tmp_path):
     export_model(tiny[1], adapter, tmp_path / "kept")
     export_model(tiny[1], adapter, tmp_path / "cast", "bfloat16")

@@ -15,6 +15,7 @@ from esft_jax.hf.convert import (
     _convert_share,
     _finish,
     _identity,
+    _leaf_dtypes,
     convert_checkpoint,
 )
 from esft_jax.hf.load import load_base
@@ -136,10 +137,11 @@ def test_one_process_is_killed_and_two_complete_its_work(tiny, expected, tmp_pat
 def test_a_process_that_comes_late_shares_out_the_same_work(tiny, expected, tmp_path):
     """The other has finished its share already, and said so."""
     source, target = HuggingFaceSource(tiny[1]), tmp_path / "target"
+    dtypes = _leaf_dtypes(source)
     _begin(target, _identity(source))
     for process in (1, 0):
-        _convert_share(source, target, process, 2)
-    _finish(source, target, str(tiny[1]))
+        _convert_share(source, target, dtypes, process, 2)
+    _finish(source, target, dtypes, str(tiny[1]))
     assert content(target) == expected
 
 
