@@ -3,10 +3,14 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
+from jax.extend.core import subjaxprs
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from esft_jax.model.remat import REMAT
 from esft_jax.ops.attention import causal_attention, masked_attention, xla
 
 B, S, H, R, W = 2, 24, 2, 4, 3
@@ -87,6 +91,37 @@ def test_what_is_not_a_number_stays_so_and_in_its_place(inputs, implementation):
     expected = np.zeros(out.shape, bool)
     expected[0, sees, 1] = True
     np.testing.assert_array_equal(np.isnan(out), expected)
+
+
+def count_kernels(jaxpr, name):
+    """How often a program calls a kernel, in all programs within it."""
+    called = [e.params.get("target_name") or e.params.get("name") for e in jaxpr.eqns]
+    return called.count(name) + sum(count_kernels(part, name) for part in subjaxprs(jaxpr))
+
+
+FORWARD = {
+    "cpu": "esft_jax_attention",
+    "tpu": "splash_mha_fwd_segmented_residuals",
+    "gpu": "mha_forward",
+}
+
+
+@pytest.mark.parametrize(("remat", "times"), [("attention", 1), ("full", 2)])
+@pytest.mark.parametrize("implementation", FORWARD)
+def test_the_policy_attention_runs_the_forward_kernel_once(implementation, remat, times):
+    query, *_, segments = make_inputs(S, R, R)
+
+    def loss(x):
+        @REMAT[remat]
+        def layer(x, _):
+            x = jnp.sin(x)
+            return causal_attention(x, x, x, segments, SCALE, implementation=implementation), None
+
+        return jax.lax.scan(layer, x, length=2)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(query).jaxpr
+    needed, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    assert count_kernels(needed, FORWARD[implementation]) == times
 
 
 def test_an_unknown_implementation_is_named(inputs):
