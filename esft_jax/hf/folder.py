@@ -52,7 +52,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends without an error.
+    """A temporary folder beside `target` that becomes it when the block ends without an error.
 
     What killed writers left beside it is removed. Of two writers at one time the later one wins,
     and the other one fails.
@@ -60,9 +60,12 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         target: must be new or empty, unless `replace` is set.
         replace: an existing folder gives way once the new one is complete.
+
+    Raises:
+        InputError: see `make_way`; or the system failed to write.
     """
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists; expected a new or empty folder")
+    if not replace:
+        make_way(target)
     target = target.resolve()
 
     def unused() -> Path:
@@ -92,6 +95,25 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def make_way(target: Path) -> None:
+    """Remove an empty folder, for a new one to take its place.
+
+    Raises:
+        InputError: it is not empty or no folder, or it cannot be removed, as a mount point.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise InputError(f"{target}: exists; expected a new or empty folder")
+    try:
+        target.resolve().rmdir()
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be replaced: {error.strerror}; expected a new folder, within it "
+            "or elsewhere"
+        ) from error
 
 
 def write_tensors(

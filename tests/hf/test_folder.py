@@ -1,5 +1,7 @@
 """New folders: complete or as before, whatever is killed or fails on the way."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,20 @@ def test_an_older_folder_stays_where_a_new_one_cannot_be_placed(target, monkeypa
         write(target, "new")
     assert names(target) == ["old"]
     assert names(target.parent) == ["adapter"]
+
+
+def fail_with(code):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(target, monkeypatch):
+    target.mkdir(parents=True)
+    monkeypatch.setattr(Path, "rmdir", fail_with(errno.EBUSY))
+    with pytest.raises(InputError, match="adapter: cannot be replaced"), new_folder(target):
+        pytest.fail("a folder to write")
 
 
 def test_of_two_writers_the_later_one_wins(target):
