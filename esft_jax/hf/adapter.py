@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
@@ -27,6 +26,7 @@ from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
 from esft_jax.hf.names import LeafPath, Placement, expert_names, tensor_placements
 from esft_jax.hf.tensor_files import DTYPES, TensorFiles
+from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
@@ -203,15 +203,17 @@ def save_adapter(
     if "base_fingerprint" not in manifest:
         raise KeyError("base_fingerprint")
     found = dict(tensors)
-    if jax.process_index() == 0:
+
+    def write() -> None:
         specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in found.items()}
         content = json.dumps(manifest, indent=2) + "\n"
         with new_folder(Path(folder), replace=True) as temporary:
             write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
             expert_cfg.save(temporary / EXPERT_CONFIG)
             (temporary / MANIFEST).write_text(content, encoding="utf-8")
+
     # No process returns, and perhaps opens the folder, before it is there.
-    sync_global_devices(f"adapter {folder}")
+    on_first_process(write, str(folder))
 
 
 def load_adapter(folder: str | Path) -> Adapter | LoRAAdapter:

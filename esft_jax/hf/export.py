@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
@@ -20,6 +19,7 @@ from esft_jax.hf.load import open_source
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
 from esft_jax.hf.tensor_files import common_dtype
+from esft_jax.mesh import on_all_processes
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
@@ -98,13 +98,15 @@ def save_model(
         raise InputError(f"{template / 'config.json'}: describes another model than the one saved")
     specs = {name: TensorSpec(dtype, place.shape) for name, place in placements.items()}
     tensors = model_tensors(model, placements, dtype)
-    if jax.process_index() == 0:
-        _write_model(Path(folder), template, specs, tensors, replace=True)
-    else:
-        for _ in tensors:  # reading a tensor takes part of every process
-            pass
     # No process returns, and perhaps opens the folder, before it is there.
-    sync_global_devices(f"model {folder}")
+    with on_all_processes(str(folder)):
+        try:
+            if jax.process_index() == 0:
+                _write_model(Path(folder), template, specs, tensors, replace=True)
+        finally:
+            # Reading a tensor takes part of every process, even if the first one cannot write it.
+            for _ in tensors:
+                pass
 
 
 def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:

@@ -86,10 +86,12 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)  # of a writer killed just below
             target.rename(old)
         temporary.rename(target)
-    except FileNotFoundError:
-        if temporary.exists():
-            raise
-        raise InputError(f"{target}: another process writes it; expected one at a time") from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not temporary.exists():
+            raise InputError(
+                f"{target}: another process writes it; expected one at a time"
+            ) from None
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         if old.exists() and not target.exists():
             old.rename(target)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
 
 from esft_jax.errors import InputError
 from esft_jax.experts.lora import LoRA
@@ -23,6 +22,7 @@ from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
 from esft_jax.hf.names import LeafPath, Placement, tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
+from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 
@@ -167,7 +167,8 @@ def save_lora(
         for name, pair in _model_factors(model)
         for stored, factor in zip(_factor_names(name), pair, strict=True)
     }
-    if jax.process_index() == 0:
+
+    def write() -> None:
         specs = {name: TensorSpec(factor.dtype, factor.shape) for name, factor in factors.items()}
         updates = [
             name for name in tensor_placements(model.config) if _factor_names(name)[0] in factors
@@ -177,8 +178,9 @@ def save_lora(
             write_tensors(temporary, specs, factors.items(), None, stem=_WEIGHTS)
             _write_json(temporary / ADAPTER_CONFIG, config)
             _write_json(temporary / MANIFEST, {**manifest, "updates": updates})
+
     # No process returns, and perhaps opens the folder, before it is there.
-    sync_global_devices(f"adapter {folder}")
+    on_first_process(write, str(folder))
 
 
 def _factor_names(name: str) -> tuple[str, str]:

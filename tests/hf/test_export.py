@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from esft_jax.hf.adapter import apply_adapter, load_adapter, save_adapter
 from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.export import export_model, exported_config, save_model
 from esft_jax.hf.load import load_base, load_model
+from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.model import ModelConfig
 from tests.hf.checkpoints import (
@@ -178,6 +181,26 @@ def test_saving_a_whole_model(tiny, tmp_path, training, merged):
     infos = TensorFiles(tmp_path / "model").values()
     assert {info.dtype for info in infos} == {"BF16"}
     assert_same(load_model(tmp_path / "model", jnp.bfloat16), load_model(tiny[1], jnp.bfloat16))
+
+
+def test_where_the_first_process_cannot_write_all_read_on(tiny, tmp_path, merged, monkeypatch):
+    """Every tensor is gathered from all processes: the others would wait for it forever."""
+    read, model_tensors = [], export_module.model_tensors
+
+    def count(*args):
+        for name, tensor in model_tensors(*args):
+            read.append(name)
+            yield name, tensor
+
+    def full(folder, specs, tensors, max_bytes):
+        next(tensors)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export_module, "model_tensors", count)
+    monkeypatch.setattr(export_module, "write_tensors", full)
+    with pytest.raises(InputError, match="model: cannot be written: No space left on device"):
+        save_model(merged, tmp_path / "model", tiny[1])
+    assert read == list(tensor_placements(merged.config))
 
 
 def test_a_template_of_another_model_is_refused(tmp_path, merged):

@@ -47,6 +47,13 @@ def fail(target):
         raise KeyboardInterrupt
 
 
+def fail_with(code):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -95,21 +102,21 @@ def test_an_older_folder_stays_where_a_new_one_cannot_be_placed(target, monkeypa
 
     def refuse(self, to):
         if (self / "new").exists() and to == target:
-            raise PermissionError
+            fail_with(errno.EACCES)()
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(InputError, match="adapter: cannot be written: Permission denied"):
         write(target, "new")
     assert names(target) == ["old"]
     assert names(target.parent) == ["adapter"]
 
 
-def fail_with(code):
-    def fail(*args):
-        raise OSError(code, os.strerror(code))
-
-    return fail
+def test_a_full_disk_is_one_line(target):
+    full = pytest.raises(InputError, match="adapter: cannot be written: No space left on device")
+    with full, new_folder(target):
+        fail_with(errno.ENOSPC)()
+    assert names(target.parent) == []
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(target, monkeypatch):
