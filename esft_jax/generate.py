@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from esft_jax.cli import command
-from esft_jax.data.tokenizer import Tokenizer
-from esft_jax.evaluation.generate import generate_text
-from esft_jax.hf.adapter import apply_adapter, load_adapter
-from esft_jax.hf.load import load_base, local_folder
+from esft_jax.data.tokenizer import Message, Tokenizer
+from esft_jax.evaluation.generate import (
+    check_length,
+    check_options,
+    encode_text,
+    generate_tokens,
+)
+from esft_jax.evaluation.run import load_tuned
+from esft_jax.hf.load import local_folder
+from esft_jax.model.config import ModelConfig
 
 
 @command
@@ -51,23 +57,26 @@ def main(argv: Sequence[str] | None) -> None:
         help="of weights and computation (default: bfloat16)",
     )
     args = parser.parse_args(argv)
-    tokenizer = Tokenizer.load(local_folder(args.model))
-    adapter = None if args.adapter is None else load_adapter(args.adapter)
-    base = load_base(args.model, jnp.dtype(args.dtype))
-    tokenizer.check_vocabulary(base.model.config.vocab_size)
-    if adapter is not None:
-        apply_adapter(base.model, adapter, base.fingerprint if adapter.manifest else None)
-    (answer,) = generate_text(
+    check_options(args.max_new_tokens, args.temperature, args.top_p, batch_size=1)
+    folder = local_folder(args.model)
+    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
+    tokenizer.check_vocabulary(shape.vocab_size)
+    if args.raw:
+        prompt = encode_text(tokenizer, args.prompt)
+    else:
+        prompt = tokenizer.encode_prompt([Message(role="user", content=args.prompt)])
+    check_length("prompt", len(prompt), args.max_new_tokens, shape.max_positions)
+    base = load_tuned(args.model, args.adapter, jnp.dtype(args.dtype), mesh=None)
+    (answer,) = generate_tokens(
         base.model,
-        tokenizer,
-        [args.prompt],
-        raw=args.raw,
+        [prompt],
+        eos_id=tokenizer.eos_id,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
     )
-    print(answer)
+    print(tokenizer.decode(answer))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from esft_jax import evaluate, generate
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.evaluation import run as evaluation
 from esft_jax.evaluation.generate import generate_text
 from esft_jax.evaluation.metrics import read_completions
 from esft_jax.experts.expert_config import ExpertConfig
@@ -159,10 +160,18 @@ def test_generates_as_the_library_does(model_folder, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
-def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys):
-    arguments = ["--model", str(model_folder), "--prompt", "a"]
-    assert generate.main([*arguments, "--max-new-tokens", "64"]) == 2
-    assert "the model's limit is 64" in capsys.readouterr().err
+def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys, monkeypatch):
+    arguments = ["--model", str(model_folder), "--prompt", "a", "--max-new-tokens", "8"]
+
+    def refused(*options):
+        assert generate.main([*arguments, *options]) == 2
+        return capsys.readouterr().err
+
     (adapter / "manifest.json").write_text('{"base_fingerprint": "0"}')
-    assert generate.main([*arguments, "--adapter", str(adapter)]) == 2
-    assert "trained on another base" in capsys.readouterr().err
+    assert "trained on another base" in refused("--adapter", str(adapter))
+    # The rest is seen without reading weights.
+    monkeypatch.setattr(evaluation, "load_base", lambda *args: 1 / 0)
+    assert "prompt: 11 tokens and 64 new ones; the model's" in refused("--max-new-tokens=64")
+    assert "top_p: 0.0 is out of range" in refused("--top-p=0")
+    ExpertConfig({1: (4,)}).save(adapter / "expert_cfg.json")
+    assert "is missing; expert_cfg.json names it" in refused("--adapter", str(adapter))

@@ -278,7 +278,10 @@ def load_tuned(
     Raises:
         InputError: see `load_base` and `apply_adapter`.
     """
-    opened = None if adapter is None else load_adapter(adapter)
+    opened = None
+    if adapter is not None:
+        opened = load_adapter(adapter)
+        opened.check(open_source(model).config)  # before weights are read
     base = load_base(model, dtype, mesh)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from esft_jax.errors import InputError
 from esft_jax.files import parse_json, read_text
 from esft_jax.hf.adapter import load_adapter, model_tensors
-from esft_jax.hf.folder import TensorSpec, copy_companions, new_folder, write_tensors
+from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
 from esft_jax.hf.load import open_source
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
@@ -48,7 +48,8 @@ def export_model(
     Raises:
         InputError: bad input, or an adapter of another base; nothing is written then.
     """
-    source = open_source(base)
+    target, source = Path(target), open_source(base)
+    make_way(target)
     specs = {
         name: TensorSpec(source.dtype(name), place.shape)
         for name, place in source.placements.items()
@@ -56,8 +57,9 @@ def export_model(
     loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
-        # The fingerprint may take reading the whole base.
-        loaded.check(source.config, source.fingerprint if loaded.manifest else None)
+        loaded.check(source.config)
+        if loaded.manifest:  # the fingerprint may take reading the whole base
+            loaded.check(source.config, source.fingerprint)
         changed = set(loaded.names)
         for name in changed:
             spec = specs[name]
@@ -74,7 +76,7 @@ def export_model(
         return tensor.astype(specs[name].dtype, copy=False)
 
     arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)
-    _write_model(Path(target), source.folder, specs, arriving, replace=False)
+    _write_model(target, source.folder, specs, arriving, replace=False)
 
 
 def save_model(

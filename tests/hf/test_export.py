@@ -15,6 +15,7 @@ from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.export import export_model, exported_config, save_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.names import tensor_placements
+from esft_jax.hf.source import HuggingFaceSource
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.model import ModelConfig
 from tests.hf.checkpoints import (
@@ -210,10 +211,12 @@ def test_a_template_of_another_model_is_refused(tmp_path, merged):
     assert not (tmp_path / "model").exists()
 
 
-def test_bad_input_writes_nothing(tiny, adapter, tmp_path):
+def test_bad_input_writes_nothing(tiny, adapter, tmp_path, monkeypatch):
     other = save(torch_model(seed=1), tmp_path / "other")
     with pytest.raises(InputError, match="base_fingerprint: trained on another base"):
         export_model(other, adapter, tmp_path / "export")
+    # The rest is seen without reading the base.
+    monkeypatch.setattr(HuggingFaceSource, "digest", lambda self, name: 1 / 0)
     small = save(torch_model(moe_intermediate_size=8), tmp_path / "small")
     with pytest.raises(InputError, match=r"has shape .*; config.json expects"):
         export_model(small, adapter, tmp_path / "export")
@@ -224,10 +227,11 @@ def test_bad_input_writes_nothing(tiny, adapter, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "part", "small"]
 
 
-def test_a_target_in_use_is_left_alone(tiny, tmp_path):
+def test_a_target_in_use_is_left_alone(tiny, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(HuggingFaceSource, "digest", lambda self, name: 1 / 0)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="exists; expected a new or empty folder"):
-        export_model(tiny[1], None, tmp_path)
+        export_model(tiny[1], adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
