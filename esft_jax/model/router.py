@@ -49,8 +49,8 @@ def choose(
 
 
 class Router(nnx.Module):
-    """Softmax over experts, top-k after it (DeepSeek-V2). Always float32: lower precision flips
-    experts.
+    """Softmax over experts, top-k after it (DeepSeek-V2). Scores are always float32: lower
+    precision flips experts.
     """
 
     def __init__(self, size: int, config: RouterConfig, params: ParamFactory):
@@ -61,11 +61,12 @@ class Router(nnx.Module):
         self, x: Float[Array, "T D"], keep: Bool[Array, " T"], mesh: Mesh | None = None
     ) -> RouterOutput:
         """Route tokens; those not in `keep` go to the phantom expert with gate 0."""
-        logits = jnp.matmul(
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        # A trained weight is rounded here as all others are, and as it will be saved. Not by two
+        # casts: compilers may leave them out.
+        kind = jnp.finfo(x.dtype)
+        weight = self.weight[...].astype(jnp.float32)
+        weight = jax.lax.reduce_precision(weight, kind.nexp, kind.nmant)
+        logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
         probs = jax.nn.softmax(logits, axis=-1)
         select = partial(choose, config=self.config)
         if mesh is not None and mesh.size > 1:
