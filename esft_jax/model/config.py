@@ -156,36 +156,38 @@ class ModelConfig:
         ):
             _require({key: supported, **raw}, key, supported)
         renormalise = bool(raw.get("norm_topk_prob") or False)
-        top_k = _positive(raw, "num_experts_per_tok")
+        top_k = _integer(raw, "num_experts_per_tok")
         config = cls(
-            vocab_size=_positive(raw, "vocab_size"),
-            hidden_size=_positive(raw, "hidden_size"),
-            num_layers=_positive(raw, "num_hidden_layers"),
-            first_dense_layers=int(raw.get("first_k_dense_replace", 0)),
-            dense_width=_positive(raw, "intermediate_size"),
-            expert_width=_positive(raw, "moe_intermediate_size"),
-            num_shared_experts=int(raw.get("n_shared_experts") or 0),
-            num_heads=_positive(raw, "num_attention_heads"),
-            q_lora_rank=raw.get("q_lora_rank"),
-            kv_lora_rank=_positive(raw, "kv_lora_rank"),
-            qk_nope_head_dim=_positive(raw, "qk_nope_head_dim"),
-            qk_rope_head_dim=_positive(raw, "qk_rope_head_dim"),
-            v_head_dim=_positive(raw, "v_head_dim"),
-            max_positions=_positive(raw, "max_position_embeddings"),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            vocab_size=_integer(raw, "vocab_size"),
+            hidden_size=_integer(raw, "hidden_size"),
+            num_layers=_integer(raw, "num_hidden_layers"),
+            first_dense_layers=_integer(raw, "first_k_dense_replace", 0, least=0),
+            dense_width=_integer(raw, "intermediate_size"),
+            expert_width=_integer(raw, "moe_intermediate_size"),
+            num_shared_experts=0
+            if raw.get("n_shared_experts") is None
+            else _integer(raw, "n_shared_experts", least=0),
+            num_heads=_integer(raw, "num_attention_heads"),
+            q_lora_rank=None if raw.get("q_lora_rank") is None else _integer(raw, "q_lora_rank"),
+            kv_lora_rank=_integer(raw, "kv_lora_rank"),
+            qk_nope_head_dim=_integer(raw, "qk_nope_head_dim"),
+            qk_rope_head_dim=_integer(raw, "qk_rope_head_dim"),
+            v_head_dim=_integer(raw, "v_head_dim"),
+            max_positions=_integer(raw, "max_position_embeddings"),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             router=RouterConfig(
-                num_experts=_positive(raw, "n_routed_experts"),
+                num_experts=_integer(raw, "n_routed_experts"),
                 top_k=top_k,
                 renormalise=renormalise and top_k > 1,
                 # The published code multiplies by the factor only when it does not renormalise.
                 scale=1.0
                 if renormalise and top_k > 1
-                else float(raw.get("routed_scaling_factor", 1.0)),
+                else _number(raw, "routed_scaling_factor", 1.0),
                 **_group_limit(raw),
             ),
             rope=_read_rope(raw),
-            init_std=float(raw.get("initializer_range", 0.02)),
+            init_std=_number(raw, "initializer_range", 0.02),
         )
         config._check()
         return config
@@ -217,11 +219,18 @@ def _require(raw: dict[str, Any], key: str, supported: Any) -> None:
         raise InputError(f"{key}: {raw.get(key)!r} is not supported; expected {supported!r}")
 
 
-def _positive(raw: dict[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise InputError(f"{key}: {value!r}; expected a positive integer")
+def _integer(raw: dict[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    value: Any = raw.get(key, default)
+    if type(value) is not int or value < least:
+        raise InputError(f"{key}: {value!r}; expected an integer from {least}")
     return value
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None = None, above: float = 0) -> float:
+    value: Any = raw.get(key, default)
+    if type(value) not in (int, float) or not above < value < math.inf:
+        raise InputError(f"{key}: {value!r}; expected a number above {above:g}")
+    return float(value)
 
 
 def _group_limit(raw: dict[str, Any]) -> dict[str, Any]:
@@ -231,29 +240,45 @@ def _group_limit(raw: dict[str, Any]) -> dict[str, Any]:
     if method == "group_limited_greedy":
         return {
             "group_limit": "max",
-            "num_groups": _positive(raw, "n_group"),
-            "top_groups": _positive(raw, "topk_group"),
+            "num_groups": _integer(raw, "n_group"),
+            "top_groups": _integer(raw, "topk_group"),
         }
     raise InputError(f"topk_method: {method!r}; expected 'greedy' or 'group_limited_greedy'")
 
 
 def _read_rope(raw: dict[str, Any]) -> RopeConfig:
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    parameters = raw.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise InputError(f"{name}: {parameters!r}; expected an object")
+    theta = _number(raw | parameters, "rope_theta", 10000.0, above=1)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind != "yarn":
-        raise InputError(f"rope_parameters.rope_type: {kind!r}; expected 'default' or 'yarn'")
-    if not isinstance(parameters.get("factor"), int | float):
-        factor = parameters.get("factor")
-        raise InputError(f"rope_parameters.factor: {factor!r}; expected YaRN's factor, a number")
-    return RopeConfig(
+        raise InputError(f"{name}.rope_type: {kind!r}; expected 'default' or 'yarn'")
+    try:
+        return _read_yarn(parameters, theta)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
+
+
+def _read_yarn(parameters: dict[str, Any], theta: float) -> RopeConfig:
+    def optional(key: str, default: float) -> float:
+        """Null and 0 stand for the default."""
+        return _number(parameters, key) if parameters.get(key) else default
+
+    rope = RopeConfig(
         theta=theta,
-        factor=float(parameters["factor"]),
-        original_context=_positive(parameters, "original_max_position_embeddings"),
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        mscale=float(parameters.get("mscale") or 0),
-        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+        factor=_number(parameters, "factor"),
+        original_context=_integer(parameters, "original_max_position_embeddings"),
+        beta_fast=optional("beta_fast", 32.0),
+        beta_slow=optional("beta_slow", 1.0),
+        mscale=optional("mscale", 0.0),
+        mscale_all_dim=optional("mscale_all_dim", 0.0),
     )
+    # `transformers` lets these change the rotation.
+    _require({"truncate": True, **parameters}, "truncate", True)
+    if parameters.get("attention_factor") is not None:
+        _require(parameters, "attention_factor", rope.rotation_scale)
+    return rope

@@ -1,0 +1,52 @@
+"""`config.json`: what cannot be is refused by its key, and what changes nothing is not."""
+
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.model.config import ModelConfig
+from tests.hf.checkpoints import SHAPE, YARN
+
+RAW = SHAPE | {"model_type": "deepseek_v2"}
+
+
+def yarn(**changes):
+    return {"rope_parameters": YARN | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": True}, "vocab_size: True; expected an integer from 1"),
+        (
+            {"first_k_dense_replace": None},
+            "first_k_dense_replace: None; expected an integer",
+        ),
+        ({"n_shared_experts": -1}, "n_shared_experts: -1; expected an integer from 0"),
+        ({"q_lora_rank": 0}, "q_lora_rank: 0; expected an integer from 1"),
+        ({"q_lora_rank": "16"}, "q_lora_rank: '16'; expected an integer"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: None; expected a number above 0"),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor: None; expected a number"),
+        ({"initializer_range": None}, "initializer_range: None; expected a number"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta: None; expected a number"),
+        (yarn(rope_theta=1), "rope_theta: 1; expected a number above 1"),
+        (
+            {"rope_parameters": None, "rope_scaling": "yarn"},
+            "rope_scaling: 'yarn'; expected an",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type: 'linear'; exp"),
+        (yarn(factor=0), "rope_parameters.factor: 0; expected a number above 0"),
+        (yarn(beta_fast="32"), "rope_parameters.beta_fast: '32'; expected a number"),
+        (yarn(attention_factor=1.5), "attention_factor: 1.5 is not supported; expected 1.0"),
+        (yarn(truncate=False), "truncate: False is not supported; expected True"),
+    ],
+)
+def test_senseless_values_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig.from_hugging_face(RAW | changes)
+
+
+def test_values_without_effect_are_read():
+    config = ModelConfig.from_hugging_face(RAW)
+    same = yarn(attention_factor=1.0, truncate=True, beta_fast=None)
+    assert ModelConfig.from_hugging_face(RAW | same) == config
+    assert ModelConfig.from_hugging_face(RAW | {"n_shared_experts": None}).num_shared_experts == 0
