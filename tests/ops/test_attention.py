@@ -58,7 +58,7 @@ def run(inputs, implementation="xla"):
 
     def loss(*arrays):
         out = causal_attention(*arrays, segments, SCALE, implementation=implementation)
-        return (out**2).sum(), out
+        return (out.astype(jnp.float32) ** 2).sum(), out
 
     with contextlib.ExitStack() as stack:
         if implementation == "tpu":
@@ -79,6 +79,17 @@ def close(found, wanted, tolerance):
 def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
     inputs = make_inputs(*size)
     close(run(inputs, implementation), expected(*inputs), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_bfloat16_is_off_by_about_its_own_rounding(implementation):
+    *arrays, segments = make_inputs(S, R, W)
+    arrays = [x.astype(jnp.bfloat16) for x in arrays]
+    found = jax.tree.leaves(run((*arrays, segments), implementation))
+    wanted = jax.tree.leaves(expected(*arrays, segments))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 1.2e-2
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
