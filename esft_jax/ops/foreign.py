@@ -31,7 +31,7 @@ from threadpoolctl import ThreadpoolController
 
 # Version of the interface that the offsets below belong to.
 _MAJOR, _MINOR = 0, 3
-FLOAT32, BFLOAT16 = 11, 16  # XLA_FFI_DataType
+BFLOAT16 = 16  # XLA_FFI_DataType
 
 _INT64 = ir.IntType(64)
 
@@ -312,6 +312,14 @@ def _keep_blas_to_one_thread() -> None:
     """Tasks are what runs side by side. Threads of scipy's BLAS (not numpy's) would come on top,
     and take cores from XLA while they wait for work.
     """
-    for library in ThreadpoolController().lib_controllers:
-        if {"scipy", "scipy.libs"} & set(Path(library.filepath).parts):
-            library.set_num_threads(1)
+    for library in _blas_of_scipy():
+        library.set_num_threads(1)
+
+
+def _blas_of_scipy() -> list[Any]:
+    """What is loaded of it; nothing where scipy brings none of its own."""
+    return [
+        library
+        for library in ThreadpoolController().lib_controllers
+        if {"scipy", "scipy.libs"} & set(Path(library.filepath).parts)
+    ]
