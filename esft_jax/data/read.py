@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esft_jax.data.tokenizer import Message
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, one_line
 
 ROLES = ("system", "user", "assistant")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
@@ -173,7 +173,7 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
         # Streaming reads the file as it is; otherwise a copy would go to the user's cache.
         yield from datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
     except Exception as error:  # the library wraps what went wrong in many types
-        raise InputError(f"{path}: cannot be read as Parquet: {_one_line(error)}") from error
+        raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
@@ -184,8 +184,7 @@ def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(repository, split=split or "train")
     except Exception as error:  # network, name, split: all are for the user to mend
         raise InputError(
-            f"{name}: neither a local file nor a dataset that loads from the hub: "
-            f"{_one_line(error)}"
+            f"{name}: neither a local file nor a dataset that loads from the hub: {one_line(error)}"
         ) from error
 
 
@@ -193,7 +192,3 @@ def _short(value: object) -> str:
     """A value as an error message shows it: its JSON, at most 40 characters of it."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

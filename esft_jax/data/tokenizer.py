@@ -11,7 +11,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, one_line
 from esft_jax.files import parse_json
 
 # The format ESFT trains on: BOS, "User: {x}\n\nAssistant:", " {y}", EOS.
@@ -96,7 +96,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{tokenizer_path}: not a tokenizer: {_one_line(error)}") from error
+            raise InputError(f"{tokenizer_path}: not a tokenizer: {one_line(error)}") from error
         template = _read(template_path) if template_path.exists() else config.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -199,7 +199,7 @@ class Tokenizer:
                 messages=turns, add_generation_prompt=add_generation_prompt, **self._specials
             )
         except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"chat template: {_one_line(error)}") from error
+            raise InputError(f"chat template: {one_line(error)}") from error
 
     def _special_id(self, key: str, token: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -213,7 +213,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: cannot be read ({_one_line(error)}); expected a Hugging Face tokenizer file"
+            f"{path}: cannot be read ({one_line(error)}); expected a Hugging Face tokenizer file"
         ) from error
 
 
@@ -221,10 +221,6 @@ def _token_text(config: dict[str, Any], key: str) -> str | None:
     """A special token of the configuration: plain text, or an object with its ``content``."""
     token = config.get(key)
     return token["content"] if isinstance(token, dict) else token
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -244,4 +240,4 @@ def _compile(template: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
-        raise InputError(f"chat template: {_one_line(error)}") from error
+        raise InputError(f"chat template: {one_line(error)}") from error

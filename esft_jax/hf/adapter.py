@@ -24,7 +24,14 @@ from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
-from esft_jax.hf.names import LeafPath, Placement, expert_names, tensor_placements
+from esft_jax.hf.names import (
+    EXPERTS,
+    LeafPath,
+    Placement,
+    bank_rows,
+    expert_names,
+    tensor_placements,
+)
 from esft_jax.hf.tensor_files import DTYPES, TensorFiles
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
@@ -33,7 +40,6 @@ from esft_jax.model.transformer import Transformer
 EXPERT_CONFIG = "expert_cfg.json"
 
 _MAX_SHARD_BYTES = 4 << 30
-_EXPERTS: LeafPath = ("moe_blocks", "moe", "experts")
 
 
 class AdapterTensors(Mapping[str, np.ndarray]):
@@ -138,7 +144,7 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
     }
 
     def trained(name: str, place: Placement) -> bool:
-        if place.path[:3] == _EXPERTS:
+        if place.path[:3] == EXPERTS:
             return name in selected
         if "shared_experts" in place.path:
             return expert_cfg.shared_experts
@@ -158,11 +164,11 @@ def trained_tensors(
         model: with its tuned bank, if experts are trained.
         trained: paths of all trained parameters; the bank's own may be among them.
     """
-    rows = _bank_rows(model)
+    rows = bank_rows(model)
     names = [
         name
         for name, place in tensor_placements(model.config).items()
-        if place.path in trained or (place.path[:3] == _EXPERTS and place.index in rows)
+        if place.path in trained or (place.path[:3] == EXPERTS and place.index in rows)
     ]
     return model_tensors(model, names, model.dtype)
 
@@ -171,7 +177,7 @@ def model_tensors(
     model: Transformer, names: Iterable[str], dtype: DTypeLike
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of a model under Hugging Face names; tuned experts come from their bank."""
-    placements, rows = tensor_placements(model.config), _bank_rows(model)
+    placements, rows = tensor_placements(model.config), bank_rows(model)
     leaves: dict[LeafPath, jax.Array] = {
         tuple(map(str, path)): param.get_value()
         for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -179,7 +185,7 @@ def model_tensors(
     for name in names:
         place = placements[name]
         leaf, box = leaves[place.path], place.box
-        if place.path[:3] == _EXPERTS and place.index in rows:
+        if place.path[:3] == EXPERTS and place.index in rows:
             row = rows[place.index]
             leaf = leaves["tuned_experts", place.path[-1]]
             box = (slice(row, row + 1), *box[2:])
@@ -268,10 +274,3 @@ def apply_adapter(
 
 def _read(leaf: jax.Array, place: Placement) -> np.ndarray:
     return place.from_block(read_block(leaf, place.box))
-
-
-def _bank_rows(model: Transformer) -> dict[tuple[int, ...], int]:
-    """Row of the tuned bank by (index among the MoE layers, expert)."""
-    if model.tuned_experts is None:
-        return {}
-    return {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}

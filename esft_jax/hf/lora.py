@@ -20,7 +20,7 @@ from esft_jax.files import parse_json, read_text
 from esft_jax.hf.blocks import read_block
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
-from esft_jax.hf.names import LeafPath, Placement, tensor_placements
+from esft_jax.hf.names import EXPERTS, LeafPath, Placement, bank_rows, tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
@@ -194,15 +194,13 @@ def _model_factors(model: Transformer) -> Iterator[tuple[str, tuple[np.ndarray, 
         tuple(map(str, path)): param.get_value()
         for path, param in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     }
-    rows = {}
-    if model.tuned_experts is not None:
-        rows = {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}
+    rows = bank_rows(model)
 
     def place_of(name: str, place: Placement) -> tuple[LeafPath, int] | None:
         kind = place.path[-1]
         if kind == "gate_up":
             kind = "gate" if ".gate_proj." in name else "up"
-        if place.path[:3] == ("moe_blocks", "moe", "experts"):
+        if place.path[:3] == EXPERTS:
             return (("tuned_experts", kind), rows[place.index]) if place.index in rows else None
         path = (*place.path[:-1], "lora", kind)
         return (path, place.index[0]) if (*path, "a") in leaves else None

@@ -21,7 +21,7 @@ from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.experts import Banks, Needed, apply_to_rows, filled
 from esft_jax.model.lora import LowRankWindow
 from esft_jax.model.tuned import TunedLayout, TunedWindow
-from esft_jax.ops.dispatch import Dispatch, combine, sort_by_group, take_rows
+from esft_jax.ops.dispatch import Dispatch, add_to_tokens, combine, sort_by_group, take_rows
 from esft_jax.ops.grouped_matmul import Bank
 from esft_jax.ops.platform import target_platform
 
@@ -148,17 +148,6 @@ class _Round(NamedTuple):
         """What arrives in the places of the assignments that were sent."""
         return exchange(values, self.received, self.sent)
 
-    def add_to_tokens(self, total: Float[Array, "T D"], rows: Float[Array, "SQ D"]) -> Array:
-        """Add what came back for a token's assignments: one gather for each of them."""
-        places = self.place.reshape(len(total), -1).T
-
-        def add(k: Array, total: Array) -> Array:
-            here = places[k] < len(rows)
-            taken = rows[jnp.where(here, places[k], 0)]
-            return total + jnp.where(here[:, None], taken, 0)
-
-        return jax.lax.fori_loop(0, len(places), add, total)
-
 
 def _round(route: _Route, index: Array, quota: int) -> _Round:
     dispatch, shards = route.dispatch, len(route.dispatch.group_sizes)
@@ -218,7 +207,7 @@ def _in_rounds(
         turn = _round(route, i, quota)
         arrived = _arrived(turn, route, groups)
         results = _results(turn.send(x), turn.send(gates), banks, arrived)
-        return turn.add_to_tokens(out, turn.send_back(results))
+        return add_to_tokens(out, turn.send_back(results), turn.place)
 
     out = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.fori_loop(0, _rounds(route, quota), add_round, out).astype(x.dtype)
@@ -252,7 +241,7 @@ def _backward(sizes: tuple[int, int], residuals: tuple, grad: Float[Array, "T D"
         drows, drow_gates, dbanks = pull(turn.send(grad))
         dx, dgates, dbanks_before = sums
         if drows is not None:
-            dx = turn.add_to_tokens(dx, turn.send_back(drows))
+            dx = add_to_tokens(dx, turn.send_back(drows), turn.place)
         if drow_gates is not None:
             # Places that hold nobody's assignment get 0 back.
             dgates = dgates.at[turn.assignment].add(turn.send_back(drow_gates))

@@ -188,7 +188,7 @@ def _in_pieces(
     def add_piece(i: Array, out: Array) -> Array:
         order, sizes = piece_of(dispatch, i, piece)
         rows = apply_to_rows(x[order // top_k], gates[order], banks, sizes)
-        return add_to_tokens(out, rows, dispatch, i * piece)
+        return add_to_tokens(out, rows, dispatch.place - i * piece)
 
     out = jnp.zeros(x.shape, jnp.float32)
     return jax.lax.fori_loop(0, _pieces(dispatch, piece), add_piece, out).astype(x.dtype)
@@ -251,7 +251,7 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
         drows, drow_gates, dbanks = pull(grad[tokens])
         dx, dgates, dbanks_before = sums
         if drows is not None:
-            dx = add_to_tokens(dx, drows, dispatch, i * piece)
+            dx = add_to_tokens(dx, drows, dispatch.place - i * piece)
         if drow_gates is not None:
             dgates = dgates.at[order].add(drow_gates)
         return dx, dgates, jax.tree.map(jnp.add, dbanks_before, dbanks)

@@ -108,18 +108,20 @@ def piece_of(
 
 
 def add_to_tokens(
-    total: Float[Array, "T D"], rows: Float[Array, "M D"], dispatch: Dispatch, first: Int[Array, ""]
+    total: Float[Array, "T D"], rows: Float[Array, "M D"], place: Int[Array, " N"]
 ) -> Float[Array, "T D"]:
-    """Add the rows of the sorted assignments `first` and following to those of their tokens.
+    """Add rows to those of their tokens.
 
     One gather for each of a token's experts, so that nothing is as long as all assignments.
+
+    Args:
+        place: of each assignment among the rows; outside of them for one that has none there.
     """
-    places = dispatch.place.reshape(len(total), -1).T - first
+    places = place.reshape(len(total), -1).T
 
     def add(k: Array, total: Array) -> Array:
-        place = places[k]
-        own = (place >= 0) & (place < len(rows))
-        taken = rows[jnp.where(own, place, 0)]
-        return total + jnp.where(own[:, None], taken, 0)
+        here = (places[k] >= 0) & (places[k] < len(rows))
+        taken = rows[jnp.where(here, places[k], 0)]
+        return total + jnp.where(here[:, None], taken, 0)
 
     return jax.lax.fori_loop(0, len(places), add, total)
