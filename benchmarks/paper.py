@@ -28,7 +28,14 @@ from pathlib import Path
 
 from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import size_text
-from esft_jax.sweeping.config import BASE, base_cells, load_sweep, method_cells, search_cells
+from esft_jax.sweeping.config import (
+    BASE,
+    base_cells,
+    load_sweep,
+    method_cells,
+    run_config,
+    search_cells,
+)
 from esft_jax.sweeping.record import CellResult, open_record
 from esft_jax.sweeping.table import MethodRow, Spread, summarise
 
@@ -41,7 +48,7 @@ class Line:
     """A method of a sweep.
 
     Attributes:
-        row: over all seeds.
+        row: over all seeds; its learning rate is that of its runs, searched or not.
         first: of the first seed.
         results: of its finished cells that did not diverge, all seeds and tasks.
         searched: of the cells that decided on its learning rate.
@@ -65,6 +72,8 @@ def lines_of(sweep_name: str) -> dict[str, Line]:
         cells = base_cells(sweep)
         if row.method != BASE:
             cells = method_cells(sweep, row.method, row.learning_rate)
+            rate = run_config(sweep, cells[0]).optimizer.learning_rate
+            row, first = replace(row, learning_rate=rate), replace(first, learning_rate=rate)
         results = [record.results[cell] for cell in cells if cell in record.results]
         results = [result for result in results if result.value is not None]
         searched = [record.results[c] for c in search_cells(sweep) if c.method == row.method]
