@@ -26,7 +26,7 @@ from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.files import seen
-from esft_jax.hf.load import LoadedBase, load_base, local_folder
+from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.mesh import (
     EXPERT,
     device_multiple,
@@ -107,6 +107,8 @@ def check_setup(
     model_config = ModelConfig.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
+    if config.init == "pretrained":
+        open_source(folder)  # finds what is missing or cut short by names and sizes
     return run, folder, model_config, mesh, given_experts(config, model_config)
 
 
