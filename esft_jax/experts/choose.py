@@ -109,8 +109,7 @@ def load_tasks(
     top_k = experts_per_token if model is None else model.router.top_k
     given = {path: ExpertConfig.load(path) for path in paths if _is_expert_config(path)}
     scores = [load_scores(path, experts_per_token=top_k) for path in paths if path not in given]
-    widest = max((one.num_experts for one in scores), default=0)
-    scored = iter(as_wide(scores, widest if model is None else model.router.num_experts))
+    scored = iter(as_wide(scores, None if model is None else model.router.num_experts))
     return [given[path] if path in given else next(scored) for path in paths]
 
 

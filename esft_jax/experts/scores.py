@@ -256,11 +256,14 @@ def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "
         raise InputError(f"{where}: a score is beyond the range of floating point") from None
 
 
-def as_wide(loaded: Sequence[ExpertScores], num_experts: int) -> list[ExpertScores]:
+def as_wide(loaded: Sequence[ExpertScores], num_experts: int | None = None) -> list[ExpertScores]:
     """What `load_scores` has read, with `num_experts` in each layer where logs show fewer.
 
-    Logs do not say how many there are: the last ones are missing if no token chose them.
+    Logs do not say how many there are: the last ones are missing if no token chose them. Where
+    nothing else does, it is the most of any.
     """
+    if num_experts is None:
+        num_experts = max((scores.num_experts for scores in loaded), default=0)
     return [
         _of_logs(dataclasses.replace(scores.routing, num_experts=num_experts))
         if scores.routing is not None and scores.num_experts < num_experts

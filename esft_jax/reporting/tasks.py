@@ -93,10 +93,7 @@ def read_tasks(
         if log is not None and (log.layers, log.num_experts) != (scores.layers, scores.num_experts):
             raise InputError(f"{folder}: scores and routing are of different models")
         tasks.append(Task(name, str(path), scores, log))
-    wide = as_wide(
-        [task.scores for task in tasks],
-        num_experts or max(task.scores.num_experts for task in tasks),
-    )
+    wide = as_wide([task.scores for task in tasks], num_experts)
     tasks = [
         replace(task, scores=scores, log=task.log or scores.routing)
         for task, scores in zip(tasks, wide, strict=True)
