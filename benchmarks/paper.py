@@ -1,9 +1,9 @@
-"""Write the tables of docs/results.md from the recorded runs of the sweeps in configs/paper.
+"""Write the tables of docs/results.md from what was recorded: sweeps, routing, and costs of steps.
 
     python benchmarks/paper.py [--check]
 
-A table stands between `<!-- table: KIND SWEEP:METHOD ... -->` and `<!-- end -->`, with a row for
-each method; `SWEEP:all` stands for all of a sweep. Kinds:
+A table stands between `<!-- table: KIND SOURCE ... -->` and `<!-- end -->`. These kinds have a row
+for each `SWEEP:METHOD`; `SWEEP:all` stands for all of a sweep in configs/paper:
 
 - `methods`: tasks, what is forgotten, and sizes;
 - `first_seed`: the same of the first seed alone, for methods of sweeps with several seeds and with
@@ -13,12 +13,19 @@ each method; `SWEEP:all` stands for all of a sweep. Kinds:
 - `hours`: how long a sweep took to train.
 
 What a sweep has run is in benchmarks/records; `python -m esft_jax.sweep --config
-configs/paper/SWEEP.yaml` runs what is missing. With --check nothing is written: exit code 1 if a
-table is not that of the records.
+configs/paper/SWEEP.yaml` runs what is missing. Of a file or folder:
+
+- `routing`: how concentrated the routing of each task is, and what tasks have in common, from
+  `layers.csv` and `overlap.csv`, which `esft_jax.report` writes;
+- `step_cost`: from the JSON of `method_cost.py`.
+
+With --check nothing is written: exit code 1 if a table is not that of the records.
 """
 
 import argparse
+import csv
 import functools
+import json
 import re
 import statistics
 import sys
@@ -193,18 +200,80 @@ def hours_table(lines: Sequence[Line]) -> str:
     return to_markdown(["sweep", "runs", "hours of training"], rows)
 
 
-KINDS = {
+def routing_table(folder: Path) -> str:
+    """Each task of a report: means over layers, but the sum of the chosen experts."""
+    layers: dict[str, list[dict[str, str]]] = {}
+    for row in _rows(folder / "layers.csv"):
+        layers.setdefault(row["task"], []).append(row)
+    overlap = _rows(folder / "overlap.csv")
+    shared = {(row["task"], row["other"]): float(row["shared_top_k"]) for row in overlap}
+    mass = next(name for name in next(iter(layers.values()))[0] if name.endswith("_gate_share"))
+    top = mass.removesuffix("_gate_share").replace("_", " ")
+    chance = f"chance {float(overlap[0]['chance']):.2f}"
+
+    def mean(column: str, pattern: str) -> list[str]:
+        means = (statistics.fmean(float(row[column]) for row in rows) for rows in layers.values())
+        return [format(value, pattern) for value in means]
+
+    others = (
+        statistics.fmean(shared[task, other] for other in layers if other != task)
+        for task in layers
+    )
+    rows = [
+        [f"gate mass of a layer's {top}", *mean(mass, ".1%")],
+        ["effective number of experts (entropy)", *mean("effective_experts_entropy", ".1f")],
+        ["chosen experts", *(str(sum(int(r["experts"]) for r in rs)) for rs in layers.values())],
+        ["assignments served by them", *mean("assignments_served", ".1%")],
+        ["tokens that meet at least one in a layer", *mean("tokens_served", ".0%")],
+        [f"shared {top}, two halves of the task", *(f"{shared[t, t]:.2f}" for t in layers)],
+        [f"shared {top} with the other tasks, mean ({chance})", *(f"{x:.2f}" for x in others)],
+    ]
+    return to_markdown(["", *layers], rows)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def step_cost_table(path: Path) -> str:
+    """What a step of each method takes, and its share of what full fine-tuning takes."""
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    full = figures["full"]
+    rows = []
+    for method, cost in figures.items():
+        cells = [method, f"{cost['trained_share']:.1%}"]
+        for key, text in (
+            ("step_seconds", lambda seconds: f"{seconds:.3f} s"),
+            ("step_bytes", size_text),
+            ("stored_bytes", size_text),
+        ):
+            cells += [text(cost[key]), f"{cost[key] / full[key]:.0%}"]
+        rows.append(cells)
+    head = ["method", "trained", "step", "of full", "memory", "of full", "stored", "of full"]
+    return to_markdown(head, rows)
+
+
+SWEEP_KINDS = {
     "methods": methods_table,
     "first_seed": first_seed_table,
     "domains": domains_table,
     "search": search_table,
     "hours": hours_table,
 }
+FILE_KINDS = {"routing": routing_table, "step_cost": step_cost_table}
+
+
+def table(kind: str, source: str) -> str:
+    """The table that a comment asks for."""
+    if kind in FILE_KINDS:
+        return FILE_KINDS[kind](Path(source))
+    return SWEEP_KINDS[kind](chosen_lines(source))
 
 
 def fill(text: str) -> str:
     """The document with all its tables made anew."""
-    return _TABLE.sub(lambda m: m[1] + KINDS[m[2]](chosen_lines(m[3])) + m[4], text)
+    return _TABLE.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,10 @@ old
 <!-- end -->
 <!-- table: hours toy:all -->
 <!-- end -->
+<!-- table: routing records/routing -->
+<!-- end -->
+<!-- table: step_cost records/cost.json -->
+<!-- end -->
 """
 
 HEAD = (
@@ -63,12 +67,66 @@ between
 | --- | ---: | ---: |
 | toy | 8 | 4.0 |
 <!-- end -->
+<!-- table: routing records/routing -->
+|  | one | two | three |
+| --- | ---: | ---: | ---: |
+| gate mass of a layer's top 2 | 30.0% | 50.0% | 60.0% |
+| effective number of experts (entropy) | 6.0 | 4.0 | 3.0 |
+| chosen experts | 5 | 4 | 4 |
+| assignments served by them | 45.0% | 40.0% | 41.0% |
+| tokens that meet at least one in a layer | 85% | 80% | 81% |
+| shared top 2, two halves of the task | 1.50 | 2.00 | 1.00 |
+| shared top 2 with the other tasks, mean (chance 0.50) | 0.75 | 0.25 | 0.50 |
+<!-- end -->
+<!-- table: step_cost records/cost.json -->
+| method | trained | step | of full | memory | of full | stored | of full |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| full | 100.0% | 0.500 s | 100% | 400 MB | 100% | 40 MB | 100% |
+| token | 12.5% | 0.250 s | 50% | 300 MB | 75% | 4 MB | 10% |
+<!-- end -->
 """
+
+LAYERS = """task,layer,experts,assignments_served,tokens_served,top_2_gate_share,\
+effective_experts_entropy
+one,1,2,0.4,0.8,0.2,7
+one,2,3,0.5,0.9,0.4,5
+two,1,2,0.4,0.8,0.4,5
+two,2,2,0.4,0.8,0.6,3
+three,1,2,0.41,0.81,0.6,3
+three,2,2,0.41,0.81,0.6,3
+"""
+
+OVERLAP = """task,other,shared_top_k,chance
+one,one,1.5,0.5
+one,two,0.5,0.5
+one,three,1,0.5
+two,one,0.5,0.5
+two,two,2,0.5
+two,three,0,0.5
+three,one,1,0.5
+three,two,0,0.5
+three,three,1,0.5
+"""
+
+COSTS = {
+    "full": {
+        "trained_share": 1.0,
+        "step_seconds": 0.5,
+        "step_bytes": 400_000_000,
+        "stored_bytes": 40_000_000,
+    },
+    "token": {
+        "trained_share": 0.125,
+        "step_seconds": 0.25,
+        "step_bytes": 300_000_000,
+        "stored_bytes": 4_000_000,
+    },
+}
 
 
 @pytest.fixture
 def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A document beside a sweep of which one method is finished."""
+    """A document beside a sweep of which one method is finished, and other records."""
     monkeypatch.chdir(tmp_path)
     run = {
         "model": "models/tiny-moe",
@@ -108,6 +166,11 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         finish(Cell(task, "token", 0.02, 0), 30, 2, 3.5)
     finish(Cell("one", "token", 0.04, 0), 20, 3, 4.5)
     finish(Cell("two", "token", 0.04, 0), None, None, 4.5)
+    routing = Path("records") / "routing"
+    routing.mkdir()
+    (routing / "layers.csv").write_text(LAYERS)
+    (routing / "overlap.csv").write_text(OVERLAP)
+    Path("records/cost.json").write_text(json.dumps({"figures": COSTS}))
     path = tmp_path / "docs" / "results.md"
     path.parent.mkdir()
     path.write_text(DOCUMENT)
