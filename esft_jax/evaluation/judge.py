@@ -66,7 +66,7 @@ class Judge:
             folder: where replies are kept.
 
         Raises:
-            InputError: a variable or the client library is missing.
+            InputError: a variable or the client library is missing, or the key is not ASCII.
         """
         for name in VARIABLES:
             if not os.environ.get(name):
@@ -75,6 +75,8 @@ class Judge:
                     f"{', '.join(VARIABLES)}"
                 )
         url, key, model = (os.environ[name] for name in VARIABLES)
+        if not key.isascii():  # as a header must be
+            raise InputError("OPENAI_API_KEY: expected ASCII characters only")
         return cls(folder, base_url=url, key=key, model=model)
 
     def score(

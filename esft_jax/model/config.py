@@ -251,6 +251,7 @@ def _read_rope(raw: dict[str, Any]) -> RopeConfig:
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise InputError(f"{name}: {parameters!r}; expected an object")
+    _require({"partial_rotary_factor": 1.0} | raw | parameters, "partial_rotary_factor", 1.0)
     theta = _number(raw | parameters, "rope_theta", 10000.0, above=1)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":

@@ -284,6 +284,12 @@ def test_a_missing_variable_is_named(
         Judge.from_environment(tmp_path)
 
 
+def test_a_key_that_no_header_holds(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-“quoted”")
+    with pytest.raises(InputError, match="OPENAI_API_KEY: expected ASCII"):
+        Judge.from_environment(Path("unused"))
+
+
 def test_an_endpoint_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "_RETRIES", 0)
     judge = Judge(tmp_path, base_url="http://127.0.0.1:9/v1", key=KEY, model="m")

@@ -38,6 +38,8 @@ def yarn(**changes):
         (yarn(beta_fast="32"), "rope_parameters.beta_fast: '32'; expected a number"),
         (yarn(attention_factor=1.5), "attention_factor: 1.5 is not supported; expected 1.0"),
         (yarn(truncate=False), "truncate: False is not supported; expected True"),
+        (yarn(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     ],
 )
 def test_senseless_values_are_named(changes, message):
@@ -47,6 +49,6 @@ def test_senseless_values_are_named(changes, message):
 
 def test_values_without_effect_are_read():
     config = ModelConfig.from_hugging_face(RAW)
-    same = yarn(attention_factor=1.0, truncate=True, beta_fast=None)
+    same = yarn(attention_factor=1.0, truncate=True, beta_fast=None, partial_rotary_factor=1)
     assert ModelConfig.from_hugging_face(RAW | same) == config
     assert ModelConfig.from_hugging_face(RAW | {"n_shared_experts": None}).num_shared_experts == 0
