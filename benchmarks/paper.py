@@ -125,8 +125,8 @@ def first_seed_table(lines: Sequence[Line]) -> str:
 
 def _gains(methods: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
     tasks, lost = list(methods[0].values), forgotten(methods)
-    head = ["method", "learning rate", *tasks, "**average**", "forgotten, nats"]
-    head += ["experts", "trained", "stored", "step memory"]
+    head = ["method", "learning rate", *tasks, "**average**", "validation loss"]
+    head += ["forgotten, nats", "experts", "trained", "stored", "step memory"]
     rows = []
     for row in methods:
         across = row.retention.deviation if row.retention else 0.0
@@ -137,6 +137,7 @@ def _gains(methods: Sequence[MethodRow]) -> tuple[list[str], list[list[str]]]:
                 "" if row.learning_rate is None else f"{row.learning_rate:g}",
                 *(row.values[task].text(1) for task in tasks),
                 f"**{row.average.text(1)}**",
+                row.valid_loss.text(3),
                 "" if change is None else Spread(change, across, row.average.count).text(2),
                 "" if row.experts is None else f"{row.experts:.0f}",
                 "" if row.method == BASE else f"{row.trained_share:.1%}",

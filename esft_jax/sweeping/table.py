@@ -41,6 +41,7 @@ class MethodRow:
         learning_rate: the one that was chosen; None if there was no choice.
         values: the task's metric, by task.
         average: mean over tasks, of which the spread is over seeds.
+        valid_loss: the same of the validation loss, nats per target token.
         retention: mean held-out loss over what was not trained on, and over tasks, in nats.
         others: metric of each task that was not trained on, mean over tasks, by name.
         trained_share: of the parameters, mean over tasks.
@@ -52,6 +53,7 @@ class MethodRow:
     learning_rate: float | None
     values: dict[str, Spread]
     average: Spread
+    valid_loss: Spread
     retention: Spread | None
     others: dict[str, Spread]
     trained_share: float
@@ -99,10 +101,12 @@ def _row(method: str, rate: float | None, by_seed: Sequence[Sequence[CellResult]
     results = [result for seed in by_seed for result in seed]
     by_task: dict[str, list[float]] = {}
     averages: list[float] = []
+    losses: list[float] = []
     others: dict[str, list[float]] = {}
     for seed in by_seed:
         values = {result.cell.task: result.value for result in seed if result.value is not None}
         averages.append(statistics.fmean(values.values()))
+        losses.append(statistics.fmean(r.valid_loss for r in seed if r.valid_loss is not None))
         for task, value in values.items():
             by_task.setdefault(task, []).append(value)
         for name in dict.fromkeys(name for result in seed for name in result.other_values):
@@ -120,6 +124,7 @@ def _row(method: str, rate: float | None, by_seed: Sequence[Sequence[CellResult]
         rate,
         {task: Spread.of(values) for task, values in by_task.items()},
         Spread.of(averages),
+        Spread.of(losses),
         Spread.of(forgotten) if forgotten else None,
         {name: Spread.of(values) for name, values in others.items()},
         statistics.fmean(r.trained / r.total if r.total else 0.0 for r in results),
@@ -136,12 +141,13 @@ def to_csv(rows: Sequence[MethodRow]) -> str:
     tasks = list(rows[0].values) if rows else []
     others = list(dict.fromkeys(name for row in rows for name in row.others))
     writer = csv.writer(out, lineterminator="\n")
-    spreads = [*tasks, "average", "retention_nats", *(f"other_{name}" for name in others)]
+    spreads = [*tasks, "average", "valid_loss", "retention_nats"]
+    spreads += [f"other_{name}" for name in others]
     heads = [f"{name}{suffix}" for name in spreads for suffix in ("", "_deviation")]
     sizes = ["trained_share", "experts", "stored_bytes", "step_bytes", "seconds"]
     writer.writerow(["method", "learning_rate", "seeds", *heads, *sizes])
     for row in rows:
-        found = [*(row.values[task] for task in tasks), row.average, row.retention]
+        found = [*(row.values[task] for task in tasks), row.average, row.valid_loss, row.retention]
         found += [row.others.get(name) for name in others]
         numbers = [x for s in found for x in ((s.mean, s.deviation) if s else ("", ""))]
         counted = [row.trained_share, row.experts, row.stored_bytes, row.step_bytes, row.seconds]

@@ -32,22 +32,23 @@ old
 """
 
 HEAD = (
-    "| method | learning rate | one | two | **average** | forgotten, nats |"
-    " experts | trained | stored | step memory |"
+    "| method | learning rate | one | two | **average** | validation loss |"
+    " forgotten, nats | experts | trained | stored | step memory |"
 )
 
 FILLED = f"""# Results
 <!-- table: methods toy:base toy:token toy:unfinished -->
 {HEAD}
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| base |  | 1.0 | 2.0 | **1.5** |  |  |  |  |  |
-| token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 0.25 ± 0.00 | 7 | 12.5% | 4 MB | 1 GB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| base |  | 1.0 | 2.0 | **1.5** | 3.000 |  |  |  |  |  |
+| token | 0.01 | 41.0 ± 1.4 | 60.0 ± 0.0 | **50.5 ± 0.7** | 1.000 ± 0.000 \
+| 0.25 ± 0.00 | 7 | 12.5% | 4 MB | 1 GB |
 <!-- end -->
 between
 <!-- table: first_seed toy:all -->
 {HEAD}
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| token | 0.01 | 40.0 | 60.0 | **50.0** | 0.25 | 7 | 12.5% | 4 MB | 1 GB |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| token | 0.01 | 40.0 | 60.0 | **50.0** | 1.000 | 0.25 | 7 | 12.5% | 4 MB | 1 GB |
 <!-- end -->
 <!-- table: domains toy:all -->
 | method | python | poetry |

@@ -7,7 +7,9 @@ from esft_jax.sweeping.table import MethodRow, Spread
 def row(method: str, average: float, retention: float | None, seeds: int = 1) -> MethodRow:
     spread = Spread(average, 2.0 if seeds > 1 else 0.0, seeds)
     kept = None if retention is None else Spread(retention, 0.0, seeds)
-    return MethodRow(method, None, {"one": spread}, spread, kept, {}, 0.1, None, 1.0, None, 1.0)
+    return MethodRow(
+        method, None, {"one": spread}, spread, spread, kept, {}, 0.1, None, 1.0, None, 1.0
+    )
 
 
 def test_one_seed_says_nothing_of_a_spread() -> None:

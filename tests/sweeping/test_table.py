@@ -73,6 +73,7 @@ def test_rows_of_what_is_finished(sweep: SweepConfig, record: Record) -> None:
     assert full.values["intent"].deviation == pytest.approx(50**0.5)
     assert full.average.mean == 53.5
     assert full.average.deviation == pytest.approx(24.5**0.5)  # of 50 and 57
+    assert full.valid_loss.mean == pytest.approx(0.8)  # of 0.6 and 1
     assert full.retention is not None
     assert full.retention.mean == pytest.approx((0.6 + 1.5 + 1 + 1.5) / 2)
     assert (full.trained_share, full.stored_bytes, full.seconds) == (1.0, 400.0, 35.0)
@@ -106,3 +107,4 @@ def test_csv(sweep: SweepConfig, record: Record) -> None:
     assert (rows[2]["learning_rate"], rows[2]["licence"]) == ("0.001", "60.0")
     assert (rows[1]["other_sums"], rows[1]["experts"]) == ("20.0", "23.0")  # of 15, 25; 20 + seed
     assert (rows[0]["experts"], rows[2]["experts"]) == ("", "")
+    assert (rows[0]["valid_loss"], rows[1]["valid_loss"]) == ("4.0", "1.0")
