@@ -37,6 +37,7 @@ from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import size_text
 from esft_jax.sweeping.config import (
     BASE,
+    SweepConfig,
     base_cells,
     load_sweep,
     method_cells,
@@ -71,7 +72,7 @@ class Line:
 @functools.cache
 def lines_of(sweep_name: str) -> dict[str, Line]:
     """The finished methods of a sweep by name, the base among them."""
-    sweep = load_sweep(sweep_path(sweep_name))
+    sweep = sweep_of(sweep_name)
     record = open_record(sweep)
     found = {}
     firsts = summarise(replace(sweep, seeds=sweep.seeds[:1]), record)
@@ -88,9 +89,10 @@ def lines_of(sweep_name: str) -> dict[str, Line]:
     return found
 
 
-def sweep_path(name: str) -> Path:
+@functools.cache
+def sweep_of(name: str) -> SweepConfig:
     """Its configuration."""
-    return Path("configs/paper") / f"{name}.yaml"
+    return load_sweep(Path("configs/paper") / f"{name}.yaml")
 
 
 def chosen_lines(names: str) -> list[Line]:
@@ -99,7 +101,7 @@ def chosen_lines(names: str) -> list[Line]:
     for name in names.split():
         sweep, _, method = name.partition(":")
         lines = lines_of(sweep)
-        if method not in ("all", BASE, *load_sweep(sweep_path(sweep)).methods):
+        if method not in ("all", BASE, *sweep_of(sweep).methods):
             raise SystemExit(f"{DOCUMENT}: {name}: no such method")
         found += lines.values() if method == "all" else filter(None, [lines.get(method)])
     return found
@@ -194,7 +196,7 @@ def hours_table(lines: Sequence[Line]) -> str:
     """Runs of each sweep and the hours that their training took."""
     rows = []
     for sweep_name in dict.fromkeys(line.sweep for line in lines):
-        results = open_record(load_sweep(sweep_path(sweep_name))).results.values()
+        results = open_record(sweep_of(sweep_name)).results.values()
         trained = [result for result in results if result.cell.method != BASE]
         hours = sum(result.seconds for result in trained) / 3600
         rows.append([sweep_name, str(len(trained)), f"{hours:.1f}"])

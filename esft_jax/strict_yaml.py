@@ -89,8 +89,10 @@ def _mapping(path: str | Path) -> tuple[dict[str, Any], Node | None]:
 
 def _parse(text: str, place: str) -> tuple[Any, Node | None]:
     """The values of a YAML text, and its tree of nodes, which knows the lines."""
+    yaml: Any = YAML(typ="safe", pure=True)  # its attributes have no types
     try:
-        return YAML(typ="safe", pure=True).load(text), YAML(typ="safe", pure=True).compose(text)
+        root = yaml.compose(text)
+        return yaml.constructor.construct_document(root) if root else None, root
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         # The first line of the problem says it; the others explain YAML.

@@ -182,6 +182,7 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def paper(script: Callable[[str], ModuleType]) -> ModuleType:
     module = script("paper")
     module.lines_of.cache_clear()
+    module.sweep_of.cache_clear()
     return module
 
 
