@@ -95,7 +95,11 @@ def main() -> None:
     for name, value in summary.items():
         print(f"- {name.replace('_', ' ')}: {value:.2f}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": platform.platform(), "domains": results, "summary": summary}
+    report = {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "domains": results,
+        "summary": summary,
+    }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
