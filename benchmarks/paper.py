@@ -193,13 +193,14 @@ def mean_loss(result: CellResult) -> float:
 
 
 def hours_table(lines: Sequence[Line]) -> str:
-    """Runs of each sweep and the hours that their training took."""
-    rows = []
+    """Runs of each sweep and the hours that their training took; in the end, of all."""
+    rows, runs, hours = [], 0, 0.0
     for sweep_name in dict.fromkeys(line.sweep for line in lines):
         results = open_record(sweep_of(sweep_name)).results.values()
-        trained = [result for result in results if result.cell.method != BASE]
-        hours = sum(result.seconds for result in trained) / 3600
-        rows.append([sweep_name, str(len(trained)), f"{hours:.1f}"])
+        seconds = [result.seconds for result in results if result.cell.method != BASE]
+        rows.append([sweep_name, str(len(seconds)), f"{sum(seconds) / 3600:.1f}"])
+        runs, hours = runs + len(seconds), hours + sum(seconds) / 3600
+    rows.append(["all", str(runs), f"{hours:.1f}"])
     return to_markdown(["sweep", "runs", "hours of training"], rows)
 
 

@@ -67,6 +67,7 @@ between
 | sweep | runs | hours of training |
 | --- | ---: | ---: |
 | toy | 8 | 4.0 |
+| all | 8 | 4.0 |
 <!-- end -->
 <!-- table: routing records/routing -->
 |  | one | two | three |
