@@ -251,8 +251,10 @@ def _read_rope(raw: dict[str, Any]) -> RopeConfig:
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise InputError(f"{name}: {parameters!r}; expected an object")
-    _require({"partial_rotary_factor": 1.0} | raw | parameters, "partial_rotary_factor", 1.0)
-    theta = _number(raw | parameters, "rope_theta", 10000.0, above=1)
+    given = raw | parameters
+    if given.get("partial_rotary_factor") is not None:
+        _require(given, "partial_rotary_factor", 1.0)
+    theta = _number(given, "rope_theta", 10000.0, above=1)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta)

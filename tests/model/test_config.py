@@ -51,4 +51,5 @@ def test_values_without_effect_are_read():
     config = ModelConfig.from_hugging_face(RAW)
     same = yarn(attention_factor=1.0, truncate=True, beta_fast=None, partial_rotary_factor=1)
     assert ModelConfig.from_hugging_face(RAW | same) == config
+    assert ModelConfig.from_hugging_face(RAW | {"partial_rotary_factor": None}) == config
     assert ModelConfig.from_hugging_face(RAW | {"n_shared_experts": None}).num_shared_experts == 0
