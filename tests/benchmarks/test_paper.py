@@ -1,6 +1,7 @@
 """Tables of documents are those of the recorded runs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ old
 <!-- end -->
 <!-- table: search toy:all -->
 <!-- end -->
-<!-- table: hours toy:all -->
+<!-- table: hours toy:all again:all -->
 <!-- end -->
 <!-- table: routing records/routing -->
 <!-- end -->
@@ -63,11 +64,12 @@ between
 | token | 0.02 | 2.000 | 30.0 | 0.75 |
 | token | 0.04 | diverged |  |  |
 <!-- end -->
-<!-- table: hours toy:all -->
+<!-- table: hours toy:all again:all -->
 | sweep | runs | hours of training |
 | --- | ---: | ---: |
 | toy | 8 | 4.0 |
-| all | 8 | 4.0 |
+| again | 8 | 4.0 |
+| all | 16 | 8.0 |
 <!-- end -->
 <!-- table: routing records/routing -->
 |  | one | two | three |
@@ -168,6 +170,8 @@ def document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         finish(Cell(task, "token", 0.02, 0), 30, 2, 3.5)
     finish(Cell("one", "token", 0.04, 0), 20, 3, 4.5)
     finish(Cell("two", "token", 0.04, 0), None, None, 4.5)
+    (folder / "again.yaml").write_text(json.dumps(sweep | {"output": "again"}))
+    shutil.copytree("records", "again")
     routing = Path("records") / "routing"
     routing.mkdir()
     (routing / "layers.csv").write_text(LAYERS)
