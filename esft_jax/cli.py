@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from esft_jax.config import RunConfig, load_config
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, RunFailed
 from esft_jax.huge_pages import restart_with_huge_pages
 
 VERBS = {
@@ -35,8 +35,8 @@ def command(
 ) -> Callable[[Sequence[str] | None], int]:
     """Turn the body of a command into a `main` that returns an exit code: the body's, or 0.
 
-    Bad input is one line on stderr and code 2, an interrupt is code 130; any other exception is a
-    defect of ours and keeps its traceback.
+    Bad input is one line on stderr and code 2, a run that cannot go on is one line and code 1, an
+    interrupt is code 130; any other exception is a defect of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -46,6 +46,9 @@ def command(
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             return 130
 

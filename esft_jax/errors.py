@@ -1,14 +1,18 @@
-"""The exceptions that stand for a mistake in what the user gave us."""
+"""The exceptions that end a command with one line instead of a traceback."""
 
 
 class InputError(ValueError):
-    """Bad input; one line: file and line or key, what is wrong, what was expected."""
+    """Bad input; one line: file and line or key, what is wrong, what was expected. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """Good input whose run cannot go on; one line: what happened, what can be done. Exit code 1."""
+
+
+class Diverged(RunFailed):
+    """A run whose loss, gradients or parameters are not finite any more."""
 
 
 def one_line(error: Exception) -> str:
     """What another library says, as a part of such a line."""
     return " ".join(str(error).split())[:200]
-
-
-class Diverged(InputError):
-    """A run whose loss or gradients are not finite any more."""

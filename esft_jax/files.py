@@ -1,13 +1,24 @@
 """Reading and writing small text files so that no half-written one ever looks complete."""
 
+import codecs
 import contextlib
+import dataclasses
+import functools
 import json
 import os
+import reprlib
+import stat
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, is_typeddict
 
-from esft_jax.errors import InputError
+import pydantic
+
+from esft_jax.errors import InputError, one_line
+
+Value = TypeVar("Value")
 
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
 
@@ -56,14 +67,91 @@ def seen(path: Path) -> bool:
     return path.exists()
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 file; `InputError` names it if it is missing, unreadable or not UTF-8."""
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no file to read: missing, a folder, or a FIFO, which would be waited for.
+
+    Raises:
+        InputError: naming the path.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InputError(f"{path}: is {kind}; expected a file")
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What the operating system says of a failure, without the path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def check_not_pointer(path: str | os.PathLike[str], begin: bytes) -> None:
+    """Refuse what git-lfs leaves in place of a large file that it has not fetched.
+
+    Args:
+        begin: the first bytes of the file.
+
+    Raises:
+        InputError: naming the file and the command that fetches it.
+    """
+    if begin.startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path}: is a git-lfs pointer, not the file itself; `git lfs pull` in its repository "
+            "fetches it"
+        )
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        InputError: it is missing, unreadable, no file, not UTF-8 or a git-lfs pointer; names it.
+    """
+    check_file(path)
+    try:
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    check_not_pointer(path, content)
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. Raises an `InputError` that names the file; see `parse_json`."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """The place, `path:line`, and the value of each line of a JSON Lines file; blank lines are none.
+
+    A line is in memory at a time.
+
+    Raises:
+        InputError: as `read_text` does, and for the first line that is no JSON, by its number.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    check_not_pointer(path, line)
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                where = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{where}: byte {error.start} of the line is not UTF-8 text"
+                    ) from error
+                if text.strip():
+                    yield where, parse_json(text, where)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -72,8 +160,8 @@ def parse_json(text: str, where: str) -> Any:
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            repeated = next(key for key, count in counts.items() if count > 1)
             raise InputError(f"{where}: key {repeated!r} appears twice in one object")
         return mapping
 
@@ -81,5 +169,40 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=unique_keys)
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: syntax, or a number of 5000 digits
-        raise InputError(f"{where}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not valid JSON: nested too deeply") from error
+    except ValueError as error:  # syntax, or a number of 5000 digits
+        raise InputError(f"{where}: not valid JSON: {one_line(error)}") from error
+
+
+def checked(kind: type[Value], value: object, where: str) -> Value:
+    """A parsed value as the type that a file of ours is declared to hold.
+
+    Types are strict: no text stands for a number. Numbers are finite.
+
+    Args:
+        kind: a type that pydantic knows; of a dataclass or `TypedDict`, all its keys are expected
+            and no others.
+        where: what the message begins with: the file, and the line if there are several.
+
+    Raises:
+        InputError: naming the key, what was found and what was expected.
+    """
+    try:
+        return _adapter(kind).validate_python(value)
+    except pydantic.ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(map(str, mistake["loc"]))
+        expected = mistake["msg"].replace("Input should be", "expected")
+        raise InputError(
+            f"{where}: {f'{key}: ' if key else ''}is {reprlib.repr(mistake['input'])}; {expected}"
+        ) from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or is_typeddict(kind)):
+        kind = pydantic.with_config(strict)(kind)
+        return pydantic.TypeAdapter(kind)
+    return pydantic.TypeAdapter(kind, config=strict)
