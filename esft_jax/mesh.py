@@ -49,7 +49,7 @@ def skip_absent_tpu() -> None:
     the files of a driver it can find none. Where there may be a GPU, JAX chooses.
     """
     drivers = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
-    if jax.config.jax_platforms is not None or "JAX_FORCE_TPU_INIT" in os.environ:
+    if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
         return
     if importlib.util.find_spec("libtpu") and not any(any(_DEV.glob(name)) for name in drivers):
         jax.config.update("jax_platforms", "cpu")
