@@ -22,7 +22,7 @@ from esft_jax.config import Count, CountOrZero, RunConfig, load_config
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.files import local_path
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.strict_yaml import expectation
+from esft_jax.strict_yaml import explain
 
 VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
@@ -134,8 +134,7 @@ def option(kind: Any) -> Callable[[str], Any]:
         try:
             return adapter.validate_strings(text)
         except ValidationError as error:
-            expected = expectation(error.errors(include_url=False)[0])
-            raise argparse.ArgumentTypeError(f"{expected}, got {shown(text)}") from None
+            raise argparse.ArgumentTypeError(explain(error.errors(include_url=False)[0])) from None
 
     return parse
 

@@ -247,32 +247,28 @@ def _explain(cls: type, error: pydantic.ValidationError) -> tuple[Sequence[str |
     keys: Sequence[str | int] = mistake["loc"]
     keys = keys[:-1] if keys[-1:] == ("[key]",) else keys  # the key itself is wrong
     name = ".".join(map(str, keys))
-    expected = expectation(mistake)
+    if mistake["type"] == "unexpected_keyword_argument":
+        return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
+    found = explain(mistake)
+    if mistake["type"] == "value_error" and not keys:
+        # From a check of several keys, whose message starts with the key.
+        return found.partition(":")[0].split("."), found
+    return keys, f"{name}: {found}"
+
+
+def explain(mistake: Any) -> str:
+    """What pydantic expected where it found a mistake, and what it found, in our own words."""
     match mistake["type"]:
-        case "unexpected_keyword_argument":
-            return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
         case "missing":
-            return keys, f"{name}: this key is missing; expected a value"
+            return "this key is missing; expected a value"
         case "value_error":
-            message = str(mistake["ctx"]["error"])
-            if keys:
-                return keys, f"{name}: {message}"
-            # From a check of several keys, whose message starts with the key.
-            return message.partition(":")[0].split("."), message
+            return str(mistake["ctx"]["error"])
         case "dataclass_type":
             expected = "expected a mapping of keys to values"
         case "tuple_type":
             expected = "expected a list"
         case "too_short":
             expected = "expected at least one item"
-    return keys, f"{name}: {expected}, got {shown(mistake['input'])}"
-
-
-def expectation(mistake: Any) -> str:
-    """What pydantic expected where it found a mistake, in the words of our own messages."""
-    if mistake["type"] == "value_error":
-        return str(mistake["ctx"]["error"])
-    message: str = mistake["msg"]
-    return re.sub("^(Input should be|String should have)", "expected", message).replace(
-        " should have", ": expected"
-    )
+        case _:
+            expected = re.sub("^(Input should be|String should have)", "expected", mistake["msg"])
+    return f"{expected.replace(' should have', ': expected')}, got {shown(mistake['input'])}"
