@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
+import io
+import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from esft_jax.config import RunConfig, load_config
-from esft_jax.errors import InputError, RunFailed
+from pydantic import TypeAdapter, ValidationError
+
+from esft_jax.config import Count, CountOrZero, RunConfig, load_config
+from esft_jax.errors import InputError, RunFailed, shown
+from esft_jax.files import local_path
 from esft_jax.huge_pages import restart_with_huge_pages
+from esft_jax.strict_yaml import explain
 
 VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
@@ -31,45 +40,146 @@ VERBS = {
 
 
 def command(
-    main: Callable[[Sequence[str] | None], int | None],
+    main: Callable[[Sequence[str]], int | None],
 ) -> Callable[[Sequence[str] | None], int]:
     """Turn the body of a command into a `main` that returns an exit code: the body's, or 0.
 
-    Bad input is one line on stderr and code 2, a run that cannot go on is one line and code 1, an
-    interrupt is code 130; any other exception is a defect of ours and keeps its traceback.
+    The body gets the arguments; of `main`, None stands for the command line. Bad input is one line
+    on stderr and code 2; a run that cannot go on, or what the operating system refuses, is one line
+    and code 1; an interrupt is code 130; any other exception is a defect of ours and keeps its
+    traceback.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A name that a terminal has no letters for is no reason to fail.
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(argv) or 0
+            with _flushed_output():
+                arguments = [_as_text(a) for a in (sys.argv[1:] if argv is None else argv)]
+                from esft_jax.mesh import skip_absent_tpu
+
+                skip_absent_tpu()
+                return main(arguments) or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _fail(str(error), 2)
         except RunFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return _fail(str(error), 1)
+        except BrokenPipeError:
+            return _fail("nobody reads the output any more; the command has stopped", 1)
+        except OSError as error:
+            if error.strerror is None:  # from a library, about something else
+                raise
+            # A descriptor is a number, and says nothing.
+            named = isinstance(error.filename, str | bytes | os.PathLike)
+            where = f"{os.fsdecode(error.filename)}: " if named else ""
+            return _fail(f"{where}{error.strerror}", 1)
         except KeyboardInterrupt:
             return 130
 
     return run
 
 
+@contextlib.contextmanager
+def _flushed_output() -> Iterator[None]:
+    """Output that cannot be written fails here, not when the interpreter ends."""
+    try:
+        yield
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            # What is left in the buffer would fail again.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+            raise
+
+
+def _as_text(argument: str) -> str:
+    """An argument as UTF-8, whatever the locale says."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"argument {argument!a}: expected UTF-8 text") from None
+
+
+def _fail(message: str, code: int) -> int:
+    # One line, whatever the names in it.
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: ascii(m[0])[1:-1], message)
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Options and other arguments in any order; what is wrong with them is an `InputError`."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `argparse` does, with `key=value` after options too."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line; `argparse` would print the usage first."""
+        raise InputError(message.removeprefix("argument "))
+
+
+def option(kind: Any) -> Callable[[str], Any]:
+    """What reads an option for `argparse`: text to a type of `esft_jax.config`, such as `Seed`."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def parse(text: str) -> Any:
+        try:
+            return adapter.validate_strings(text)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(explain(error.errors(include_url=False)[0])) from None
+
+    return parse
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, *, distributed: bool = True) -> None:
-    """Add what `open_config` reads: `--config FILE`, `key=value` overrides, `--distributed`.
+    """Add what `open_config` reads: the file, `key=value` overrides, `--distributed`.
 
     Args:
         distributed: the command can run on several hosts together.
     """
-    parser.add_argument("--config", metavar="FILE", required=True, help="run configuration (YAML)")
     parser.add_argument(
-        "overrides",
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="configuration (YAML); its name alone, without --config, does too",
+    )
+    parser.add_argument(
+        "arguments",
         metavar="KEY=VALUE",
         nargs="*",
         help="replaces a value of the configuration, such as train.steps=100",
     )
     if distributed:
         add_process_arguments(parser)
+
+
+def named_config(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The configuration file and the overrides that the arguments name.
+
+    An argument is an override if it has a `=`, and no `/` before it; else it is the file.
+
+    Raises:
+        InputError: there is no file, or more than one.
+    """
+    overrides = [a for a in args.arguments if "=" in a and "/" not in a.partition("=")[0]]
+    files = [*args.config, *(a for a in args.arguments if a not in overrides)]
+    if not files:
+        raise InputError("--config: missing; expected a configuration file")
+    if len(files) > 1:
+        raise InputError(
+            f"{shown(files[1])}: {shown(files[0])} is the configuration already; expected "
+            "KEY=VALUE, such as train.steps=100"
+        )
+    return local_path(files[0]), overrides
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,12 +192,14 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         "VMs, GKE and Slurm, and elsewhere said by the next three options",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--processes", metavar="N", type=int, help="how many there are")
-    group.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+    group.add_argument("--processes", metavar="N", type=option(Count), help="how many there are")
+    group.add_argument(
+        "--process", metavar="I", type=option(CountOrZero), help="which one this is, from 0"
+    )
     group.add_argument(
         "--peer-timeout",
         metavar="SECONDS",
-        type=int,
+        type=option(Count),
         default=100,
         help="end the run when one of the others has not been heard of for so long (100)",
     )
@@ -102,7 +214,7 @@ def open_config(args: argparse.Namespace) -> RunConfig:
     from esft_jax.mesh import split_cpu
 
     _check_processes(args)
-    config = load_config(args.config, args.overrides)
+    config = load_config(*named_config(args))
     split_cpu(config.mesh.cpu_devices)
     join_processes(args)
     return config
@@ -143,11 +255,11 @@ def _check_processes(args: argparse.Namespace) -> None:
         raise InputError(
             "--coordinator, --processes and --process: expected all of them, with --distributed"
         )
-    if not 0 <= args.process < args.processes:
+    if args.process >= args.processes:
         raise InputError(
             f"--process: {args.process}; expected 0 to {args.processes - 1} (--processes)"
         )
-    if ":" not in args.coordinator:
+    if not re.fullmatch(r".+:\d{1,5}", args.coordinator):
         raise InputError(f"--coordinator: {args.coordinator!r}; expected HOST:PORT")
 
 

@@ -6,22 +6,24 @@ folder of the configuration file.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, shown
 from esft_jax.evaluation.metrics import METRICS
 from esft_jax.experts.lora import Target
 from esft_jax.experts.select import DEFAULT_TOP_P
+from esft_jax.files import check_file, local_path
+
+Value = TypeVar("Value")
 
 
 def _known_target(name: object) -> object:
@@ -40,22 +42,33 @@ def _known_metric(name: str) -> str:
     return name
 
 
-def _case_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "task":
-        raise ValueError(f"expected a name of letters, digits, '.-_', not 'task', got {name!r}")
-    return name
-
-
 def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"expected a name of letters, digits, - and _, got {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{,63}", name) or name.lower() == "task":
+        raise ValueError(
+            "expected a name of at most 64 letters, digits, - and _, other than task, got "
+            f"{shown(name)}"
+        )
     return name
+
+
+def _distinct_names(named: dict[str, Value]) -> dict[str, Value]:
+    seen: dict[str, str] = {}
+    for name in named:
+        if other := seen.get(name.lower()):
+            # Some file systems would give both the same folder.
+            raise ValueError(f"{other} and {name} differ in case alone; expected other names")
+        seen[name.lower()] = name
+    return named
 
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
+LocalPath = Annotated[Text, AfterValidator(local_path)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0)]
+# Rows, steps, devices: JAX counts them in 32 bits.
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Length = Annotated[int, Field(strict=True, ge=2, lt=2**31)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
@@ -63,10 +76,9 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
-# Part of the names of metrics.
-SourceName = Annotated[Text, AfterValidator(_plain_name)]
+# Names of sources and of what is evaluated become names of metrics and of folders.
+Name = Annotated[Text, AfterValidator(_plain_name)]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
-CaseName = Annotated[Text, AfterValidator(_case_name)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -85,7 +97,7 @@ class MeshConfig:
             core is fastest; none leaves it to JAX. Ignored on TPU and GPU.
     """
 
-    data: Annotated[int, Field(strict=True, ge=-1)] = -1
+    data: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] = -1
     expert: Count = 1
     replica: Count | None = None
     transport: Literal["all_gather", "ragged_all_to_all"] = "all_gather"
@@ -102,8 +114,8 @@ class SourceConfig:
         weight: Packed rows of this source for each one of `data.train`.
     """
 
-    train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    valid: tuple[Text, ...] = ()
+    train: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
+    valid: tuple[LocalPath, ...] = ()
     weight: Positive = 1.0
 
 
@@ -121,12 +133,14 @@ class DataConfig:
             are scored on `train` alone.
     """
 
-    train: Annotated[tuple[Text, ...], Field(min_length=1)]
-    valid: tuple[Text, ...] = ()
+    train: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
+    valid: tuple[LocalPath, ...] = ()
     format: Literal["chat", "text"] = "chat"
-    sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
+    sequence_length: Length = 4096
     too_long: Literal["error", "cut"] = "error"
-    mix: dict[SourceName, SourceConfig] = field(default_factory=dict)
+    mix: Annotated[dict[Name, SourceConfig], AfterValidator(_distinct_names)] = field(
+        default_factory=dict
+    )
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -145,7 +159,7 @@ class ScoreConfig:
     """
 
     samples: Count = 32
-    sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
+    sequence_length: Length = 4096
     batch_size: Count = 4
 
 
@@ -175,11 +189,11 @@ class SelectConfig:
     method: Literal["token", "gate"] = "token"
     top_p: Share | None = None
     top_k: Count | None = None
-    max_parameters: Count | None = None
-    max_bytes: Count | None = None
+    max_parameters: Size | None = None
+    max_bytes: Size | None = None
     group_size: Count = 1
-    groups_from: Text | None = None
-    scores: tuple[Text, ...] = ()
+    groups_from: LocalPath | None = None
+    scores: tuple[LocalPath, ...] = ()
     combine: Literal["union", "intersection"] = "union"
     random_seed: Seed | None = None
     shared_experts: Flag = False
@@ -317,10 +331,10 @@ class OtherConfig:
         format: Of `valid`.
     """
 
-    data: Text | None = None
+    data: LocalPath | None = None
     metric: MetricName = "exact_match"
     max_new_tokens: Count | None = None
-    valid: tuple[Text, ...] = ()
+    valid: tuple[LocalPath, ...] = ()
     format: Literal["chat", "text"] = "text"
 
 
@@ -340,14 +354,16 @@ class EvaluationConfig:
             without `data` there is no evaluation.
     """
 
-    data: Text | None = None
+    data: LocalPath | None = None
     metric: MetricName = "exact_match"
     max_new_tokens: Count = 128
     batch_size: Count = 16
     temperature: NonNegative = 0.0
     top_p: Share = 1.0
     limit: Count | None = None
-    others: dict[CaseName, OtherConfig] = dataclasses.field(default_factory=dict)
+    others: Annotated[dict[Name, OtherConfig], AfterValidator(_distinct_names)] = field(
+        default_factory=dict
+    )
 
     @property
     def asked(self) -> bool:
@@ -380,12 +396,12 @@ class RunConfig:
         evaluation: Completions of task prompts, and how they are judged.
     """
 
-    model: Text
-    output: Text
+    model: LocalPath
+    output: LocalPath
     data: DataConfig
     method: Literal["esft", "full", "lora"] = "esft"
     init: Literal["pretrained", "random"] = "pretrained"
-    expert_cfg: Text | None = None
+    expert_cfg: LocalPath | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: Seed = 0
     mesh: MeshConfig = MeshConfig()
@@ -402,8 +418,6 @@ class RunConfig:
         problem = self._lora_problem()
         if problem:
             pass
-        elif "task" in self.data.mix:
-            problem = "data.mix.task: this is the name of data.train; expected another one"
         elif missing := [n for n, s in self.data.mix.items() if s.valid and not self.data.valid]:
             problem = f"data.mix.{missing[0]}.valid: needs data.valid, which chooses the best step"
         elif self.method == "esft" and self.init == "random":
@@ -473,10 +487,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: A file, key or value is wrong; names the file and line, or the override.
     """
     config = strict_yaml.load(RunConfig, path, overrides)
-    if config.expert_cfg is not None and not Path(config.expert_cfg).is_file():
-        raise InputError(
-            f"{path}: expert_cfg: no file {config.expert_cfg!r}; expected one written by `select`"
-        )
+    if config.expert_cfg is not None:
+        try:
+            check_file(config.expert_cfg)
+        except InputError as error:
+            raise InputError(
+                f"{path}: expert_cfg: {error}; expected a file written by `select`"
+            ) from None
     return config
 
 

@@ -4,30 +4,33 @@ Memory holds a few tensors at a time. A conversion that was interrupted goes on 
 when the same command is run again. Several processes that see the same folders share the work.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from esft_jax.cli import add_process_arguments, command, join_processes
+from esft_jax.cli import Parser, add_process_arguments, command, join_processes, option
+from esft_jax.config import LocalPath
 from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import use_cpu_only
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.convert`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
+        type=option(LocalPath),
         metavar="MODEL",
         help="Hugging Face folder, or a name on the hub",
     )
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--to", required=True, type=option(LocalPath), metavar="FOLDER", help="new folder to write"
+    )
     add_process_arguments(parser)
     args = parser.parse_args(argv)
     use_cpu_only()

@@ -1,5 +1,10 @@
 """The exceptions that end a command with one line instead of a traceback."""
 
+import reprlib
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
 
 class InputError(ValueError):
     """Bad input; one line: file and line or key, what is wrong, what was expected. Exit code 2."""
@@ -16,3 +21,8 @@ class Diverged(RunFailed):
 def one_line(error: Exception) -> str:
     """What another library says, as a part of such a line."""
     return " ".join(str(error).split())[:200]
+
+
+def shown(value: object) -> str:
+    """What was found, as a part of such a line: its `repr`, shortened where it is long."""
+    return _SHOWN.repr(value)

@@ -1,24 +1,29 @@
 """Let a model complete tasks' prompts, judge the completions, and measure held-out losses."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import jax
-from rich.console import Console
 
-from esft_jax.cli import add_config_arguments, command, open_config
+from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
+from esft_jax.config import LocalPath
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, kept_evaluation, run_evaluation
+from esft_jax.terminal import Terminal
 from esft_jax.training.run_folder import RunFolder
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.evaluate`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
+    parser.add_argument(
+        "--adapter",
+        type=option(LocalPath),
+        metavar="DIR",
+        help="adapter folder (default: the base alone)",
+    )
     args = parser.parse_args(argv)
     config = open_config(args)
     inputs = check_evaluation(config)
@@ -28,9 +33,9 @@ def main(argv: Sequence[str] | None) -> None:
     before = None
     if args.adapter is not None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
-    console = Console()
+    console = Terminal()
     print_measures(console, report, before)
-    console.print(f"written to {report.folder}, {report.seconds:.0f} s", soft_wrap=True)
+    console.say(f"written to {report.folder}, {report.seconds:.0f} s")
     if before is not None:
         write_comparison(RunFolder(config.output).comparison, report, before)
 

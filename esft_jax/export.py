@@ -1,26 +1,34 @@
 """Merge an adapter into its base and write the full model as a Hugging Face folder."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from esft_jax.cli import command
+from esft_jax.cli import Parser, command, option
+from esft_jax.config import LocalPath
 from esft_jax.hf.export import export_model
 from esft_jax.mesh import use_cpu_only
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.export`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--base",
         required=True,
+        type=option(LocalPath),
         metavar="MODEL",
         help="Hugging Face folder, name on the hub, or converted checkpoint",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--adapter",
+        type=option(LocalPath),
+        metavar="DIR",
+        help="adapter folder (default: the base alone)",
+    )
+    parser.add_argument(
+        "--to", required=True, type=option(LocalPath), metavar="FOLDER", help="new folder to write"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

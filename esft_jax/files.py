@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import reprlib
 import stat
 import time
@@ -16,9 +17,12 @@ from typing import Any, TypeVar, is_typeddict
 
 import pydantic
 
-from esft_jax.errors import InputError, one_line
+from esft_jax.errors import InputError, one_line, shown
 
 Value = TypeVar("Value")
+
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/")
+_NAME_MAX, _PATH_MAX = 255, 4096  # bytes; of Linux, the shorter ones of all file systems in use
 
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -47,7 +51,8 @@ def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 def check_writable(folder: str | os.PathLike[str], key: str) -> None:
     """Refuse a folder that cannot be written to, or be made; the `InputError` starts with `key`."""
     path = Path(folder)
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    # `os.path.exists`: what lies in a folder that cannot be searched is not seen, and no error.
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not existing.is_dir():
         raise InputError(f"{key}: {existing} is a file; expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -66,6 +71,40 @@ def seen(path: Path) -> bool:
             return True
         time.sleep(1)
     return path.exists()
+
+
+def local_path(path: str) -> str:
+    """A path of this machine as a user writes it, with `~` and `~USER` expanded.
+
+    What lies there is not looked at.
+
+    Raises:
+        InputError: it is a URL, belongs to nobody, or is no path that the system could open.
+    """
+    if url := _URL.match(path):
+        raise InputError(
+            f"{shown(path)} is a URL; {url[1]}: is not read or written, expected a local path"
+        )
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise InputError(f"{shown(path)}: no user {shown(user[1:])}; expected ./~ for such a name")
+    try:
+        encoded = os.fsencode(expanded)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{shown(path)}: {error.object[error.start]!a} has no place in a file name here, in "
+            f"{error.encoding}; expected a UTF-8 locale, or PYTHONUTF8=1"
+        ) from None
+    if b"\0" in encoded:
+        raise InputError(f"{shown(path)} has a zero byte; expected a path")
+    longest = max(map(len, encoded.split(b"/")))
+    if longest > _NAME_MAX or len(encoded) >= _PATH_MAX:
+        raise InputError(
+            f"{shown(path)} is longer than a path may be; expected at most {_PATH_MAX - 1} bytes, "
+            f"and {_NAME_MAX} between two slashes"
+        )
+    return expanded
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -128,7 +167,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """The place, `path:line`, and the value of each line of a JSON Lines file; blank lines are none.
+    """The place, `path:line`, and the value of each line of a JSON Lines file that is not blank.
 
     A line is in memory at a time.
 

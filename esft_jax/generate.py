@@ -1,16 +1,15 @@
 """Let a model, alone or with an adapter, complete one prompt."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from esft_jax.cli import command
+from esft_jax.cli import Parser, command, option
+from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.evaluation.generate import (
     check_length,
-    check_options,
     encode_text,
     generate_tokens,
 )
@@ -20,32 +19,46 @@ from esft_jax.model.config import ModelConfig
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.generate`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model",
         required=True,
+        type=option(LocalPath),
         metavar="MODEL",
         help="Hugging Face folder, name on the hub, or converted checkpoint",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder (default: the base alone)")
+    parser.add_argument(
+        "--adapter",
+        type=option(LocalPath),
+        metavar="DIR",
+        help="adapter folder (default: the base alone)",
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="at most (default: 128)"
+        "--max-new-tokens",
+        type=option(Count),
+        default=128,
+        metavar="N",
+        help="at most (default: 128)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 decodes greedily (default)"
+        "--temperature",
+        type=option(NonNegative),
+        default=0.0,
+        metavar="T",
+        help="0 decodes greedily (default)",
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=option(Share),
         default=1.0,
         metavar="P",
         help="draw among the likeliest tokens that together reach P (default: 1)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)"
+        "--seed", type=option(Seed), default=0, metavar="S", help="of the draws (default: 0)"
     )
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as text, without a chat template"
@@ -57,7 +70,6 @@ def main(argv: Sequence[str] | None) -> None:
         help="of weights and computation (default: bfloat16)",
     )
     args = parser.parse_args(argv)
-    check_options(args.max_new_tokens, args.temperature, args.top_p, batch_size=1)
     folder = local_folder(args.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)

@@ -22,9 +22,8 @@ _DEFAULTS = {"model": "esft_jax", "batch_size": 16}
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.harness`; None stands for the command line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
@@ -32,11 +31,11 @@ def main(argv: Sequence[str] | None) -> None:
             f"the harness needs {error.name}; expected an installation with the extra `harness`"
         ) from error
     importlib.import_module("esft_jax.evaluation.lm_eval_model")  # registers the model
-    given = _configuration(arguments)
+    given = _configuration(argv)
     defaults = [f"--{key}={value}" for key, value in _DEFAULTS.items() if key not in given]
     before = sys.argv
     # The command of the library reads the command line; what comes later in it counts.
-    sys.argv = [before[0], "run", *defaults, *arguments]
+    sys.argv = [before[0], "run", *defaults, *argv]
     try:
         cli_evaluate()
     finally:

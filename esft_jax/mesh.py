@@ -1,9 +1,12 @@
 """The device mesh, and which of its axes each logical axis of an array is split over."""
 
 import contextlib
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esft_jax.errors import InputError
 
 REPLICA, DATA, EXPERT = "replica", "data", "expert"
+_DEV = Path("/dev")
 
 
 def split_cpu(devices: int | None) -> None:
@@ -36,6 +40,19 @@ def use_cpu_only() -> None:
     No effect where JAX has touched its devices already.
     """
     jax.config.update("jax_platforms", "cpu")
+
+
+def skip_absent_tpu() -> None:
+    """Keep JAX from looking for a TPU where there is none, unless the environment asks for it.
+
+    Where `libtpu` is installed, as for `plan`, looking for chips prints lines of errors. Without
+    the files of a driver it can find none. Where there may be a GPU, JAX chooses.
+    """
+    drivers = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
+    if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
+        return
+    if importlib.util.find_spec("libtpu") and not any(any(_DEV.glob(name)) for name in drivers):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def make_mesh(

@@ -3,29 +3,27 @@
 No weights, data or tokenizer are read. Exits with 0 if the step fits, with 1 if it does not.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import add_config_arguments, command
-from esft_jax.config import LoRAConfig, RunConfig, load_config
+from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
+from esft_jax.config import Count, LocalPath, LoRAConfig, RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
 from esft_jax.planning.suggest import suggestions
+from esft_jax.terminal import Terminal
 
 
 @command
-def main(argv: Sequence[str] | None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run `python -m esft_jax.plan`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config_arguments(parser, distributed=False)
     parser.add_argument(
         "--topology",
@@ -35,23 +33,25 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--experts-per-layer",
         metavar="N",
-        type=int,
+        type=option(Count),
         help="experts to assume where none are chosen yet (default: a tenth of them)",
     )
     parser.add_argument(
         "--compare", choices=["full"], help="add a column for full fine-tuning, float32 states"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, too")
+    parser.add_argument(
+        "--json", metavar="FILE", type=option(LocalPath), help="write the figures, too"
+    )
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
+    config = load_config(*named_config(args))
     # An accelerator that happens to be here is not asked, nor taken from those who use it.
     jax.config.update("jax_platforms", "cpu")
     case = open_case(config, args.topology, args.experts_per_layer)
     cases = [case]
     if args.compare:
         cases.append(open_case(_full(config), args.topology))
-    console = Console()
-    console.print(f"{config.model} on {args.topology}: {case.described}; compiling ...")
+    console = Terminal()
+    console.say(f"{config.model} on {args.topology}: {case.described}; compiling ...")
     plans = [make_plan(case) for case in cases]
     if args.json:
         write_text_atomic(args.json, json.dumps([plan.to_json() for plan in plans], indent=2))
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None) -> int:
     plan = plans[0]
     if plan.memory.fits:
         return 0
-    console.print("It does not fit. What would help:")
+    console.say("It does not fit. What would help:")
     for text in suggestions(case, plan):
-        console.print(f"- {text}", soft_wrap=True, highlight=False)
+        console.say(f"- {text}")
     return 1
 
 

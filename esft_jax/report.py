@@ -8,11 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from esft_jax.cli import command
+from esft_jax.cli import Parser, command, option
+from esft_jax.config import Count, LocalPath, Share
 from esft_jax.errors import InputError
 from esft_jax.experts.scores import SCORE_METHODS
 from esft_jax.experts.select import DEFAULT_TOP_P
@@ -29,16 +28,15 @@ from esft_jax.reporting.tasks import read_tasks
 from esft_jax.reporting.vocabulary import load_tokenizer
 from esft_jax.sweeping.table import MethodRow
 from esft_jax.sweeping.table import to_csv as methods_csv
+from esft_jax.terminal import Terminal
 
 PAGE = "report.html"
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.report`; None stands for the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "scores",
         nargs="+",
@@ -46,40 +44,45 @@ def main(argv: Sequence[str] | None) -> None:
         help="one per task: a run's folder, what `score` wrote, a reference summary.json, or a "
         "folder of routing logs",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument(
+        "--output", required=True, type=option(LocalPath), metavar="FOLDER", help="where to write"
+    )
     parser.add_argument("--method", choices=SCORE_METHODS, default="token", help="(default: token)")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="threshold, as of `select` (default: as there)"
+        "--top-p",
+        type=option(Share),
+        metavar="P",
+        help="threshold, as of `select` (default: as there)",
     )
     parser.add_argument(
         "--model",
+        type=option(LocalPath),
         metavar="FOLDER",
         help="the model's config.json adds costs, its tokenizer adds words; no weights are read",
     )
     parser.add_argument(
         "--sequence-length",
-        type=int,
+        type=option(Count),
         default=4096,
         metavar="TOKENS",
         help="of a row in training, for its operations (default: 4096)",
     )
     parser.add_argument(
         "--experts-per-token",
-        type=int,
+        type=option(Count),
         default=6,
         metavar="K",
         help="of scores that do not say it; --model does (default: 6)",
     )
     parser.add_argument(
-        "--sweep", metavar="FILE", help="configuration of a sweep; adds what it has found so far"
+        "--sweep",
+        type=option(LocalPath),
+        metavar="FILE",
+        help="configuration of a sweep; adds what it has found so far",
     )
     args = parser.parse_args(argv)
 
     top_p = DEFAULT_TOP_P[args.method] if args.top_p is None else args.top_p
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p: {top_p} is out of range; expected a number in (0, 1]")
-    if args.sequence_length < 1:
-        raise InputError(f"--sequence-length: {args.sequence_length} is not a number from 1")
     costs = tokenizer = None
     if args.model is not None:
         folder = local_folder(args.model, ("config.json", "tokenizer*", "special_tokens*"))
@@ -106,10 +109,11 @@ def main(argv: Sequence[str] | None) -> None:
     compared = () if args.sweep is None else read_comparison(args.sweep)
     findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
     write_report(findings, Path(args.output), compared)
-    print_summary(findings, Console())
+    terminal = Terminal()
+    print_summary(findings, terminal)
     if compared:
-        print(verdict(compared))
-    print(f"report: {Path(args.output) / PAGE}")
+        terminal.say(verdict(compared))
+    terminal.say(f"report: {Path(args.output) / PAGE}")
 
 
 def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow] = ()) -> None:
@@ -128,11 +132,11 @@ def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow]
     write_text_atomic(folder / PAGE, page)
 
 
-def print_summary(findings: Findings, console: Console) -> None:
+def print_summary(findings: Findings, console: Terminal) -> None:
     """The answers for each task, and how much the tasks have in common."""
     for index, choice in enumerate(findings.choices):
         found = answers(findings, index)
-        table = Table(title=escape(choice.task.name), title_justify="left", show_header=False)
+        table = Table(title=choice.task.name, title_justify="left", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column()
         table.add_row("fit", found.fit)
@@ -142,7 +146,7 @@ def print_summary(findings: Findings, console: Console) -> None:
         table.add_row("cost", found.cost)
         console.print(table)
     if findings.overlap is not None:
-        names = [escape(c.task.name) for c in findings.choices if c.halves is not None]
+        names = [c.task.name for c in findings.choices if c.halves is not None]
         table = Table(
             f"shared top {findings.top_k} (chance {findings.chance:.2f})",
             *names,

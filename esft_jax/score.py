@@ -1,29 +1,32 @@
 """Measure how relevant each expert is to a task: run the base model over samples of its data."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
-from esft_jax.cli import add_config_arguments, command, open_config
+from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
+from esft_jax.config import LocalPath
 from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.files import check_writable
 from esft_jax.select import print_selection
+from esft_jax.terminal import Terminal
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import check_samples, load_pretrained, measure_scores, open_setup
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.score`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument(
-        "--output", metavar="FOLDER", help="where to write (default: scores/ in the run's folder)"
+        "--output",
+        type=option(LocalPath),
+        metavar="FOLDER",
+        help="where to write (default: scores/ in the run's folder)",
     )
     args = parser.parse_args(argv)
     config = open_config(args)
@@ -37,13 +40,13 @@ def main(argv: Sequence[str] | None) -> None:
         # Of these scores, whatever the configuration will train on.
         select = dataclasses.replace(config.select, scores=())
         chosen = choose_experts(select, [scores], setup.model_config, config.dtype)
-        console = Console()
-        console.print(
+        console = Terminal()
+        console.say(
             f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
             f"a choice by {describe(select)}:"
         )
         print_selection(scores, chosen, console)
-        console.print(f"scores: {folder}", soft_wrap=True)
+        console.say(f"scores: {folder}")
 
 
 if __name__ == "__main__":

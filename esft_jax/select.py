@@ -6,12 +6,10 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import command
-from esft_jax.config import SelectConfig
+from esft_jax.cli import Parser, command, option
+from esft_jax.config import Count, LocalPath, Seed, SelectConfig, Share, Size
 from esft_jax.errors import InputError
 from esft_jax.experts.choose import check_select, choose_experts, describe, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
@@ -19,47 +17,72 @@ from esft_jax.experts.scores import SCORE_METHODS, ExpertScores
 from esft_jax.experts.select import DEFAULT_TOP_P
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
+from esft_jax.terminal import Terminal
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.select`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--scores",
         required=True,
         nargs="+",
+        type=option(LocalPath),
         metavar="PATH",
         help="folder or file of `score`, a reference summary.json, a folder of routing logs, or an "
         "expert_cfg.json; several, for several tasks",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="expert_cfg.json to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=option(LocalPath),
+        metavar="FILE",
+        help="expert_cfg.json to write",
+    )
     parser.add_argument("--method", choices=SCORE_METHODS, default="token", help="(default: token)")
     rule = parser.add_argument_group("how many experts (one of these)")
     rule.add_argument(
         "--top-p",
-        type=float,
+        type=option(Share),
         metavar="P",
         help="sum of scores to reach in each layer (default: "
         + ", ".join(f"{top_p} for {method}" for method, top_p in DEFAULT_TOP_P.items())
         + ")",
     )
-    rule.add_argument("--top-k", type=int, metavar="N", help="experts in every layer")
+    rule.add_argument("--top-k", type=option(Count), metavar="N", help="experts in every layer")
     rule.add_argument(
-        "--max-parameters", type=int, metavar="N", help="best experts of all layers for so many"
+        "--max-parameters",
+        type=option(Size),
+        metavar="N",
+        help="best experts of all layers for so many",
     )
-    rule.add_argument("--max-bytes", type=int, metavar="N", help="the same, by the adapter's size")
-    parser.add_argument("--group-size", type=int, default=1, metavar="N", help="select in groups")
-    parser.add_argument("--groups-from", metavar="PATH", help="scores or logs to group by")
+    rule.add_argument(
+        "--max-bytes", type=option(Size), metavar="N", help="the same, by the adapter's size"
+    )
+    parser.add_argument(
+        "--group-size", type=option(Count), default=1, metavar="N", help="select in groups"
+    )
+    parser.add_argument(
+        "--groups-from", type=option(LocalPath), metavar="PATH", help="scores or logs to group by"
+    )
     parser.add_argument(
         "--combine", choices=("union", "intersection"), default="union", help="(default: union)"
     )
     parser.add_argument(
-        "--random-seed", type=int, metavar="SEED", help="as many random experts in each layer"
+        "--random-seed",
+        type=option(Seed),
+        metavar="SEED",
+        help="as many random experts in each layer",
     )
     parser.add_argument("--train-shared-experts", action="store_true")
     parser.add_argument("--train-non-expert-modules", action="store_true")
-    parser.add_argument("--model", metavar="FOLDER", help="of the base, for a budget or a check")
+    parser.add_argument(
+        "--model",
+        type=option(LocalPath),
+        metavar="FOLDER",
+        help="of the base, for a budget or a check",
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -68,7 +91,7 @@ def main(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument(
         "--experts-per-token",
-        type=int,
+        type=option(Count),
         default=6,
         metavar="K",
         help="experts per token of routing logs, which do not say it; --model does (default: 6)",
@@ -83,7 +106,7 @@ def main(argv: Sequence[str] | None) -> None:
     tasks = load_tasks(args.scores, model, args.experts_per_token)
     config = choose_experts(select, tasks, model, args.dtype, args.experts_per_token)
     config.save(args.output)
-    console = Console()
+    console = Terminal()
     scored = [
         (path, task)
         for path, task in zip(args.scores, tasks, strict=True)
@@ -91,31 +114,26 @@ def main(argv: Sequence[str] | None) -> None:
     ]
     for path, task in scored:
         if len(tasks) > 1:
-            console.print(f"{path}:", soft_wrap=True)
+            console.say(f"{path}:")
         print_selection(task, config, console)
     how = describe(select, scored=bool(scored))
-    print(f"{config.num_experts_selected} experts by {how}; written to {args.output}")
+    console.say(f"{config.num_experts_selected} experts by {how}; written to {args.output}")
 
 
 def _select_config(args: argparse.Namespace) -> SelectConfig:
     names = [field.name for field in dataclasses.fields(SelectConfig) if hasattr(args, field.name)]
     values = {name: getattr(args, name) for name in names}
-    try:
-        select = SelectConfig(
-            **values | {"scores": tuple(args.scores)},
-            shared_experts=args.train_shared_experts,
-            non_expert_modules=args.train_non_expert_modules,
-        )
-    except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        expected = mistake["msg"].replace("Input should be", "expected")
-        raise InputError(f"{mistake['loc'][0]}: {mistake['input']}; {expected}") from None
+    select = SelectConfig(
+        **values | {"scores": tuple(args.scores)},
+        shared_experts=args.train_shared_experts,
+        non_expert_modules=args.train_non_expert_modules,
+    )
     if problem := select.problem():
         raise InputError(problem)
     return select
 
 
-def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console) -> None:
+def print_selection(scores: ExpertScores, config: ExpertConfig, console: Terminal) -> None:
     """Print the experts of each layer and what they cover of the task's routing."""
     table = Table("layer", "experts, best first")
     for title in ("count", "token share", "gate mass"):
@@ -135,7 +153,7 @@ def print_selection(scores: ExpertScores, config: ExpertConfig, console: Console
     whole = [layer for layer, ids in config.experts.items() if len(ids) == scores.num_experts]
     if whole:
         names = ", ".join(map(str, whole))
-        console.print(f"Note: this takes every expert of layer {names}")
+        console.say(f"Note: this takes every expert of layer {names}")
 
 
 def _cells(count: float, token: float, gate: float) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
-import reprlib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +18,54 @@ from typing import Any, TypeVar
 
 import pydantic
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, one_line, shown
 from esft_jax.files import read_text, write_text_atomic
 
 Config = TypeVar("Config")
+
+_TAG = "tag:yaml.org,2002:"
+# Aliases let a few lines stand for more values than a memory holds.
+_MOST_VALUES = 1_000_000
+
+
+class _Constructor(SafeConstructor):
+    """Values of the core schema of YAML 1.2, which are those of JSON; a date is a text there."""
+
+    yaml_constructors = {  # noqa: RUF012 - as in the base class
+        f"{_TAG}null": SafeConstructor.construct_yaml_null,
+        f"{_TAG}bool": SafeConstructor.construct_yaml_bool,
+        f"{_TAG}int": SafeConstructor.construct_yaml_int,
+        f"{_TAG}float": SafeConstructor.construct_yaml_float,
+        f"{_TAG}seq": SafeConstructor.construct_yaml_seq,
+        f"{_TAG}map": SafeConstructor.construct_yaml_map,
+        **dict.fromkeys(
+            (f"{_TAG}str", f"{_TAG}timestamp", f"{_TAG}value", f"{_TAG}merge"),
+            SafeConstructor.construct_yaml_str,
+        ),
+        None: SafeConstructor.construct_undefined,
+    }
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        """The value of a node; what stands for none is an error with its line."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                # JSON may write a character as two halves; one alone is no character.
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except (ValueError, LookupError):
+            value = None
+            problem = f"is no {str(node.tag).removeprefix(_TAG)}"
+        else:
+            if not isinstance(value, int) or -(2**63) <= value < 2**63:
+                return value
+            problem = "is no integer of 64 bits"
+        raise ConstructorError(
+            problem=f"{shown(node.value)} {problem}", problem_mark=node.start_mark
+        )
 
 
 def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -39,8 +80,10 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         key, equals, value = override.partition("=")
         keys = tuple(key.split("."))
         if not equals or not all(keys):
-            raise InputError(f"override {override!r}: expected key=value, such as train.steps=100")
-        new = _assign(values, keys, _parse(value, f"override {override!r}")[0], override)
+            raise InputError(
+                f"override {shown(override)}: expected key=value, such as train.steps=100"
+            )
+        new = _assign(values, keys, _parse(value, f"override {shown(override)}")[0], override)
         overridden |= {new: override, keys: override}
 
     try:
@@ -49,7 +92,7 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
         where, message = _explain(cls, error)
         for end in range(len(where), 0, -1):
             if override := overridden.get(tuple(map(str, where[:end])), ""):
-                raise InputError(f"override {override!r}: {message}") from None
+                raise InputError(f"override {shown(override)}: {message}") from None
         line = _line(root, where)
         raise InputError(f"{path}{f':{line}' if line else ''}: {message}") from None
 
@@ -90,9 +133,16 @@ def _mapping(path: str | Path) -> tuple[dict[str, Any], Node | None]:
 def _parse(text: str, place: str) -> tuple[Any, Node | None]:
     """The values of a YAML text, and its tree of nodes, which knows the lines."""
     yaml: Any = YAML(typ="safe", pure=True)  # its attributes have no types
+    yaml.Constructor = _Constructor
     try:
         root = yaml.compose(text)
-        return yaml.constructor.construct_document(root) if root else None, root
+        if root is None:
+            return None, None
+        _check_aliases(root)
+        return yaml.constructor.construct_document(root), root
+    except (RecursionError, OverflowError) as error:  # the latter: an escape beyond Unicode
+        problem = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise InputError(f"{place}: {problem}; expected valid YAML 1.2") from None
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         # The first line of the problem says it; the others explain YAML.
@@ -100,6 +150,35 @@ def _parse(text: str, place: str) -> tuple[Any, Node | None]:
         line = f":{mark.line + 1}" if mark and not place.startswith("override") else ""
         first = (problem or "not YAML").strip().splitlines()[0]
         raise InputError(f"{place}{line}: {first}; expected valid YAML 1.2") from None
+
+
+def _check_aliases(root: Node) -> None:
+    """Refuse aliases of what they are in, and those that make a text stand for too many values."""
+    sizes: dict[int, int | None] = {}  # None: of a node that is being counted
+
+    def size(node: Node) -> int:
+        known = sizes.setdefault(id(node), 0)
+        if known is None:
+            raise ConstructorError(
+                problem="an alias stands for what it is a part of", problem_mark=node.start_mark
+            )
+        if not known:
+            sizes[id(node)] = None
+            match node:
+                case MappingNode():
+                    known = 1 + sum(size(key) + size(value) for key, value in node.value)
+                case SequenceNode():
+                    known = 1 + sum(map(size, node.value))
+                case _:
+                    known = 1
+            sizes[id(node)] = known
+        return known
+
+    if size(root) > _MOST_VALUES:
+        raise ConstructorError(
+            problem=f"aliases make more than {_MOST_VALUES:,} values of it",
+            problem_mark=root.start_mark,
+        )
 
 
 def _assign(
@@ -112,7 +191,7 @@ def _assign(
             new = min(new, keys[:depth], key=len)
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise InputError(f"override {override!r}: {key} has no keys of its own")
+            raise InputError(f"override {shown(override)}: {key} has no keys of its own")
     values[keys[-1]] = value
     return new
 
@@ -166,25 +245,30 @@ def _explain(cls: type, error: pydantic.ValidationError) -> tuple[Sequence[str |
     unknown = "unexpected_keyword_argument"
     mistake = next((m for m in mistakes if m["type"] == unknown), mistakes[0])
     keys: Sequence[str | int] = mistake["loc"]
-    expected = mistake["msg"]
     keys = keys[:-1] if keys[-1:] == ("[key]",) else keys  # the key itself is wrong
     name = ".".join(map(str, keys))
+    if mistake["type"] == "unexpected_keyword_argument":
+        return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
+    found = explain(mistake)
+    if mistake["type"] == "value_error" and not keys:
+        # From a check of several keys, whose message starts with the key.
+        return found.partition(":")[0].split("."), found
+    return keys, f"{name}: {found}"
+
+
+def explain(mistake: Any) -> str:
+    """What pydantic expected where it found a mistake, and what it found, in our own words."""
     match mistake["type"]:
-        case "unexpected_keyword_argument":
-            return keys, f"unknown key {name}; did you mean {_nearest(cls, keys)}?"
         case "missing":
-            return keys, f"{name}: this key is missing; expected a value"
+            return "this key is missing; expected a value"
         case "value_error":
-            message = str(mistake["ctx"]["error"])
-            if keys:
-                return keys, f"{name}: {message}"
-            # From a check of several keys, whose message starts with the key.
-            return message.partition(":")[0].split("."), message
+            return str(mistake["ctx"]["error"])
         case "dataclass_type":
             expected = "expected a mapping of keys to values"
         case "tuple_type":
             expected = "expected a list"
         case "too_short":
             expected = "expected at least one item"
-    expected = expected.replace("Input should be", "expected").replace(" should have", ": expected")
-    return keys, f"{name}: {expected}, got {reprlib.repr(mistake['input'])}"
+        case _:
+            expected = re.sub("^(Input should be|String should have)", "expected", mistake["msg"])
+    return f"{expected.replace(' should have', ': expected')}, got {shown(mistake['input'])}"

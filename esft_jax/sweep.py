@@ -1,44 +1,49 @@
 """Compare methods on tasks: run every cell of a table once, and print the table."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import command
+from esft_jax.cli import Parser, add_config_arguments, command, named_config
+from esft_jax.errors import InputError, shown
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import split_cpu
 from esft_jax.sweeping.config import base_cells, load_sweep, run_config
 from esft_jax.sweeping.table import MethodRow, summarise
+from esft_jax.terminal import Terminal
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.sweep`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", metavar="FILE", required=True, help="the sweep (YAML)")
-    args = parser.parse_args(argv)
-    sweep = load_sweep(args.config)
+    parser = Parser(description=__doc__)
+    add_config_arguments(parser, distributed=False)
+    file, overrides = named_config(parser.parse_args(argv))
+    if overrides:
+        raise InputError(
+            f"{shown(overrides[0])}: expected this among the `overrides` in {file}, which all "
+            "processes of a sweep read"
+        )
+    sweep = load_sweep(file)
     split_cpu(run_config(sweep, base_cells(sweep)[0]).mesh.cpu_devices)
     from esft_jax.sweeping.run import run_sweep
     from esft_jax.training.signals import exit_on_sigterm
 
-    console = Console()
-    with exit_on_sigterm(console.print):
-        record = run_sweep(sweep, console.print)
+    console = Terminal()
+    with exit_on_sigterm(console.say):
+        record = run_sweep(sweep, console.say)
     if record is None:
-        console.print("Stopped and saved; the same command continues the sweep.")
+        console.say("Stopped and saved; the same command continues the sweep.")
         return
     print_table(summarise(sweep, record), console)
     for result in record.results.values():
         if result.value is None:
-            console.print(f"diverged, and left out: {result.cell.name}", soft_wrap=True)
-    console.print(f"written to {sweep.output}/table.csv", soft_wrap=True)
+            console.say(f"diverged, and left out: {result.cell.name}")
+    console.say(f"written to {sweep.output}/table.csv")
 
 
-def print_table(rows: Sequence[MethodRow], console: Console) -> None:
+def print_table(rows: Sequence[MethodRow], console: Terminal) -> None:
     """Print mean and standard deviation of every method."""
     table = Table("method", "learning rate")
     tasks = list(rows[0].values)

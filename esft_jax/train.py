@@ -1,20 +1,19 @@
 """Fine-tune a model as one YAML file says: score, select, train, evaluate, save an adapter."""
 
-import argparse
 import datetime
 import sys
 from collections.abc import Sequence
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from esft_jax.cli import add_config_arguments, command, open_config
+from esft_jax.cli import Parser, add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
+from esft_jax.terminal import Terminal
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption
 from esft_jax.training.setup import create_run, open_setup
@@ -22,9 +21,9 @@ from esft_jax.training.signals import exit_on_sigterm
 
 
 @command
-def main(argv: Sequence[str] | None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run `python -m esft_jax.train`; None stands for the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument(
         "--preemption-notices",
@@ -34,25 +33,23 @@ def main(argv: Sequence[str] | None) -> None:
     )
     args = parser.parse_args(argv)
     config = open_config(args)
-    console = Console(quiet=jax.process_index() != 0)
-    with exit_on_sigterm(console.print):
+    console = Terminal(quiet=jax.process_index() != 0)
+    with exit_on_sigterm(console.say):
         if args.preemption_notices:
             watch_preemption()
         _train(config, console)
 
 
-def _train(config: RunConfig, console: Console) -> None:
+def _train(config: RunConfig, console: Terminal) -> None:
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
     create_run(setup)
     before = None
     if inputs is not None and config.init == "pretrained":
         before = run_evaluation(config, None, inputs, reuse=True)
-    result = run_training(setup, say=console.print)
+    result = run_training(setup, say=console.say)
     if result.result is None:
-        console.print(
-            f"Stopped at step {result.step} and saved; the same command continues the run."
-        )
+        console.say(f"Stopped at step {result.step} and saved; the same command continues the run.")
         return
     if inputs is not None:
         after = evaluate_result(config, result.result, inputs)
@@ -64,7 +61,7 @@ def _train(config: RunConfig, console: Console) -> None:
     _print_summary(console, result)
 
 
-def _print_summary(console: Console, result: RunResult) -> None:
+def _print_summary(console: Terminal, result: RunResult) -> None:
     table = Table(show_header=False)
     if result.valid_loss is not None:
         table.add_row("validation loss, nats per token", f"{result.valid_loss:.4f}")
@@ -83,7 +80,7 @@ def _print_summary(console: Console, result: RunResult) -> None:
     table.add_row("goodput", f"{timing.goodput:.0%} of {elapsed} since the first start")
     console.print(table)
     assert result.result is not None
-    console.print(f"{result.result.name}: {result.result}", soft_wrap=True)
+    console.say(f"{result.result.name}: {result.result}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ data:
 optimizer:
   learning_rate: 1e-4
 """
+# Each line stands for ten times the values of the one before.
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30)
+)
 
 
 @pytest.fixture
@@ -56,6 +60,41 @@ def test_overrides_replace_values_and_sections(file: Path) -> None:
     assert config.data.train == ("a", "b=c")
     assert config.mesh.expert == 2
     assert config.model == "x"
+
+
+def test_paths_of_a_home_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    overrides = ["model=~/m", "data.train=[~/a.jsonl, ./~]", "select.scores=['~/s']"]
+    config = load_config(file, [*overrides, "evaluation.others.x.valid=[~/v]", 'output="~"'])
+    assert (config.model, config.output) == ("/home/me/m", "/home/me")
+    assert config.data.train == ("/home/me/a.jsonl", "./~")
+    assert config.select.scores == ("/home/me/s",)
+    assert config.evaluation.others["x"].valid == ("/home/me/v",)
+    assert RunConfig(model="~/m", output="o", data=config.data).model == "/home/me/m"
+
+
+def test_paths_that_are_longer_than_the_system_allows(file: Path) -> None:
+    for path in ("a" * 256, "ü" * 128, "new/" + "a" * 300, "a/" * 2048):
+        assert "is longer than a path may be" in message(file, f"output={path}")
+    assert load_config(file, ["output=" + "a" * 255, "model=" + "a/" * 2047])
+
+
+def test_paths_that_the_locale_cannot_express(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before training, not where the result is written."""
+
+    def fsencode(path: str) -> bytes:
+        return path.encode("ascii")
+
+    monkeypatch.setattr("os.fsencode", fsencode)
+    assert "expected a UTF-8 locale, or PYTHONUTF8=1" in message(file, "output=ü")
+
+
+def test_dates_are_texts_and_json_is_yaml(file: Path) -> None:
+    assert load_config(file, ["output=2024-99-99"]).output == "2024-99-99"
+    assert load_config(file, [r'output="\ud83d\ude00"']).output == "\U0001f600"
+    assert load_config(file, ["output=="]).output == "="
+    file.write_text(MINIMAL + "train: &t {steps: 9}\nscore: {}\nmesh: {<<: {expert: 2}}\n")
+    assert load_config(file).mesh.expert == 2
 
 
 def test_saved_file_loads_back_equal_and_holds_every_key(file: Path, tmp_path: Path) -> None:
@@ -99,9 +138,40 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("data.mix.x.train=a", "data.mix.x.train: expected a list, got 'a'"),
         ("data.mix={x: {train: [a], wait: 2}}", "unknown key data.mix.x.wait; did you mean "),
         ("data.mix.x.weight=0", "data.mix.x.train: this key is missing"),
-        ("data.mix={task: {train: [a]}}", "data.mix.task: this is the name of data.train"),
+        ("data.mix={task: {train: [a]}}", "data.mix.task: expected a name of at most 64"),
         ("data.mix={x: {train: [a], valid: [b]}}", "data.mix.x.valid: needs data.valid"),
-        ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of letters"),
+        ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of at most 64"),
+        ("data.mix={ab: {train: [a]}, aB: {train: [b]}}", "data.mix: ab and aB differ in case"),
+        ("data.mix.-x.train=[a]", "data.mix.-x: expected a name of at most 64 letters"),
+        (
+            "evaluation.others={scores.json: {valid: [a]}}",
+            "evaluation.others.scores.json: expected",
+        ),
+        ("evaluation.others={..: {valid: [a]}}", "evaluation.others...: expected a name of"),
+        ("evaluation.others={a/b: {valid: [a]}}", "evaluation.others.a/b: expected a name of"),
+        ("evaluation.others={Task: {valid: [a]}}", "evaluation.others.Task: expected a name of"),
+        ("evaluation.others={ü: {valid: [a]}}", "evaluation.others.ü: expected a name of"),
+        ("evaluation.others={a: {valid: [a]}, A: {valid: [a]}}", "evaluation.others: a and A"),
+        ("seed=9223372036854775808", "'9223372036854775808' is no integer of 64 bits"),
+        ("seed=4294967296", "seed: expected less than 4294967296, got 4294967296"),
+        ("train.steps=2147483648", "train.steps: expected less than 2147483648"),
+        ("mesh.data=2147483648", "mesh.data: expected less than 2147483648"),
+        (
+            "select.max_bytes=9223372036854775807000",
+            "'9223372036854775807000' is no integer of 64 bits",
+        ),
+        ("optimizer.learning_rate=1e400", "optimizer.learning_rate: expected a finite number"),
+        ("train.steps=!!int abc", "'abc' is no int; expected valid YAML 1.2"),
+        ("output=gs://bucket/x", "output: 'gs://bucket/x' is a URL; gs: is not read or written"),
+        ("model=hf://owner/name", "model: 'hf://owner/name' is a URL"),
+        ("data.train=[s3://b/a.jsonl]", "data.train.0: 's3://b/a.jsonl' is a URL"),
+        ("data.mix.x.valid=['file:///a']", "data.mix.x.train: this key is missing"),
+        ("evaluation.data=https://x/y.jsonl", "evaluation.data: 'https://x/y.jsonl' is a URL"),
+        ("select.scores=[gs:/b]", "select.scores.0: 'gs:/b' is a URL"),
+        ("output=~nobody-of-this-name/run", "output: '~nobody-of-this-name/run': no user"),
+        ('output="a\\0b"', "output: 'a\\x00b' has a zero byte; expected a path"),
+        ("output=''", "output: expected at least 1 character"),
+        ('output="\\ud800"', "'\\ud800' is no str; expected valid YAML 1.2"),
         ("data.mix=[a]", "data.mix: expected a valid dictionary, got ['a']"),
         ("model=", "model: expected a valid string, got None"),
         ("method=lor", "method: expected 'esft', 'full' or 'lora', got 'lor'"),
@@ -159,7 +229,10 @@ def test_bad_override_is_named(file: Path, override: str, problem: str) -> None:
         (["method=lora", "init=random"], "init: low-rank updates need weights to update"),
         (["method=lora", "train.balance_loss=0.1"], "the router is frozen with method lora"),
         ([f"expert_cfg={__file__}", "select.scores=[a]"], "select.scores: expert_cfg says already"),
-        (["expert_cfg=none.json"], "expert_cfg: no file 'none.json'; expected one written by"),
+        (
+            ["expert_cfg=none.json"],
+            "expert_cfg: none.json: cannot be read: No such file or directory; expected a",
+        ),
     ],
 )
 def test_keys_that_exclude_each_other(file: Path, overrides: list[str], problem: str) -> None:
@@ -178,6 +251,22 @@ def test_keys_that_exclude_each_other(file: Path, overrides: list[str], problem:
         (MINIMAL.replace("model: models/m", ""), "FILE: model: this key is missing"),
         (MINIMAL + "model: twice\n", 'FILE:7: found duplicate key "model"'),
         (MINIMAL + "seed: [1\n", "FILE:8: "),
+        (MINIMAL + "seed: !!int x\n", "FILE:7: 'x' is no int; expected valid YAML 1.2"),
+        (MINIMAL + "seed: !!int ''\n", "FILE:7: '' is no int; expected valid YAML 1.2"),
+        (MINIMAL + "seed: " + "9" * 5000, "FILE:7: '9999"),
+        (MINIMAL + "seed: 0x" + "f" * 5000, "FILE:7: '0xff"),
+        (
+            MINIMAL + "seed: 2024-99-99\n",
+            "FILE:7: seed: expected a valid integer, got '2024-99-99'",
+        ),
+        (MINIMAL + "seed: !!python/name:os.system\n", "FILE:7: could not determine a constructor"),
+        (MINIMAL + "seed: !!binary eA==\n", "FILE:7: could not determine a constructor"),
+        (MINIMAL + "seed: &a [*a]\n", "FILE:7: an alias stands for what it is a part of"),
+        (MINIMAL + "seed: \0\n", "FILE: unacceptable character #x0000"),
+        (MINIMAL + 'seed: "\\U99999999"\n', "FILE: Python int too large"),
+        (MINIMAL + "seed: " + "[" * 5000, "FILE: nested too deeply; expected valid YAML 1.2"),
+        (MINIMAL + "---\na: 1\n", "FILE:7: but found another document; expected valid YAML"),
+        (BOMB, "FILE:1: aliases make more than 1,000,000 values of it; expected valid YAML 1.2"),
         ("- 1\n", "FILE: expected a mapping of keys to values at the top level"),
         ("", "FILE: expected a mapping of keys to values at the top level"),
     ],

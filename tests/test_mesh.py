@@ -1,11 +1,14 @@
 """How devices are arranged: slices along replicas, expert groups within one slice."""
 
 import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from esft_jax import mesh as mesh_module
 from esft_jax.errors import InputError
 from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices
@@ -75,3 +78,35 @@ def test_neighbours_of_one_slice_are_next_to_each_other() -> None:
     for group in mesh.devices.reshape(-1, 4):
         coords = np.array([device.coords for device in group])
         assert np.ptp(coords, axis=0).sum() <= 3
+
+
+@pytest.mark.parametrize(
+    ("devices", "installed", "asked", "skipped"),
+    [
+        ([], True, None, True),
+        (["vfio/vfio"], True, None, True),  # the driver's own file, without a chip
+        (["accel0"], True, None, False),
+        (["vfio/0"], True, None, False),
+        (["nvidia0"], True, None, False),
+        ([], False, None, False),
+        ([], True, "tpu,cpu", False),
+    ],
+)
+def test_no_tpu_is_looked_for_where_none_can_be(
+    devices: list[str],
+    installed: bool,
+    asked: str | None,
+    skipped: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for device in devices:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    monkeypatch.setattr(mesh_module, "_DEV", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    chosen: dict[str, str] = {}
+    config = SimpleNamespace(values={"jax_platforms": asked}, update=chosen.__setitem__)
+    monkeypatch.setattr(jax, "config", config)
+    mesh_module.skip_absent_tpu()
+    assert chosen == ({"jax_platforms": "cpu"} if skipped else {})

@@ -66,9 +66,13 @@ def test_logs_of_another_number_of_experts_per_token(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--top-p", "0"], "error: top_p: 0.0; expected greater than 0"),
-        (["--top-p", "nan"], "error: top_p: nan; expected less than or equal to 1"),
-        (["--top-k", "0"], "error: top_k: 0; expected greater than or equal to 1"),
+        (["--top-p", "0"], "error: --top-p: expected greater than 0, got '0'"),
+        (["--top-p", "nan"], "error: --top-p: expected less than or equal to 1, got 'nan'"),
+        (["--top-k", "0"], "error: --top-k: expected greater than or equal to 1, got '0'"),
+        (
+            ["--random-seed", str(2**32)],
+            "error: --random-seed: expected less than 4294967296, got '4294967296'",
+        ),
         (["--top-k", "4"], "error: select.top_k: 4; SCORES has 3 experts per layer"),
         (
             ["--top-k", "1", "--top-p", "0.5"],

@@ -6,7 +6,10 @@ B rows in a global batch, S positions in a row. A batch is a dict of arrays ``[B
 Batches of several sources (``esft_jax.data.mix``) say besides which one each row is of.
 """
 
+from __future__ import annotations
+
 import itertools
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,7 +226,7 @@ def train_iterator(
     place: Callable[[Batch], Any] = lambda batch: batch,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Any]:
+) -> TrainIterator:
     """Endless batches ``[B / process_count, S]``, reshuffled each epoch, made ahead by a thread.
 
     The global batches depend on neither the process count nor on where a run was resumed: this
@@ -241,11 +244,40 @@ def train_iterator(
     )
     # Rows lie packed in memory: one thread is enough, and more would contend for Python's lock.
     one_thread = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(
+    return TrainIterator(
         grain.experimental.ThreadPrefetchIterDataset(
             batches.to_iter_dataset(one_thread), prefetch_buffer_size=_AHEAD
         )
     )
+
+
+class TrainIterator(Iterator[Any]):
+    """What `train_iterator` gives.
+
+    An iterator of grain that is alive when the interpreter ends prints a traceback, closed or not;
+    so this one lets go of it before.
+    """
+
+    def __init__(self, dataset: grain.IterDataset[Any]):
+        self._held = [iter(dataset)]
+        self.close = weakref.finalize(self, _close, self._held)
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        return next(self._held[0])
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        state: dict[str, Any] = self._held[0].get_state()
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        self._held[0].set_state(state)
+
+
+def _close(held: list[grain.DatasetIterator[Any]]) -> None:
+    held.pop().close()
 
 
 def batch_rows(

@@ -18,6 +18,7 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import DecodingOptions, check_options, generate_tokens
 from esft_jax.evaluation.likelihood import continuation_likelihoods
 from esft_jax.evaluation.run import load_tuned
+from esft_jax.files import local_path
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import make_mesh, split_cpu
 
@@ -72,6 +73,8 @@ class EsftJaxLM(TemplateLM):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: {batch_size!r}; expected a number of requests")
         split_cpu(cpu_devices)
+        pretrained = local_path(pretrained)
+        adapter = None if adapter is None else local_path(adapter)
         folder = local_folder(pretrained)
         self._tokens = Tokenizer.load(folder)
         mesh = make_mesh(data, expert)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from esft_jax.evaluation.run import EvaluationReport, Score
 from esft_jax.files import write_text_atomic
+from esft_jax.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _figures(score: Score) -> Iterator[tuple[str, float]]:
 
 
 def print_measures(
-    console: Console, after: EvaluationReport, before: EvaluationReport | None = None
+    console: Terminal, after: EvaluationReport, before: EvaluationReport | None = None
 ) -> None:
     """Print a table of all figures, and what a judge left out."""
     table = Table("", "")
@@ -70,7 +70,7 @@ def print_measures(
     for report in filter(None, (before, after)):
         for name, score in report.scores.items():
             if score.failures:
-                console.print(
+                console.say(
                     f"{name} ({report.folder.name}): no readable score for {score.failures} of "
                     f"{score.rows} completions; they do not count"
                 )

@@ -14,21 +14,24 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
-from esft_jax.config import Positive, RunConfig, Seed, Text, load_config
+from esft_jax.config import LocalPath, Positive, RunConfig, Seed, Text, load_config
 from esft_jax.errors import InputError
+from esft_jax.files import local_path
 
 # Every task is also judged with the base alone, under this name.
 BASE = "base"
 
 
 def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == BASE:
-        raise ValueError(f"expected a name of a-z, 0-9, '-' and '.', not {BASE!r}, got {name!r}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{,63}", name) or name == BASE:
+        raise ValueError(
+            f"expected a name of at most 64 of a-z, 0-9, '-' and '.', not {BASE!r}, got {name!r}"
+        )
     return name
 
 
 def _of_file(tasks: object) -> object:
-    return strict_yaml.read_mapping(tasks) if isinstance(tasks, str) else tasks
+    return strict_yaml.read_mapping(local_path(tasks)) if isinstance(tasks, str) else tasks
 
 
 Name = Annotated[Text, AfterValidator(_plain_name)]
@@ -53,8 +56,8 @@ class SweepConfig:
             is used with the other seeds.
     """
 
-    output: Text
-    run: Text
+    output: LocalPath
+    run: LocalPath
     tasks: Tasks
     methods: Annotated[dict[Name, Overrides], Field(min_length=1)]
     overrides: Overrides = ()
@@ -134,7 +137,9 @@ def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:
     overrides = [*sweep.overrides, *sweep.tasks[cell.task], *sweep.methods.get(cell.method, ())]
     if cell.learning_rate is not None:
         overrides.append(f"optimizer.learning_rate={cell.learning_rate}")
-    overrides += [f"seed={cell.seed}", f"output={Path(sweep.output) / 'cells' / cell.name}"]
+    output = str(Path(sweep.output) / "cells" / cell.name)
+    # Quoted, since a path may hold what means something in YAML.
+    overrides += [f"seed={cell.seed}", f"output={json.dumps(output, ensure_ascii=False)}"]
     try:
         return load_config(sweep.run, overrides)
     except InputError as error:

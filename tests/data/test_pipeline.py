@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -279,3 +281,18 @@ def test_sample_rows(chats: PackedDataset) -> None:
 def test_batch_that_processes_cannot_share(chats: PackedDataset) -> None:
     with pytest.raises(InputError, match="batch_size: 6 rows cannot be shared by 4 processes"):
         train_iterator(chats, batch_size=6, seed=0, process_index=0, process_count=4)
+
+
+def test_nothing_is_printed_when_a_program_ends_with_its_iterator() -> None:
+    """An iterator of grain alone would print a traceback at exit, closed or not."""
+    code = (
+        "import numpy as np, grain\n"
+        "from esft_jax.data import pipeline\n"
+        "class Rows:\n"
+        "    def endless_rows(self, seed): return grain.MapDataset.range(8).repeat()\n"
+        "    def gather(self, rows): return rows\n"
+        "iterators = [pipeline.train_iterator(Rows(), batch_size=2, seed=0) for _ in range(2)]\n"
+        "print(*map(next, iterators), flush=True); iterators[0].close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0 1] [0 1]\n", "")
