@@ -24,8 +24,9 @@ def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
     try:
         with open(path, "rb") as file:  # a path could be taken for a URL
             check_not_pointer(path, file.read(64))
-            yield from table_rows(pq.ParquetFile(file).iter_batches(BATCH_ROWS), path)
-    except (pa.ArrowException, OSError) as error:
+            table = pq.ParquetFile(file, page_checksum_verification=True)
+            yield from table_rows(table.iter_batches(BATCH_ROWS), path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 

@@ -19,7 +19,7 @@ _MASKS = (
 # Keys of a record that change what is said or learned in the tools that read them (templates of
 # transformers, OpenAI's fine-tuning, TRL, axolotl, LLaMA-Factory, ms-swift and their like), in
 # which kinds of records, and what we say of them. All other keys are free.
-_RECORD_KEYS: tuple[tuple[re.Pattern[str], Collection[Kind], str], ...] = (
+_RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
     (
         re.compile(
             r"tools?|available_tools|functions?|function_call|tool_choice|parallel_tool_calls"
