@@ -22,15 +22,15 @@ def main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     inputs = check_evaluation(config)
-    console = Console(quiet=jax.process_index() != 0)
-    for name, held_out in inputs.describe().items():
-        console.print(f"held out, {name}: {held_out}", soft_wrap=True)
     report = run_evaluation(config, args.adapter, inputs)
     if jax.process_index() != 0:
         return
     before = None
     if args.adapter is not None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
+    console = Console()
+    for name, held_out in inputs.describe().items():
+        console.print(f"held out, {name}: {held_out}", soft_wrap=True)
     print_measures(console, report, before)
     console.print(f"written to {report.folder}, {report.seconds:.0f} s", soft_wrap=True)
     if before is not None:
