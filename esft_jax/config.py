@@ -128,7 +128,7 @@ class DataConfig:
         valid: The held-out split, for the evaluation loss; may be empty.
         format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
         sequence_length: Tokens per packed row.
-        too_long: What to do with an example longer than a row: stop, or cut it.
+        too_long: What to do with a chat longer than a row: stop, cut its end, or drop it.
         mix: Other sources to train on, by name, such as the alignment data of the model; experts
             are scored on `train` alone.
     """
@@ -137,7 +137,7 @@ class DataConfig:
     valid: tuple[LocalPath, ...] = ()
     format: Literal["chat", "text"] = "chat"
     sequence_length: Length = 4096
-    too_long: Literal["error", "cut"] = "error"
+    too_long: Literal["error", "cut", "drop"] = "error"
     mix: Annotated[dict[Name, SourceConfig], AfterValidator(_distinct_names)] = field(
         default_factory=dict
     )

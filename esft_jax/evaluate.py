@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> None:
     if args.adapter is not None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
     console = Terminal()
+    for name, held_out in inputs.describe().items():
+        console.say(f"held out, {name}: {held_out}")
     print_measures(console, report, before)
     console.say(f"written to {report.folder}, {report.seconds:.0f} s")
     if before is not None:
