@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esft_jax.data.tokenizer import Message
+from esft_jax.data.chat_template import Message
 from esft_jax.errors import InputError, one_line
 
 ROLES = ("system", "user", "assistant")

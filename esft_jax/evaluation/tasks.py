@@ -11,14 +11,14 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esft_jax.data.chat_template import Message
 from esft_jax.data.pipeline import PackedDataset, eval_batches
 from esft_jax.data.read import check_unicode, read_chat
-from esft_jax.data.tokenizer import Message, Tokenizer
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
     DecodingOptions,
     check_length,
-    encode_text,
     generate_tokens,
 )
 from esft_jax.evaluation.judge import Judge
@@ -36,7 +36,8 @@ class TaskRow:
     Attributes:
         where: file and line it came from.
         prompt: its text, as completions files show it.
-        messages: the chat that the model answers; None if `prompt` is a rendered chat already.
+        messages: the chat that the model answers; None if `prompt` is what a user says, or a
+            rendered chat already (see `Tokenizer.encode_user`).
         answers: what counts as right, at least one.
     """
 
@@ -48,7 +49,7 @@ class TaskRow:
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids after which the answer begins."""
         if self.messages is None:
-            return encode_text(tokenizer, self.prompt)
+            return tokenizer.encode_user(self.prompt)
         return tokenizer.encode_prompt(self.messages)
 
 
@@ -88,7 +89,7 @@ def read_task(path: str | Path) -> list[TaskRow]:
     """Read a task's evaluation rows, all of one kind.
 
     Either `{"prompt", "raw_answers": [...]}`, JSON lines as in the reference, whose prompts may be
-    chats rendered already ("User: ...Assistant:"); or chats `{"messages": [...]}` as in training,
+    chats rendered already; or chats `{"messages": [...]}` as in training,
     whose last message is the answer.
 
     Raises:
@@ -132,9 +133,7 @@ def _prompt_row(where: str, record: Any) -> TaskRow:
     check_unicode(where, "prompt", prompt)
     for number, answer in enumerate(answers):
         check_unicode(where, f"raw_answers[{number}]", answer)
-    rendered = prompt.startswith("User: ") and prompt.endswith("\n\nAssistant:")
-    messages = None if rendered else (Message(role="user", content=prompt),)
-    return TaskRow(where, prompt, messages, tuple(answers))
+    return TaskRow(where, prompt, None, tuple(answers))
 
 
 def _chat_row(where: str, messages: Sequence[Message]) -> TaskRow:
@@ -191,7 +190,7 @@ def evaluate_task(
     limit = model.config.max_positions
     prompts = check_task(rows, tokenizer, metric, max_new_tokens, limit)
     new = generate_tokens(
-        model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens, **options
+        model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens, **options
     )
     texts = [tokenizer.decode(ids) for ids in new]
     chosen, answers = METRICS[metric], [row.answers for row in rows]
