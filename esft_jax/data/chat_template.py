@@ -26,9 +26,8 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ m.content }}{{ '\\n\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Where templates lie besides `tokenizer_config.json`; the folder holds named ones.
+# Where the default template lies, besides `tokenizer_config.json`.
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
-TEMPLATE_FOLDER = "additional_chat_templates"
 
 # Characters of a text that messages show.
 _SHOWN = 40
@@ -297,6 +296,11 @@ def common_length(one: str, other: str) -> int:
     return sum(1 for _ in same)
 
 
+def named_templates(folder: Path) -> list[Path]:
+    """Files of a Hugging Face folder with chat templates besides the default one."""
+    return sorted((folder / "additional_chat_templates").glob("[!.]*.jinja"))
+
+
 def read_template(folder: Path, config: Mapping[str, Any], config_path: Path) -> tuple[str, str]:
     """The default chat template of a Hugging Face folder: its source, and where it was found.
 
@@ -307,10 +311,7 @@ def read_template(folder: Path, config: Mapping[str, Any], config_path: Path) ->
     Raises:
         InputError: there are only templates of other names, or one that is no text.
     """
-    named = {
-        path.stem: (read_text(path), str(path))
-        for path in sorted((folder / TEMPLATE_FOLDER).glob("[!.]*.jinja"))
-    }
+    named = {path.stem: (read_text(path), str(path)) for path in named_templates(folder)}
     if (folder / TEMPLATE_FILE).exists():
         named["default"] = read_text(folder / TEMPLATE_FILE), str(folder / TEMPLATE_FILE)
     if not named:

@@ -24,7 +24,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -46,10 +46,9 @@ _BEGIN, _END = (f"\ue000{secrets.randbelow(10**18)}\ue000" for _ in range(2))
 class _GenerationBlocks(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant says, as in Transformers."""
 
-    tags: ClassVar[set[str]] = {"generation"}
-
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
+        self.tags = {"generation"}
         environment.extend(has_generation_blocks=False)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:

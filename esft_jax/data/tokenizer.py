@@ -83,6 +83,7 @@ class Tokenizer:
         """
         backend.no_truncation()
         backend.no_padding()
+        _try(backend)
         self._backend = backend
         self.bos_id = None if bos_token is None else self._special_id("bos_token", bos_token)
         self.eos_id = self._special_id("eos_token", eos_token)
@@ -116,22 +117,24 @@ class Tokenizer:
         eos_token = _token_text(config, "eos_token", config_path)
         if eos_token is None:
             raise InputError(f"{config_path}: eos_token: missing; expected the token ending a text")
+        bos_token = _token_text(config, "bos_token", config_path)
+        pad_token = _token_text(config, "pad_token", config_path)
         add_bos_token = config.get("add_bos_token")
         if add_bos_token is not None:
             checked(bool, add_bos_token, f"{config_path}: add_bos_token")
         template, template_name = read_template(Path(folder), config, config_path)
-        definition = read_text(tokenizer_path)
+        backend = _load_backend(tokenizer_path)
+        stop_ids = _stop_ids(Path(folder), backend)
         try:
-            backend = _load_backend(definition)
             return cls(
                 backend,
-                bos_token=_token_text(config, "bos_token", config_path),
+                bos_token=bos_token,
                 eos_token=eos_token,
-                pad_token=_token_text(config, "pad_token", config_path),
+                pad_token=pad_token,
                 add_bos_token=add_bos_token,
                 chat_template=template,
                 template_name=template_name,
-                stop_ids=_stop_ids(Path(folder), backend),
+                stop_ids=stop_ids,
             )
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
@@ -386,16 +389,24 @@ def _without_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def _load_backend(definition: str) -> tokenizers.Tokenizer:
-    """A tokenizer that has encoded and decoded something: much shows no earlier."""
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    definition = read_text(path)
+    try:
+        with _without_stderr():
+            return _call("not a tokenizer", tokenizers.Tokenizer.from_str, definition)
+    except InputError as error:
+        raise InputError(f"{path.parent}: {error}") from error
+
+
+def _try(backend: tokenizers.Tokenizer) -> None:
+    """Encodes and decodes something: many a fault of a tokenizer shows no earlier."""
+    if not backend.get_vocab_size():
+        raise InputError("tokenizer.json: the vocabulary is empty")
     with _without_stderr():
-        backend = _call("not a tokenizer", tokenizers.Tokenizer.from_str, definition)
-        if not backend.get_vocab_size():
-            raise InputError("tokenizer.json: the vocabulary is empty")
         for special in (False, True):
-            ids = _call("cannot encode", backend.encode, _WORDS, add_special_tokens=special).ids
+            encode = backend.encode
+            ids = _call("cannot encode", encode, _WORDS, add_special_tokens=special).ids
         _call("cannot decode", backend.decode, ids)
-    return backend
 
 
 def _token_text(config: dict[str, Any], key: str, path: Path) -> str | None:
