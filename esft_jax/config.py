@@ -116,7 +116,7 @@ class DataConfig:
         valid: The held-out split, for the evaluation loss; may be empty.
         format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
         sequence_length: Tokens per packed row.
-        too_long: What to do with an example longer than a row: stop, or cut it.
+        too_long: What to do with a chat longer than a row: stop, cut its end, or drop it.
         mix: Other sources to train on, by name, such as the alignment data of the model; experts
             are scored on `train` alone.
     """
@@ -125,7 +125,7 @@ class DataConfig:
     valid: tuple[Text, ...] = ()
     format: Literal["chat", "text"] = "chat"
     sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
-    too_long: Literal["error", "cut"] = "error"
+    too_long: Literal["error", "cut", "drop"] = "error"
     mix: dict[SourceName, SourceConfig] = field(default_factory=dict)
 
     @property

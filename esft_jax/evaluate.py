@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None) -> None:
     if args.adapter is not None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
     console = Console()
+    for name, held_out in inputs.describe().items():
+        console.print(f"held out, {name}: {held_out}", soft_wrap=True)
     print_measures(console, report, before)
     console.print(f"written to {report.folder}, {report.seconds:.0f} s", soft_wrap=True)
     if before is not None:

@@ -14,7 +14,7 @@ from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.files import check_writable
 from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import check_samples, load_pretrained, measure_scores, open_setup
+from esft_jax.training.setup import load_pretrained, measure_scores, open_setup, score_rows
 
 
 @command
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     setup = open_setup(config)
-    check_samples(config, setup.model_config, setup.task_set)
+    rows = score_rows(config, setup.model_config, setup.tokenizer, setup.task_set)
+    setup = dataclasses.replace(setup, score_set=rows)
     folder = Path(args.output) if args.output else RunFolder(config.output).scores
     check_writable(folder, "--output" if args.output else "output")
     scores = measure_scores(setup, load_pretrained(setup))
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None) -> None:
         select = dataclasses.replace(config.select, scores=())
         chosen = choose_experts(select, [scores], setup.model_config, config.dtype)
         console = Console()
+        console.print(rows.describe(), soft_wrap=True)
         console.print(
             f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
             f"a choice by {describe(select)}:"

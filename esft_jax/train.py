@@ -12,7 +12,7 @@ from rich.table import Table
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
-from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
+from esft_jax.evaluation.run import OWN, check_evaluation, evaluate_result, run_evaluation
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
@@ -45,6 +45,10 @@ def _train(config: RunConfig, console: Console) -> None:
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
     create_run(setup)
+    if inputs is not None:
+        for name, held_out in inputs.describe().items():
+            if name != OWN:  # the run describes its own data
+                console.print(f"held out, {name}: {held_out}")
     before = None
     if inputs is not None and config.init == "pretrained":
         before = run_evaluation(config, None, inputs, reuse=True)

@@ -115,6 +115,22 @@ def test_the_result_of_full_training_does_not_replace_the_base(config, model_fol
     assert not (run / "evaluation" / "base").exists()
 
 
+def test_what_is_lost_of_held_out_data_is_said(config, capsys):
+    path, run = config
+    chats = path.parent / "chats.jsonl"
+    long = [CHAT[0] | {"content": "count " * 40}, CHAT[1]]
+    rows = [{"messages": long}] * 2 + [{"messages": CHAT}]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", str(path), "evaluation.limit=1"]
+    for too_long in ("cut", "drop"):
+        assert evaluate.main([*arguments, f"data.too_long={too_long}"]) == 0
+        printed = capsys.readouterr().out
+        assert "held out, task: 1 of 3 examples in 1 rows of 32" in printed
+        assert "with a loss, 2 dropped\n" in printed
+        scores = json.loads((run / "evaluation" / "base" / "scores.json").read_text())
+        assert scores["too_long"] == too_long  # another one is another score
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

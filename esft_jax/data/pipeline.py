@@ -23,6 +23,7 @@ from esft_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
 Encoded = TypeVar("Encoded")
+TooLong = Literal["error", "cut", "drop"]
 # Examples encoded together: enough to keep the tokenizer's threads busy.
 _CHUNK = 1024
 # Training batches made ahead of the one in use. Making one takes far less than a step.
@@ -34,12 +35,12 @@ class DataStats:
     """What a dataset holds.
 
     Attributes:
-        examples: examples in the rows.
+        examples: examples in the rows, those that were cut too.
         rows: packed rows.
         tokens: positions that are not padding.
         target_tokens: positions with a loss.
-        cut: examples shortened to the sequence length.
-        dropped: examples left out since the cut took all their targets.
+        cut: examples in the rows that were shortened to the sequence length.
+        dropped: examples that are in no row: too long, or without a target in what is left.
         text_bytes: UTF-8 bytes of the documents (format ``text``; 0 for chats).
         sha256: hash of each source.
     """
@@ -89,6 +90,21 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def describe(self) -> str:
+        """What is in the rows, and how much of the data is not."""
+        stats = self.stats
+        lost = [f"{stats.cut:,} cut to length"] if stats.cut else []
+        lost += [f"{stats.dropped:,} dropped"] if stats.dropped else []
+        found = f"{stats.examples:,}"
+        if stats.dropped:
+            found += f" of {stats.examples + stats.dropped:,}"
+        parts = [
+            f"{found} examples in {stats.rows:,} rows of {self.sequence_length}",
+            f"{stats.tokens:,} tokens",
+            f"{stats.target_tokens:,} with a loss",
+        ]
+        return ", ".join(parts + lost)
 
     def __getitem__(self, row: int) -> Batch:
         """One row: arrays ``[S]``."""
@@ -145,8 +161,9 @@ def build_dataset(
     *,
     format: Literal["chat", "text"],
     sequence_length: int,
-    too_long: Literal["error", "cut"] = "error",
+    too_long: TooLong = "error",
     seed: int = 0,
+    length_key: str = "data.sequence_length",
 ) -> PackedDataset:
     """Reads, tokenizes and packs.
 
@@ -155,9 +172,10 @@ def build_dataset(
         tokenizer: of the model.
         format: ``chat`` (loss on assistant messages) or ``text`` (BOS, text, EOS; loss everywhere).
         sequence_length: positions in a row.
-        too_long: what to do with a chat that does not fit a row: InputError, or cut its end.
-            Longer text documents are always continued in another row.
+        too_long: what to do with a chat that does not fit a row: InputError, cut its end, or drop
+            it. Longer text documents are always continued in another row.
         seed: of the packing order.
+        length_key: what messages call `sequence_length`.
 
     Raises:
         InputError: naming file and line.
@@ -166,16 +184,15 @@ def build_dataset(
         raise InputError("data: no files given; expected at least one path")
     flat = _FlatTokens()
     if format == "chat":
-        limit = sequence_length + 1  # the last token is only a target
-        _add_chats(flat, read_chat(paths), tokenizer, limit, too_long)
+        _add_chats(flat, read_chat(paths), tokenizer, sequence_length, too_long, length_key)
     else:
         _add_texts(flat, read_text(paths), tokenizer)
     tokens, learn, documents = flat.arrays()
     plan = plan_rows(documents.offsets, sequence_length, seed)
     if not len(plan):
         raise InputError(
-            f"{', '.join(paths)}: no example has a target among its first {sequence_length + 1} "
-            "tokens; expected a larger data.sequence_length"
+            f"{', '.join(paths)}: {flat.dropped} examples, and none has a target that a row of "
+            f"{sequence_length} tokens holds; expected a larger {length_key}"
         )
     stats = DataStats(
         examples=len(documents.lines),
@@ -293,7 +310,11 @@ class _FlatTokens:
         self._paths: dict[str, int] = {}
         self._sources, self._lines = array("i"), array("q")
 
-    def append(self, tokens: list[int], learn: bytes, where: str) -> None:
+    def append(self, tokens: list[int], learn: bytes, where: str) -> bool:
+        """Add a document, unless it has no target: tell whether it has one."""
+        if not any(learn[1:]):
+            self.dropped += 1
+            return False
         path, _, line = where.rpartition(":")
         self._sources.append(self._paths.setdefault(path, len(self._paths)))
         self._lines.append(int(line))
@@ -301,6 +322,7 @@ class _FlatTokens:
         self._learn += b"\0"  # nothing predicts the first token
         self._learn += learn[1:]
         self._offsets.append(len(self._tokens))
+        return True
 
     def arrays(
         self,
@@ -325,32 +347,39 @@ def _add_texts(flat: _FlatTokens, examples: Iterator[TextExample], tokenizer: To
             chunk, texts, _placed(chunk, tokenizer.encode_batch(texts)), strict=True
         ):
             tokens = [*bos, *ids, tokenizer.eos_id]
-            flat.append(tokens, b"\1" * len(tokens), example.where)
-            flat.text_bytes += len(text.encode())
+            if flat.append(tokens, b"\1" * len(tokens), example.where):
+                flat.text_bytes += len(text.encode())
 
 
 def _add_chats(
     flat: _FlatTokens,
     examples: Iterator[ChatExample],
     tokenizer: Tokenizer,
-    limit: int,
-    too_long: Literal["error", "cut"],
+    sequence_length: int,
+    too_long: TooLong,
+    length_key: str,
 ) -> None:
+    limit = sequence_length + 1  # the last token is only a target
     while chunk := list(itertools.islice(examples, _CHUNK)):
         encoded = tokenizer.encode_chats([example.messages for example in chunk])
-        for example, (tokens, learn) in zip(chunk, _placed(chunk, encoded), strict=True):
-            if len(tokens) > limit:
-                if too_long == "error":
-                    raise InputError(
-                        f"{example.where}: messages: {len(tokens)} tokens; expected at most "
-                        f"{limit} (data.sequence_length + 1), or data.too_long: cut"
-                    )
-                tokens, learn = tokens[:limit], learn[:limit]
-                flat.cut += 1
-            if not any(learn):
+        for example, (tokens, learned) in zip(chunk, _placed(chunk, encoded), strict=True):
+            learn = bytes(learned)
+            if not any(learn[1:]):
+                raise InputError(
+                    f"{example.where}: messages: no target; the chat template shows nothing of "
+                    "what is to be learned"
+                )
+            if len(tokens) <= limit:
+                flat.append(tokens, learn, example.where)
+            elif too_long == "error":
+                raise InputError(
+                    f"{example.where}: messages: {len(tokens)} tokens; expected at most "
+                    f"{limit} ({length_key} + 1), or data.too_long: cut or drop"
+                )
+            elif too_long == "drop":
                 flat.dropped += 1
-                continue
-            flat.append(tokens, bytes(learn), example.where)
+            elif flat.append(tokens[:limit], learn[:limit], example.where):
+                flat.cut += 1
 
 
 def _placed(

@@ -6,17 +6,39 @@ A path is a local ``.jsonl`` or ``.parquet`` file, or the name of a Hugging Face
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from esft_jax.data.chat_template import Message
+from esft_jax.data.layouts import (
+    check_message_keys,
+    check_record_keys,
+    layout,
+    role_advice,
+    short,
+)
 from esft_jax.errors import InputError, one_line
+from esft_jax.files import check_file, read_json_lines
 
 ROLES = ("system", "user", "assistant")
+MESSAGE_KEYS = ("role", "content", "mask")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+_PACKED = "expected it unpacked"
+# What makes a file of another kind readable.
+_OTHER_KINDS = {
+    ".json": "`jq -c .[] FILE` writes an array as lines; what has a record in each line is .jsonl",
+    ".ndjson": "its lines are those of .jsonl; rename it",
+    ".csv": "`datasets.load_dataset('csv', data_files=FILE)['train'].to_json(NEW)` writes lines",
+    ".tsv": "`datasets.load_dataset('csv', data_files=FILE, sep='\\t')['train'].to_json(NEW)` "
+    "writes lines",
+    ".arrow": "`datasets.Dataset.from_file(FILE).to_parquet(NEW)` writes Parquet",
+    ".txt": 'write its texts as {"text": ...}, one in each line, for data.format: text',
+    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz"), _PACKED),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,39 +58,67 @@ class TextExample:
 
 
 def read_chat(paths: Sequence[str]) -> Iterator[ChatExample]:
-    """Yields ``{"messages": [{"role", "content", "mask"?}, ...]}`` records; other keys are free.
+    """Yields ``{"messages": [{"role", "content", "mask"?}, ...]}`` records.
+
+    Other keys of a record are free, unless they would change what is said or learned.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
-    for where, record in _records(paths):
-        yield ChatExample(where, _messages(where, record))
+    for where, record in read_records(paths):
+        yield chat_example(where, record)
 
 
 def read_text(paths: Sequence[str]) -> Iterator[TextExample]:
-    """Yields ``{"text": ...}`` records; other keys are free.
+    """Yields ``{"text": ...}`` records; other keys are free, as for chats.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
-    for where, record in _records(paths):
-        if "text" not in record:
-            raise InputError(f'{where}: text: missing; expected {{"text": ...}}')
-        yield TextExample(where, _string(where, "text", record["text"]))
+    for where, record in read_records(paths):
+        if record.get("text") is None:
+            raise InputError(f'{where}: text: missing; expected {{"text": ...}}; {layout(record)}')
+        check_record_keys(where, record, "text")
+        yield TextExample(where, checked_text(where, "text", record["text"]))
 
 
-def check_unicode(where: str, key: str, text: str) -> None:
-    """Raises InputError on half of a surrogate pair, which JSON can say and no file can hold."""
+def read_records(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place, ``path:line``, and the record of all lines and rows; they count from 1.
+
+    Raises InputError naming file and line of what is no record, and files without any.
+    """
+    for path in paths:
+        empty = True
+        for where, record in _open(path):
+            if not isinstance(record, dict):
+                raise InputError(
+                    f"{where}: is {short(record)}; expected a JSON object: one record in each line"
+                )
+            empty = False
+            yield where, record
+        if empty:
+            raise InputError(f"{path}: holds no examples; expected at least one")
+
+
+def checked_text(where: str, key: str, value: object) -> str:
+    """A text that files can hold: JSON can also say half of a surrogate pair.
+
+    Raises InputError naming the key.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key}: is {short(value)}; expected a string")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{where}: {key}: half of a surrogate pair at character {error.start}; "
             "expected valid Unicode"
         ) from error
+    return value
 
 
 def source_sha256(path: str) -> str:
     """SHA-256 of the whole file; of its rows as JSON lines for a hub dataset."""
-    if Path(path).is_file():
+    if not _on_hub(path):
+        check_file(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
@@ -77,118 +127,114 @@ def source_sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _messages(where: str, record: dict[str, Any]) -> list[Message]:
+def chat_example(where: str, record: dict[str, Any]) -> ChatExample:
+    """The chat in a record.
+
+    Raises InputError naming the key that is wrong.
+    """
     turns = record.get("messages")
+    if turns is None:
+        raise InputError(
+            f'{where}: messages: missing; expected a list of {{"role", "content"}}; '
+            f"{layout(record)}"
+        )
     if not isinstance(turns, list) or not turns:
-        found = "missing" if "messages" not in record else f"is {_short(turns)}"
-        raise InputError(f'{where}: messages: {found}; expected a list of {{"role", "content"}}')
-    messages: list[Message] = []
-    for i, turn in enumerate(turns):
-        key = f"messages[{i}]"
-        if not isinstance(turn, dict):
-            raise InputError(f"{where}: {key}: is {_short(turn)}; expected an object")
-        for name in ("role", "content"):
-            if name not in turn:
-                raise InputError(f"{where}: {key}.{name}: missing; expected a string")
-        role, mask = turn["role"], turn.get("mask")
-        if role not in ROLES:
-            raise InputError(
-                f"{where}: {key}.role: is {_short(role)}; expected one of {', '.join(ROLES)}"
-            )
-        message = Message(role=role, content=_string(where, f"{key}.content", turn["content"]))
-        if mask is not None:  # Parquet has a null where the key is left out
-            if mask not in (0, 1):  # True and False included
-                raise InputError(f"{where}: {key}.mask: is {_short(mask)}; expected true or false")
-            if mask and role != "assistant":
-                raise InputError(
-                    f"{where}: {key}.mask: is true on a {role} message; "
-                    "only assistant messages can be learned"
-                )
-            message["mask"] = bool(mask)
-        messages.append(message)
+        raise InputError(
+            f'{where}: messages: is {short(turns)}; expected a list of {{"role", "content"}}'
+        )
+    messages = [_message(where, f"messages[{i}]", turn) for i, turn in enumerate(turns)]
+    check_record_keys(where, record, "chat", [message["content"] for message in messages])
     if not any(m["role"] == "assistant" and m.get("mask", True) for m in messages):
         raise InputError(
             f"{where}: messages: no target; expected at least one assistant message "
             "without mask: false"
         )
-    return messages
+    return ChatExample(where, messages)
 
 
-def _string(where: str, key: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {key}: is {_short(value)}; expected a string")
-    check_unicode(where, key, value)
-    return value
+def _message(where: str, key: str, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where}: {key}: is {short(turn)}; expected an object")
+    role = turn.get("role")
+    if role is None:
+        hint = "; ShareGPT's from and value are role and content" if "from" in turn else ""
+        raise InputError(f"{where}: {key}.role: missing; expected a string{hint}")
+    if role not in ROLES:
+        raise InputError(
+            f"{where}: {key}.role: is {short(role)}; expected one of {', '.join(ROLES)}"
+            f"{role_advice(role)}"
+        )
+    check_message_keys(f"{where}: {key}", turn, MESSAGE_KEYS)
+    if "content" not in turn:
+        raise InputError(f"{where}: {key}.content: missing; expected a string")
+    if isinstance(turn["content"], list):
+        raise InputError(
+            f"{where}: {key}.content: is {short(turn['content'])}; parts are not read; expected "
+            "one string that holds their texts"
+        )
+    message = Message(role=role, content=checked_text(where, f"{key}.content", turn["content"]))
+    mask = turn.get("mask")
+    if mask is not None:  # Parquet has a null where the key is left out
+        if mask not in (0, 1):  # True and False included
+            raise InputError(f"{where}: {key}.mask: is {short(mask)}; expected true or false")
+        if mask and role != "assistant":
+            raise InputError(
+                f"{where}: {key}.mask: is true on a {role} message; "
+                "only assistant messages can be learned"
+            )
+        message["mask"] = bool(mask)
+    if role == "assistant" and message.get("mask", True) and not message["content"].strip():
+        raise InputError(
+            f"{where}: {key}.content: is {short(message['content'])}; expected an answer to "
+            "learn, or mask: false"
+        )
+    return message
 
 
-def _records(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, record) over all sources; places count from 1."""
-    for path in paths:
-        number = 0
-        for number, record in _open(path):
-            if not isinstance(record, dict):
-                raise InputError(f"{path}:{number}: is {_short(record)}; expected a JSON object")
-            yield f"{path}:{number}", record
-        if not number:
-            raise InputError(f"{path}: holds no examples; expected at least one")
+def _open(path: str) -> Iterator[tuple[str, Any]]:
+    """The place and the value of each line or row."""
+    if _on_hub(path):
+        return ((f"{path}:{number}", row) for number, row in enumerate(_hub_rows(path), 1))
+    check_file(path)
+    kind = Path(path).suffix.lower()
+    if kind == ".jsonl":
+        return read_json_lines(path)
+    if kind == ".parquet":
+        from esft_jax.data.arrow import parquet_rows
+
+        return ((f"{path}:{number}", row) for number, row in enumerate(parquet_rows(path), 1))
+    advice = _OTHER_KINDS.get(kind, "expected lines of JSON objects, or Parquet")
+    raise InputError(
+        f"{path}: unknown kind of file {kind!r}; expected .jsonl or .parquet; {advice}"
+    )
 
 
-def _open(path: str) -> Iterator[tuple[int, Any]]:
-    local, suffix = Path(path), Path(path).suffix
-    if local.is_dir():
-        raise InputError(f"{path}: is a folder; expected a .jsonl or .parquet file")
-    if local.is_file():
-        if suffix == ".jsonl":
-            return _json_lines(path)
-        if suffix == ".parquet":
-            return enumerate(_parquet_rows(path), 1)
-        raise InputError(f"{path}: unknown kind of file {suffix!r}; expected .jsonl or .parquet")
-    if suffix in (".jsonl", ".json", ".parquet") or not _HUB_NAME.fullmatch(path):
-        raise InputError(f"{path}: no such file")
-    return enumerate(_hub_rows(path), 1)
+def _on_hub(path: str) -> bool:
+    """Whether a path names a dataset of the hub: it could, and nothing of this name is here."""
+    if os.path.lexists(path) or not _HUB_NAME.fullmatch(path):
+        return False
+    return Path(path).suffix.lower() not in (".jsonl", ".parquet", *_OTHER_KINDS)
 
 
-def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: broken JSON ({error.msg}, column {error.colno}); "
-                    "expected one JSON object per line"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: not UTF-8 at byte {error.start} of the line"
-                ) from error
-
-
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    import datasets  # takes a second to import, and JSON Lines never need it
-
-    try:
-        # Streaming reads the file as it is; otherwise a copy would go to the user's cache.
-        yield from datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-    except Exception as error:  # the library wraps what went wrong in many types
-        raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
-
-
-def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
-    import datasets
-
+def _hub_rows(name: str) -> Iterator[dict[str, Any]]:
     repository, _, split = name.partition(":")
+    if os.path.lexists(repository):  # the library would read it instead of the hub's
+        raise InputError(
+            f"{name}: {repository} is here, too; expected a local .jsonl or .parquet file, or the "
+            "name of a dataset of the hub that no local file or folder has"
+        )
+    import datasets  # takes a second to import, and files never need it
+
+    from esft_jax.data.arrow import BATCH_ROWS, table_rows
+
     try:
-        return datasets.load_dataset(repository, split=split or "train")
+        dataset = datasets.load_dataset(repository, split=split or "train")
+        # As it is stored: what stands for an image needs no library that opens it.
+        tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+        yield from table_rows(tables, name)
+    except InputError:
+        raise
     except Exception as error:  # network, name, split: all are for the user to mend
         raise InputError(
             f"{name}: neither a local file nor a dataset that loads from the hub: {one_line(error)}"
         ) from error
-
-
-def _short(value: object) -> str:
-    """A value as an error message shows it: its JSON, at most 40 characters of it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -104,6 +104,14 @@ class EvaluationInputs:
     cases: dict[str, Case]
     judge: Judge | None
 
+    def describe(self) -> dict[str, str]:
+        """What the held-out data holds, and how much of it is lost, by case."""
+        return {
+            name: case.heldout.describe()
+            for name, case in self.cases.items()
+            if case.heldout is not None
+        }
+
 
 def check_evaluation(config: RunConfig) -> EvaluationInputs:
     """Read everything but weights, and check that it fits together.
@@ -158,6 +166,7 @@ def _cases(
             "seed": config.seed,
             "sequence_length": data.sequence_length if valid else None,
             "format": format if valid else None,
+            "too_long": data.too_long if valid else None,
             "data_sha256": ({} if task is None else {task: source_sha256(task)})
             | ({} if heldout is None else heldout.stats.sha256),
         }

@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.data.chat_template import Message
+from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
-from esft_jax.data.read import check_unicode, read_chat
+from esft_jax.data.read import chat_example, checked_text, read_records
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
@@ -23,7 +24,6 @@ from esft_jax.evaluation.generate import (
 )
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, Completion
-from esft_jax.files import parse_json, read_text
 from esft_jax.mesh import device_multiple, place_batch
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.step import loss_sum
@@ -86,61 +86,60 @@ class HeldoutLoss:
 
 
 def read_task(path: str | Path) -> list[TaskRow]:
-    """Read a task's evaluation rows, all of one kind.
+    """Read a task's evaluation rows, from what training data may be read from too.
 
-    Either `{"prompt", "raw_answers": [...]}`, JSON lines as in the reference, whose prompts may be
-    chats rendered already; or chats `{"messages": [...]}` as in training,
+    Each is either `{"prompt", "raw_answers": [...]}` as in the reference, whose prompt may be a
+    chat rendered already; or a chat `{"messages": [...]}` as in training,
     whose last message is the answer.
 
     Raises:
         InputError: naming file, line and key.
     """
-    lines = _prompt_lines(path)
-    if lines is None:
-        return [_chat_row(example.where, example.messages) for example in read_chat([str(path)])]
-    rows = [_prompt_row(where, record) for where, record in lines]
-    if not rows:
-        raise InputError(f"{path}: holds no examples; expected at least one")
-    return rows
+    return [
+        _prompt_row(where, record) if record.get("messages") is None else _chat_row(where, record)
+        for where, record in read_records([str(path)])
+    ]
 
 
-def _prompt_lines(path: str | Path) -> list[tuple[str, Any]] | None:
-    """Records of a JSON Lines file; None if the path is anything else, or holds chats."""
-    if Path(path).suffix != ".jsonl":
-        return None
-    # Not splitlines: it also splits at separators that JSON strings may hold unescaped.
-    numbered = enumerate(read_text(path).split("\n"), start=1)
-    lines = [(f"{path}:{number}", text) for number, text in numbered if text.strip()]
-    records: list[tuple[str, Any]] = []
-    for where, text in lines:
-        record = parse_json(text, where)
-        if not records and isinstance(record, dict) and "messages" in record:
-            return None
-        records.append((where, record))
-    return records
-
-
-def _prompt_row(where: str, record: Any) -> TaskRow:
-    if not isinstance(record, dict):
-        raise InputError(f'{where}: expected an object {{"prompt", "raw_answers"}}')
+def _prompt_row(where: str, record: dict[str, Any]) -> TaskRow:
     prompt, answers = record.get("prompt"), record.get("raw_answers")
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError(f"{where}: prompt: expected a text that is not empty")
+    if prompt is None:
+        raise InputError(
+            f'{where}: prompt: missing; expected {{"prompt", "raw_answers"}} or {{"messages"}}; '
+            f"{layout(record)}"
+        )
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where}: prompt: is {short(prompt)}; expected a text that is not empty")
+    if answers is None:
+        raise InputError(
+            f"{where}: raw_answers: missing; expected a list of at least one text; {layout(record)}"
+        )
     if not isinstance(answers, list) or not answers:
-        raise InputError(f"{where}: raw_answers: expected a list of at least one text")
-    if not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{where}: raw_answers: expected texts only")
-    check_unicode(where, "prompt", prompt)
+        raise InputError(
+            f"{where}: raw_answers: is {short(answers)}; expected a list of at least one text"
+        )
+    checked_text(where, "prompt", prompt)
     for number, answer in enumerate(answers):
-        check_unicode(where, f"raw_answers[{number}]", answer)
+        checked_text(where, f"raw_answers[{number}]", answer)
+    check_record_keys(where, record, "prompt", [prompt])
     return TaskRow(where, prompt, None, tuple(answers))
 
 
-def _chat_row(where: str, messages: Sequence[Message]) -> TaskRow:
-    *turns, answer = messages
+def _chat_row(where: str, record: dict[str, Any]) -> TaskRow:
+    *turns, answer = chat_example(where, record).messages
     if answer["role"] != "assistant" or not turns:
         raise InputError(
             f"{where}: messages: expected a prompt, and the assistant's answer as the last message"
+        )
+    if not answer.get("mask", True):
+        raise InputError(
+            f"{where}: messages[{len(turns)}].mask: is false on the answer; expected an answer "
+            "that counts as right"
+        )
+    if not says_nothing(record.get("raw_answers")):
+        raise InputError(
+            f"{where}: raw_answers: is {short(record['raw_answers'])} beside messages, whose last "
+            "one is the answer; expected one of them"
         )
     prompt = "\n\n".join(turn["content"] for turn in turns)
     return TaskRow(where, prompt, tuple(turns), (answer["content"],))

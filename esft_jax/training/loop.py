@@ -149,26 +149,18 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
 def _describe_data(setup: Setup) -> list[str]:
     if isinstance(setup.train_set, MixedDataset):
         train = [
-            _describe(f"train {source.name} (weight {source.weight:g})", source.dataset)
+            f"train {source.name} (weight {source.weight:g}): {source.dataset.describe()}"
             for source in setup.train_set.sources
         ]
     else:
-        train = [_describe("train", setup.task_set)]
+        train = [f"train: {setup.task_set.describe()}"]
     valid = [
-        _describe("valid" if len(train) == 1 else f"valid {name}", dataset)
+        f"{'valid' if len(train) == 1 else f'valid {name}'}: {dataset.describe()}"
         for name, dataset in setup.valid_sets.items()
     ]
-    return train + valid
-
-
-def _describe(name: str, dataset: PackedDataset) -> str:
-    stats = dataset.stats
-    cut = f", {stats.cut} cut to length" if stats.cut else ""
-    return (
-        f"{name}: {stats.examples:,} examples in {stats.rows:,} rows of "
-        f"{dataset.sequence_length}, {stats.tokens:,} tokens, {stats.target_tokens:,} with a "
-        f"loss{cut}"
-    )
+    rows = setup.score_set
+    score = [] if rows is None or rows is setup.task_set else [f"score: {rows.describe()}"]
+    return train + valid + score
 
 
 def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) -> ExpertConfig:

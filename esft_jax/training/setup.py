@@ -51,6 +51,8 @@ class Setup:
         task_set: the rows of `data.train`.
         train_set: the same, mixed with those of `data.mix` if there are any.
         valid_sets: by source name, `task` first; empty without `data.valid`.
+        score_set: the rows of `data.train` as experts are scored on them; None where `experts`
+            are given.
         experts: the ones to train, if nothing is to be measured: those of `expert_cfg`, of the run
             that is being resumed, or chosen by `select.scores`.
     """
@@ -64,6 +66,7 @@ class Setup:
     task_set: PackedDataset
     train_set: Dataset
     valid_sets: dict[str, PackedDataset]
+    score_set: PackedDataset | None
     experts: ExpertConfig | None
 
 
@@ -77,8 +80,9 @@ def open_setup(config: RunConfig) -> Setup:
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model_config.vocab_size)
     task_set, train_set, valid_sets = _data(config, tokenizer)
+    score_set = None
     if config.selects_experts and experts is None:
-        check_samples(config, model_config, task_set)
+        score_set = score_rows(config, model_config, tokenizer, task_set)
     return Setup(
         config,
         run,
@@ -89,6 +93,7 @@ def open_setup(config: RunConfig) -> Setup:
         task_set,
         train_set,
         valid_sets,
+        score_set,
         experts,
     )
 
@@ -214,20 +219,25 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             _check_rows("score", config.score.sequence_length, model)
 
 
-def check_samples(config: RunConfig, model: ModelConfig, task_set: PackedDataset) -> None:
-    """Check that the task's examples can be scored in rows of `score.sequence_length`.
+def score_rows(
+    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, task_set: PackedDataset
+) -> PackedDataset:
+    """The task's examples in rows of `score.sequence_length`.
 
     Raises:
-        InputError: rows are longer than the model's limit, or shorter than an example.
+        InputError: rows are longer than the model's limit, or too short for the examples.
     """
     length, data = config.score.sequence_length, config.data
     _check_rows("score", length, model)
+    if length == task_set.sequence_length:
+        return task_set
     longest = int(np.diff(task_set.documents.offsets).max()) - 1  # the last token is only a target
     if data.format == "chat" and data.too_long == "error" and longest > length:
         raise InputError(
             f"score.sequence_length: {length} tokens; the longest chat of data.train needs "
-            f"{longest}; expected at least that, or data.too_long: cut"
+            f"{longest}; expected at least that, or data.too_long: cut or drop"
         )
+    return _packed(config, data.train, tokenizer, length, "score.sequence_length")
 
 
 def _check_rows(section: str, length: int, model: ModelConfig) -> None:
@@ -239,7 +249,11 @@ def _check_rows(section: str, length: int, model: ModelConfig) -> None:
 
 
 def _packed(
-    config: RunConfig, paths: tuple[str, ...], tokenizer: Tokenizer, sequence_length: int
+    config: RunConfig,
+    paths: tuple[str, ...],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    length_key: str = "data.sequence_length",
 ) -> PackedDataset:
     return build_dataset(
         paths,
@@ -248,18 +262,14 @@ def _packed(
         sequence_length=sequence_length,
         too_long=config.data.too_long,
         seed=config.seed,
+        length_key=length_key,
     )
 
 
 def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
-    """Score the base model's experts on samples of the task's training data.
-
-    `check_samples` must have passed.
-    """
-    config, dataset = setup.config, setup.task_set
-    length = config.score.sequence_length
-    if length != dataset.sequence_length:
-        dataset = _packed(config, config.data.train, setup.tokenizer, length)
+    """Score the base model's experts on samples of the task's training data, its `score_set`."""
+    config, dataset = setup.config, setup.score_set
+    assert dataset is not None, "only what has no experts yet is scored"
     batches = eval_batches(
         dataset,
         device_multiple(config.score.batch_size, setup.mesh),
@@ -271,7 +281,7 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
         "model": config.model,
         "base_fingerprint": base.fingerprint,
         "data_sha256": dataset.stats.sha256,
-        "sequence_length": length,
+        "sequence_length": dataset.sequence_length,
         "seed": config.seed,
     }
     return score_experts(base.model, batches, provenance)

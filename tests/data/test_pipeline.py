@@ -136,14 +136,57 @@ def test_too_long_is_cut_and_counted(tokenizer: Tokenizer, jsonl: Callable[..., 
     hopeless = chat("dog " * 60, "hi")
     path = jsonl(CHATS[0], long, hopeless)
     dataset = build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="cut")
-    assert (dataset.stats.examples, dataset.stats.cut, dataset.stats.dropped) == (2, 2, 1)
+    assert (dataset.stats.examples, dataset.stats.cut, dataset.stats.dropped) == (2, 1, 1)
+    assert dataset.describe().startswith(f"2 of 3 examples in 2 rows of {S}, ")
+    assert dataset.describe().endswith(" with a loss, 1 cut to length, 1 dropped")
     tokens, targets, weights = segments(dataset[0])[0]
     expected, learn = tokenizer.encode_chat(long["messages"])
     assert [*tokens, targets[-1]] == expected[: S + 1]
     assert weights == [float(flag) for flag in learn[1 : S + 1]]
     path = jsonl(hopeless)
-    with pytest.raises(InputError, match="no example has a target"):
+    with pytest.raises(InputError, match="1 examples, and none has a target"):
         build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="cut")
+
+
+def test_too_long_is_dropped_and_counted(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> None:
+    long = chat("hi", "dog " * 60)
+    path = jsonl(long, CHATS[0], long)
+    dataset = build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="drop")
+    assert (dataset.stats.examples, dataset.stats.cut, dataset.stats.dropped) == (1, 0, 2)
+    assert dataset.places([0]) == [f"{path}:2"]
+    assert dataset.describe().startswith(f"1 of 3 examples in 1 rows of {S}, ")
+    assert dataset.describe().endswith(" with a loss, 2 dropped")
+    with pytest.raises(InputError, match=r"2 examples, and none .* larger score\.length"):
+        build_dataset(
+            [jsonl(long, long)],
+            tokenizer,
+            format="chat",
+            sequence_length=S,
+            too_long="drop",
+            length_key="score.length",
+        )
+
+
+def test_a_document_without_a_target_is_counted(
+    tokenizer: Tokenizer, jsonl: Callable[..., str]
+) -> None:
+    plain = Tokenizer(tokenizer._backend, bos_token=None, eos_token="<eos>")
+    path = jsonl({"text": ""}, {"text": "the fox"})
+    stats = build_dataset([path], plain, format="text", sequence_length=S).stats
+    assert (stats.examples, stats.dropped) == (1, 1)
+
+
+def test_a_template_that_shows_no_answer_is_an_error(
+    tokenizer: Tokenizer, jsonl: Callable[..., str]
+) -> None:
+    blind = Tokenizer(
+        tokenizer._backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template="{{ bos_token }}{{ messages[0].content }}",
+    )
+    with pytest.raises(InputError, match=r"data\.jsonl:1: messages: no target; the chat template"):
+        build_dataset([jsonl(CHATS[0])], blind, format="chat", sequence_length=S)
 
 
 def test_template_error_names_the_line(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> None:

@@ -1,10 +1,14 @@
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from esft_jax.data.read import read_chat, read_text, source_sha256
@@ -37,8 +41,9 @@ def test_text_records_of_several_files(jsonl: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ('{"messages": [', "broken JSON"),
+        ('{"messages": [', "not valid JSON"),
         (b'{"messages": "\xff"}', "not UTF-8"),
+        ('{"messages": [], "messages": []}', "'messages' appears twice"),
         ([], "is \\[\\]; expected a JSON object"),
         ({"text": "x"}, "messages: missing"),
         (messages(), "messages: is \\[\\]"),
@@ -65,6 +70,141 @@ def test_bad_chat_record(jsonl: Callable[..., str], record: Any, message: str) -
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tool_calls", [{}], "tool calls and reasoning are not read yet"),
+        ("reasoning_content", "hm", "tool calls and reasoning are not read yet"),
+        ("thinking", "hm", "tool calls and reasoning are not read yet"),
+        ("train", False, '"mask": false on an assistant message'),
+        ("training", True, '"mask": false on an assistant message'),
+        ("weight", 0, '"mask": false on an assistant message'),
+        ("loss", False, '"mask": false on an assistant message'),
+        ("trainDetail", {"a": 1}, '"mask": false on an assistant message'),
+        ("name", "Bob", "expected role, content, mask only"),
+        ("prefix", True, "expected role, content, mask only"),
+    ],
+)
+def test_a_key_of_a_message_that_is_not_read_is_refused(
+    jsonl: Callable[..., str], key: str, value: Any, message: str
+) -> None:
+    for content in ({}, {"content": None}, {"content": ""}, {"content": "yes"}):
+        turn = {"role": "assistant", key: value} | content
+        path = jsonl(GOOD, messages(USER, turn))
+        with pytest.raises(InputError) as caught:
+            list(read_chat([path]))
+        assert str(caught.value).startswith(f"{path}:2: messages[1].{key}: is ")
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tools", '[{"type": "function"}]'),
+        ("functions", [{}]),
+        ("parallel_tool_calls", False),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("documents", [{"text": "a"}]),
+        ("system", "Be brief."),
+        ("systemPrompt", "Be brief."),
+        ("prompt", "another question"),
+        ("completion", "another answer"),
+        ("rejected", [ANSWER]),
+        ("rejected_response", "no"),
+        ("images", ["a.png"]),
+        ("weight", 0.5),
+        ("loss_weight", 0),
+        ("sample_weights", [1, 0]),
+        ("mask", "User"),
+        ("loss_mask", [0, 1]),
+        ("assistant_masks", [0, 1]),
+        ("train_on_turn", [False, True]),
+        ("input_ids", [1, 2]),
+    ],
+)
+def test_a_key_of_a_record_that_changes_what_is_learned_is_refused(
+    jsonl: Callable[..., str], key: str, value: Any
+) -> None:
+    path = jsonl(GOOD, GOOD | {key: value})
+    with pytest.raises(InputError) as caught:
+        list(read_chat([path]))
+    assert str(caught.value).startswith(f"{path}:2: {key}: is ")
+
+
+def test_keys_that_change_nothing_are_free(jsonl: Callable[..., str]) -> None:
+    free = {"source": "x", "label": 3, "score": 0.5, "text": "hi yes", "net_weight": 2, "meta": {}}
+    nothing = {
+        "tools": None,
+        "images": [],
+        "system": "",
+        "chat_template_kwargs": {"thinking": None},
+    }
+    said = {"prompt": "hi", "completion": "yes\n"}
+    turns = [USER | {"name": None}, ANSWER | {"tool_calls": [], "reasoning_content": None}]
+    path = jsonl(GOOD | free | nothing | said | {"messages": turns})
+    assert next(read_chat([path])).messages == [USER, ANSWER]
+    free |= {"prompt": "a", "tools": ["hammer"], "system": "Linux"}
+    assert next(read_text([jsonl(free)])).text == "hi yes"
+    with pytest.raises(InputError, match="weight: is 2; all records count alike"):
+        next(read_text([jsonl(free | {"weight": 2})]))
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_answer_is_refused_unless_it_is_masked(
+    jsonl: Callable[..., str], content: str
+) -> None:
+    empty = ANSWER | {"content": content}
+    with pytest.raises(InputError, match=r"messages\[1\]\.content: is .*; expected an answer"):
+        list(read_chat([jsonl(messages(USER, empty, USER, ANSWER))]))
+    masked = messages(USER, empty | {"mask": False}, USER, ANSWER)
+    assert next(read_chat([jsonl(masked)])).messages[1]["mask"] is False
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "human", "value": "hi"}, "role: missing; .*ShareGPT's from and value"),
+        ({"role": "gpt", "content": "yes"}, "expected one of .*; assistant perhaps"),
+        ({"role": "Assistant", "content": "yes"}, "expected one of .*; assistant perhaps"),
+        ({"role": "developer", "content": "yes"}, "expected one of .*; system perhaps"),
+        ({"role": "tool", "content": "5"}, "tool calls and their results are not read yet"),
+        (ANSWER | {"content": [{"type": "text", "text": "a"}]}, "parts are not read"),
+        (ANSWER | {"\u2028\ud800": 1}, r"messages\[1\]\.\\u2028\\ud800: is 1"),
+    ],
+)
+def test_messages_of_other_tools(jsonl: Callable[..., str], turn: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        list(read_chat([jsonl(messages(USER, turn))]))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a"}, "messages: missing.*data.format: text reads"),
+        ({"messages": None, "text": "a"}, "messages: missing.*data.format: text reads"),
+        ({"prompt": "a", "raw_answers": ["b"], "answers": None}, "evaluation.data reads"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "ShareGPT.*rename conversations"),
+        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
+        ({"prompt": "a", "completion": "b"}, "prompt and completion; write them as messages"),
+        ({"question": "a", "answer": "b"}, "question and answer; write them as messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference"),
+        ({"input_ids": [1], "labels": [1]}, "token ids; expected text"),
+        ({"chat": [], "n": 1}, "its keys are chat, n"),
+        ({}, "the record is empty"),
+    ],
+)
+def test_layouts_of_other_tools(jsonl: Callable[..., str], record: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(read_chat([jsonl(record)]))
+
+
+def test_chats_given_as_text(jsonl: Callable[..., str]) -> None:
+    with pytest.raises(InputError, match=r"text: missing; .*data\.format: chat reads"):
+        list(read_text([jsonl(GOOD)]))
+
+
+@pytest.mark.parametrize(
     ("record", "message"),
     [(GOOD, "text: missing"), ({"text": ["x"]}, 'text: is \\["x"\\]; expected a string')],
 )
@@ -85,15 +225,41 @@ def test_empty_file(jsonl: Callable[..., str], records: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "no/such/file"])
 def test_missing_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"{name}: no such file"):
+    with pytest.raises(InputError, match=f"{name}: cannot be read: No such file"):
         list(read_text([str(tmp_path / name)]))
 
 
 def test_unsupported_source(tmp_path: Path, jsonl: Callable[..., str]) -> None:
     with pytest.raises(InputError, match="is a folder"):
         list(read_text([str(tmp_path)]))
-    with pytest.raises(InputError, match=r"unknown kind of file '\.csv'"):
-        list(read_text([jsonl("a,b", name="data.csv")]))
+    for name, advice in {
+        "a.csv": "to_json",
+        "a.json": "jq -c",
+        "a.ndjson": "rename",
+        "a.jsonl.gz": "unpacked",
+        "a.jsonl.zst": "unpacked",
+        "a.arrow": "to_parquet",
+        "a": "Parquet",
+    }.items():
+        with pytest.raises(InputError, match=f"unknown kind of file .*; .*{advice}"):
+            list(read_text([jsonl("a,b", name=name)]))
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        list(read_text(["missing.csv"]))
+    with pytest.raises(InputError, match="one record in each line"):
+        list(read_text([jsonl([{"text": "a"}])]))
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe.parquet", "pipe"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (lambda path: list(read_text([path])), source_sha256):
+        with pytest.raises(InputError, match=f"{name}: is no regular file"):
+            read(str(tmp_path / name))
+
+
+def test_a_byte_order_mark(jsonl: Callable[..., str]) -> None:
+    path = jsonl(b'\xef\xbb\xbf{"text": "a"}', {"text": "b"})
+    assert [example.text for example in read_text([path])] == ["a", "b"]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -109,6 +275,66 @@ def test_parquet(tmp_path: Path) -> None:
         list(read_chat([str(tmp_path / "broken.parquet")]))
 
 
+def test_the_parquet_file_that_is_named_is_read(tmp_path: Path) -> None:
+    names = ["part[1].parquet", "part1.parquet", "part*.parquet", "a=1.PARQUET", "file:%20.parquet"]
+    for name in names:
+        pq.write_table(pa.table({"text": [name]}), tmp_path / name)
+    for name in names:
+        assert [example.text for example in read_text([str(tmp_path / name)])] == [name]
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    path = str(tmp_path / "empty.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    with pytest.raises(InputError, match=r"empty\.parquet: holds no examples"):
+        list(read_text([path]))
+
+
+def test_parquet_columns_of_any_type(tmp_path: Path) -> None:
+    path = str(tmp_path / "data.parquet")
+    table = {
+        "text": pa.array(["a"], pa.large_string()),
+        "time": pa.array([1], pa.timestamp("us", "Europe/Berlin")),
+        "nanoseconds": pa.array([10**18 + 1], pa.timestamp("ns")),
+        "price": pa.array([Decimal("1.5")]),
+        "bytes": pa.array([b"\xff"]),
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8())),
+        "kind": pa.array(["x"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(table), path)
+    assert [example.text for example in read_text([path])] == ["a"]
+    for name, column in {"weight": pa.array([b"\xff"]), "text": pa.array([b"\xff"])}.items():
+        pq.write_table(pa.table(table | {name: column}), path)
+        with pytest.raises(InputError, match=f"data.parquet:1: {name}: is "):
+            list(read_text([path]))
+    pq.write_table(pa.table(table | {"late": pa.array([2**62], pa.timestamp("us"))}), path)
+    with pytest.raises(InputError, match=r"data\.parquet: column 'late' \(timestamp"):
+        list(read_text([path]))
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), path)
+    with pytest.raises(InputError, match=r"data\.parquet: column 'text' appears twice"):
+        list(read_text([path]))
+
+
+def test_json_in_parquet_is_parsed(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()})}
+    )
+    path = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list([messages(USER, ANSWER)], features=features).to_parquet(path)
+    assert next(read_chat([path])).messages == [USER, ANSWER]
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(InputError, match="owner/name: is a folder"):
+        list(read_text(["owner/name"]))
+    with pytest.raises(InputError, match="owner/name:dev: owner/name is here, too"):
+        list(read_text(["owner/name:dev"]))
+
+
 def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -117,7 +343,7 @@ def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([{"text": "a"}, {"text": None}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match="owner/name:dev:2: text: is null"):
+    with pytest.raises(InputError, match="owner/name:dev:2: text: missing"):
         list(read_text(["owner/name:dev"]))
     assert next(read_text(["owner/name"])).text == "a"
     assert asked == [("owner/name", "dev"), ("owner/name", "train")]

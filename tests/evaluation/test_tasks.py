@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
@@ -81,16 +83,21 @@ def test_reference_tasks_load(esft_reference, tokenizer):
     ("lines", "line", "message"),
     [
         ([PLAIN, "{"], 2, "not valid JSON"),
-        ([PLAIN, "[]"], 2, 'expected an object {"prompt", "raw_answers"}'),
-        ([{"raw_answers": ["4"]}], 1, "prompt: expected a text that is not empty"),
-        ([{"prompt": "", "raw_answers": ["4"]}], 1, "prompt: expected a text that is not empty"),
-        ([PLAIN, {"prompt": "a"}], 2, "raw_answers: expected a list of at least one text"),
-        ([{"prompt": "a", "raw_answers": []}], 1, "raw_answers: expected a list of at least one"),
-        ([{"prompt": "a", "raw_answers": [4]}], 1, "raw_answers: expected texts only"),
+        ([PLAIN, "[]"], 2, "is []; expected a JSON object"),
+        ([PLAIN, '{"prompt": "a", "prompt": "b"}'], 2, "key 'prompt' appears twice"),
+        ([{"raw_answers": ["4"]}], 1, "prompt: missing"),
+        ([{"prompt": "", "raw_answers": ["4"]}], 1, 'prompt: is ""; expected a text that is not'),
+        ([PLAIN, {"prompt": "a"}], 2, "raw_answers: missing; expected a list of at least one"),
+        ([{"prompt": "a", "raw_answers": []}], 1, "raw_answers: is []; expected a list of at"),
+        ([{"prompt": "a", "raw_answers": [4]}], 1, "raw_answers[0]: is 4; expected a string"),
         ([{"prompt": "a\ud83d", "raw_answers": ["4"]}], 1, "prompt: half of a surrogate pair at"),
         ([{"prompt": "a", "raw_answers": ["4", "\udc00"]}], 1, "raw_answers[1]: half of a surr"),
-        ([PLAIN, {"messages": CHAT}], 2, "prompt: expected a text"),
-        ([{"messages": CHAT}, PLAIN], 2, "messages: missing"),
+        ([PLAIN | {"system": "Be brief."}], 1, 'system: is "Be brief."; no message says it'),
+        ([PLAIN | {"tools": [{}]}], 1, "tools: is [{}]"),
+        ([PLAIN | {"weight": 2}], 1, "weight: is 2; all records count alike"),
+        ([{"messages": CHAT, "raw_answers": ["4"]}], 1, 'raw_answers: is ["4"] beside messages'),
+        ([{"messages": [*CHAT, CHAT[1], CHAT[2] | {"mask": False}]}], 1, "messages[4].mask: is f"),
+        ([{"messages": [*CHAT[:2], CHAT[2] | {"weight": 0}]}], 1, "messages[2].weight: is 0"),
         ([{"messages": [*CHAT, CHAT[1]]}], 1, "messages: expected a prompt, and the assistant's"),
         ([{"messages": [CHAT[2]]}], 1, "messages: expected a prompt, and the assistant's"),
         ([{"messages": [{"content": "a"}]}], 1, "messages[0].role: missing"),
@@ -108,8 +115,21 @@ def test_empty_and_missing_files_are_named(write, tmp_path):
         read_task(write(""))
     with pytest.raises(InputError, match="nowhere.jsonl: cannot be read"):
         read_task(tmp_path / "nowhere.jsonl")
-    with pytest.raises(InputError, match="nowhere.json: no such file"):
+    with pytest.raises(InputError, match="nowhere.json: cannot be read"):
         read_task(tmp_path / "nowhere.json")
+
+
+def test_rows_are_read_as_training_data_is(write, tmp_path):
+    path = write("\ufeff" + json.dumps(PLAIN), "", {"messages": CHAT})
+    plain, chat = read_task(path)
+    assert (plain.answers, chat.answers) == (("4", "four"), ("3",))
+    assert chat.where == f"{path}:3"
+    pq.write_table(pa.Table.from_pylist([PLAIN, RENDERED]), tmp_path / "task.parquet")
+    rows = read_task(tmp_path / "task.parquet")
+    assert [row.prompt for row in rows] == [plain.prompt, RENDERED["prompt"]]
+    assert rows[0].answers == ("4", "four")
+    with pytest.raises(InputError, match=r"prompt: missing.*data\.format: text reads"):
+        read_task(write({"text": "a"}))
 
 
 def constant_model(vocab_size=4096):

@@ -306,6 +306,31 @@ def test_a_diverged_run_ends_without_a_result(finished, tmp_path) -> None:
     assert not (tmp_path / "diverged" / "adapter").exists()
 
 
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_what_is_lost_is_said_of_every_source(make_config, chats, tmp_path, too_long) -> None:
+    lines = chats.read_text().splitlines()[:1]
+    long = lines[0].replace("What is", "What is " * 40)
+    path = str(tmp_path / "long.jsonl")
+    Path(path).write_text("\n".join([long] * 9 + lines) + "\n")
+    data = make_config().data.__dict__ | {
+        "train": [path],
+        "valid": [path],
+        "sequence_length": 32,
+        "too_long": too_long,
+        "mix": {"other": {"train": [path], "valid": [path]}},
+    }
+    score = {"samples": 8, "sequence_length": 28, "batch_size": 8}
+    with pytest.raises(InputError, match=r"10 examples, and none .* score\.sequence_length"):
+        open_setup(make_config(data=data, score=score | {"sequence_length": 4}))
+    said = loop._describe_data(open_setup(make_config(data=data, score=score)))
+    train = ["train task (weight 1)", "train other (weight 1)"]
+    names = [line.partition(":")[0] for line in said]
+    assert names == [*train, "valid task", "valid other", "score"]
+    for line in said:
+        assert ": 1 of 10 examples in 1 rows of " in line
+        assert line.endswith(" with a loss, 9 dropped")
+
+
 def test_sources_are_mixed_by_weight_and_logged(make_config, chats, tmp_path) -> None:
     text = chats.read_text()
     (tmp_path / "other.jsonl").write_text(text.replace("What is", "Tell me"))

@@ -1,0 +1,79 @@
+"""Rows of Parquet files and of other Arrow tables, as the values of JSON."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esft_jax.errors import InputError, one_line
+from esft_jax.files import check_file, check_not_pointer, parse_json
+
+# Rows in memory at once.
+BATCH_ROWS = 256
+
+
+def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of one local file, whatever it is called.
+
+    Raises:
+        InputError: naming the file, and the column if one is at fault.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:  # a path could be taken for a URL
+            check_not_pointer(path, file.read(64))
+            table = pq.ParquetFile(file, page_checksum_verification=True)
+            yield from table_rows(table.iter_batches(BATCH_ROWS), path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
+
+
+def table_rows(
+    batches: Iterable[pa.RecordBatch | pa.Table], where: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table, column names as keys.
+
+    Texts that are declared to be JSON are parsed: `datasets` writes so what has a type of its own
+    in each row.
+
+    Args:
+        where: what messages begin with.
+
+    Raises:
+        InputError: naming the column that two share, or that Python has no values for.
+    """
+    number = 0
+    for batch in batches:
+        counts = Counter(batch.schema.names)
+        if repeated := [name for name, count in counts.items() if count > 1]:
+            raise InputError(f"{where}: column {repeated[0]!r} appears twice")
+        columns = []
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            try:
+                columns.append(column.to_pylist())
+            except (pa.ArrowException, ValueError, OverflowError) as error:
+                raise InputError(
+                    f"{where}: column {field.name!r} ({field.type}) cannot be read: "
+                    f"{one_line(error)}"
+                ) from error
+        for row in zip(*columns, strict=True):
+            number += 1
+            yield {
+                field.name: _parsed(value, field.type, f"{where}:{number}: {field.name}")
+                for field, value in zip(batch.schema, row, strict=True)
+            }
+
+
+def _parsed(value: Any, kind: pa.DataType, where: str) -> Any:
+    """A value with all texts in it parsed that are declared to be JSON."""
+    if value is None or not (pa.types.is_nested(kind) or isinstance(kind, pa.JsonType)):
+        return value
+    if isinstance(kind, pa.JsonType):
+        return parse_json(value, where)
+    if pa.types.is_struct(kind):
+        return {field.name: _parsed(value[field.name], field.type, where) for field in kind}
+    if isinstance(value, list) and not pa.types.is_map(kind):
+        return [_parsed(item, kind.value_type, where) for item in value]
+    return value
