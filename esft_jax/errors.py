@@ -18,7 +18,7 @@ class Diverged(RunFailed):
     """A run whose loss, gradients or parameters are not finite any more."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What another library says, as a part of such a line."""
     return " ".join(str(error).split())[:200]
 

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
-from esft_jax.data.tokenizer import Message, Tokenizer
-from esft_jax.evaluation.generate import (
-    check_length,
-    encode_text,
-    generate_tokens,
-)
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.evaluation.generate import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
@@ -73,16 +69,14 @@ def main(argv: Sequence[str]) -> None:
     folder = local_folder(args.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
-    if args.raw:
-        prompt = encode_text(tokenizer, args.prompt)
-    else:
-        prompt = tokenizer.encode_prompt([Message(role="user", content=args.prompt)])
+    encode = tokenizer.encode_text if args.raw else tokenizer.encode_user
+    prompt = encode(args.prompt)
     check_length("prompt", len(prompt), args.max_new_tokens, shape.max_positions)
     base = load_tuned(args.model, args.adapter, jnp.dtype(args.dtype), mesh=None)
     (answer,) = generate_tokens(
         base.model,
         [prompt],
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

@@ -95,6 +95,10 @@ def truncated_weights(inputs: Inputs) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
 
 
+def set_template(inputs: Inputs, template: str) -> None:
+    (inputs.model / "chat_template.jinja").write_text(template)
+
+
 CASES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "unknown configuration key": (unknown_key, ("r.yaml:", "step", "steps")),
     "wrong type": (wrong_type, ("r.yaml:", "train.steps", "many")),
@@ -126,6 +130,14 @@ CASES: dict[str, tuple[Break, tuple[str, ...]]] = {
     "example longer than the sequence": (
         lambda i: i.add_chat(user("long " * 100), assistant()),
         ("c.jsonl:41", "65", "data.sequence_length"),
+    ),
+    "turn without a stop token": (
+        lambda i: set_template(i, "{% for m in messages %}{{ m.content }}<end>{% endfor %}"),
+        ("c.jsonl:1: messages[1]", "'It is 0.<end>'", "generation_config.json"),
+    ),
+    "template that takes too much": (
+        lambda i: set_template(i, "{{ 'x' * 10**10 }}"),
+        ("c.jsonl:1", "chat_template.jinja", "1024 MiB"),
     ),
     "sequence longer than the model's limit": (
         lambda i: i.overrides.append("data.sequence_length=256"),

@@ -9,7 +9,7 @@ import pytest
 from esft_jax import evaluate, generate
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.evaluation import run as evaluation
-from esft_jax.evaluation.generate import generate_text
+from esft_jax.evaluation.generate import generate_text, generate_tokens
 from esft_jax.evaluation.metrics import read_completions
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.adapter import save_adapter, trained_names
@@ -174,6 +174,30 @@ def test_generates_as_the_library_does(model_folder, capsys):
         seed=5,
     )
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_generates_for_a_rendered_prompt_up_to_any_stop_token(model_folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+
+    def generated(prompt):
+        options = ["--max-new-tokens", "6", "--dtype", "float32"]
+        assert generate.main(["--model", str(model), "--prompt", prompt, *options]) == 0
+        return capsys.readouterr().out
+
+    whole = generated("2 + 2 =")
+    assert generated("User: 2 + 2 =\n\nAssistant: ") == whole
+    tokenizer = Tokenizer.load(model)
+    (ids,) = generate_tokens(
+        load_model(model),
+        [tokenizer.encode_user("2 + 2 =")],
+        stop_ids=tokenizer.stop_ids,
+        max_new_tokens=6,
+    )
+    assert tokenizer.decode(ids) + "\n" == whole
+    stop = next(number for number in range(1, 6) if ids[number] not in ids[:number])
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[stop]]}))
+    assert generated("2 + 2 =") == tokenizer.decode(ids[:stop]) + "\n"
 
 
 def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys, monkeypatch):

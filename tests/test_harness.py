@@ -15,6 +15,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 from esft_jax import harness
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import lm_eval_model
 from esft_jax.evaluation.lm_eval_model import EsftJaxLM
@@ -178,6 +179,24 @@ def test_bos_and_chats(models: tuple[EsftJaxLM, HFLM]) -> None:
     assert with_bos.tok_encode("a b") == [with_bos.prefix_token_id, *ours.tok_encode("a b")]
     assert with_bos.tok_encode(begun) == ours.tok_encode(begun)
     assert with_bos.tok_encode("a b", add_special_tokens=False) == ours.tok_encode("a b")
+
+
+def test_a_text_is_as_likely_with_its_bos(
+    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = models[0]
+    asked: list[Any] = []
+
+    def spy(model: Any, pairs: Any, **options: Any) -> Any:
+        asked.append(pairs)
+        return [(0.0, False) for _ in pairs]
+
+    monkeypatch.setattr(lm_eval_model, "continuation_likelihoods", spy)
+    bos = Tokenizer.load(FOLDER).render([])
+    arguments = [("a b",), (bos + "a b",)]
+    ours.loglikelihood_rolling(requests("loglikelihood_rolling", arguments), disable_tqdm=True)
+    ((plain, marked),) = asked
+    assert plain == marked == ([ours.prefix_token_id], ours.tok_encode("a b"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -25,6 +25,7 @@ from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+Encoded = TypeVar("Encoded")
 TooLong = Literal["error", "cut", "drop"]
 # Examples encoded together: enough to keep the tokenizer's threads busy.
 _CHUNK = 1024
@@ -373,11 +374,13 @@ class _FlatTokens:
 def _add_texts(flat: _FlatTokens, examples: Iterator[TextExample], tokenizer: Tokenizer) -> None:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     while chunk := list(itertools.islice(examples, _CHUNK)):
-        texts = [example.text for example in chunk]
-        for example, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+        texts = [tokenizer.bare(example.text) for example in chunk]
+        for example, text, ids in zip(
+            chunk, texts, _placed(chunk, tokenizer.encode_batch(texts)), strict=True
+        ):
             tokens = [*bos, *ids, tokenizer.eos_id]
             if flat.append(tokens, b"\1" * len(tokens), example.where):
-                flat.text_bytes += len(example.text.encode())
+                flat.text_bytes += len(text.encode())
 
 
 def _add_chats(
@@ -390,15 +393,9 @@ def _add_chats(
 ) -> None:
     limit = sequence_length + 1  # the last token is only a target
     while chunk := list(itertools.islice(examples, _CHUNK)):
-        chats = [_pieces(example, tokenizer) for example in chunk]
-        encoded = tokenizer.encode_batch([text for pieces in chats for text, _ in pieces])
-        for example, pieces in zip(chunk, chats, strict=True):
-            tokens: list[int] = []
-            learn = b""
-            for _, learned in pieces:
-                ids = next(encoded)
-                tokens += ids
-                learn += bytes([learned]) * len(ids)
+        encoded = tokenizer.encode_chats([example.messages for example in chunk])
+        for example, (tokens, learned) in zip(chunk, _placed(chunk, encoded), strict=True):
+            learn = bytes(learned)
             if not any(learn[1:]):
                 raise InputError(
                     f"{example.where}: messages: no target; the chat template shows nothing of "
@@ -417,11 +414,15 @@ def _add_chats(
                 flat.cut += 1
 
 
-def _pieces(example: ChatExample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    try:
-        return tokenizer.chat_pieces(example.messages)
-    except InputError as error:
-        raise InputError(f"{example.where}: {error}") from error
+def _placed(
+    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Encoded]
+) -> Iterator[Encoded]:
+    """What examples are encoded to; an `InputError` of one names its place."""
+    for example in examples:
+        try:
+            yield next(encoded)
+        except InputError as error:
+            raise InputError(f"{example.where}: {error}") from error
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:

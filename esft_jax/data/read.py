@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esft_jax.data.chat_template import Message
 from esft_jax.data.layouts import (
     check_message_keys,
     check_record_keys,
@@ -20,7 +21,6 @@ from esft_jax.data.layouts import (
     role_advice,
     short,
 )
-from esft_jax.data.tokenizer import Message
 from esft_jax.errors import InputError, one_line
 from esft_jax.files import check_file, read_json_lines
 

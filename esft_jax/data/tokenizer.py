@@ -1,40 +1,45 @@
-"""A Hugging Face tokenizer folder: text to ids and back, and chats rendered by its template."""
+"""A Hugging Face tokenizer folder: text to ids and back, chats as its template renders them."""
 
-import datetime
-import json
-from collections.abc import Iterator, Sequence
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
-from esft_jax.errors import InputError, one_line
-from esft_jax.files import parse_json
-
-# The format ESFT trains on: BOS, "User: {x}\n\nAssistant:", " {y}", EOS.
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}"
-    "{% elif m.role == 'user' %}User: {{ m.content }}{{ '\\n\\n' }}"
-    "{% else %}{{ m.content }}{{ '\\n\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+from esft_jax.data.chat_template import (
+    DEFAULT_TEMPLATE,
+    TEMPLATE_FILE,
+    TEMPLATE_JSON,
+    ChatTemplate,
+    Message,
+    Piece,
+    common_length,
+    read_template,
 )
-# What `Tokenizer.load` reads.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from esft_jax.errors import InputError, one_line
+from esft_jax.files import checked, read_json, read_text
+
+# What `Tokenizer.load` reads, besides named chat templates.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    TEMPLATE_FILE,
+    TEMPLATE_JSON,
+    "generation_config.json",
+    "config.json",
+)
 
 # Text handed to the library at once: bounds the memory its encodings take.
 _BATCH_CHARACTERS = 4_000_000
+# Stands for a user's words where the template's own are looked for.
+_WORDS = "some words"
+# Characters of a text that messages show.
+_SHOWN = 40
 
-
-class Message(TypedDict):
-    """One turn of a chat; ``mask`` false keeps an assistant turn out of the loss."""
-
-    role: str
-    content: str
-    mask: NotRequired[bool]
+Result = TypeVar("Result")
 
 
 class Tokenizer:
@@ -42,7 +47,8 @@ class Tokenizer:
 
     Attributes:
         bos_id: first token of a document, or None if the tokenizer has none.
-        eos_id: last token of a document or an answer.
+        eos_id: last token of a document.
+        stop_ids: tokens at which generation stops; EOS is the first.
         pad_id: token of unused positions; EOS where the tokenizer names none.
         begins_with_bos: whether the tokenizer puts BOS before plain text by itself. `encode` never
             does.
@@ -58,56 +64,77 @@ class Tokenizer:
         eos_token: str,
         pad_token: str | None = None,
         add_bos_token: bool | None = None,
-        chat_template: str | None = None,
+        chat_template: str = DEFAULT_TEMPLATE,
+        template_name: str = "chat template",
+        stop_ids: Iterable[int] = (),
     ) -> None:
-        """Wraps a loaded tokenizer; raises InputError on a special token it does not know."""
+        """Wraps a loaded tokenizer.
+
+        Args:
+            backend: the tokenizer; loses its truncation and padding.
+            bos_token, eos_token, pad_token: texts of special tokens.
+            add_bos_token: see `begins_with_bos`; None asks the tokenizer.
+            chat_template: Jinja source.
+            template_name: what errors of the template begin with.
+            stop_ids: tokens besides EOS at which generation stops.
+
+        Raises:
+            InputError: a special token is not in the vocabulary.
+        """
         backend.no_truncation()
         backend.no_padding()
+        _try(backend)
         self._backend = backend
         self.bos_id = None if bos_token is None else self._special_id("bos_token", bos_token)
         self.eos_id = self._special_id("eos_token", eos_token)
         self.pad_id = self.eos_id if pad_token is None else self._special_id("pad_token", pad_token)
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stop_ids]))
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         if add_bos_token is None:
-            special = backend.encode("", add_special_tokens=True).ids
+            special = _call("cannot encode", backend.encode, "", add_special_tokens=True).ids
             add_bos_token = special[:1] == [self.bos_id]
         self.begins_with_bos = add_bos_token and self.bos_id is not None
-        self.chat_template = DEFAULT_TEMPLATE if chat_template is None else chat_template
-        self._template = _compile(self.chat_template)
-        self._specials = {"bos_token": bos_token or "", "eos_token": eos_token}
+        self._bos, self._eos = bos_token or "", eos_token
+        variables = {"bos_token": self._bos, "eos_token": eos_token}
         if pad_token is not None:
-            self._specials["pad_token"] = pad_token
+            variables["pad_token"] = pad_token
+        self.chat_template = chat_template
+        self._template = ChatTemplate(chat_template, variables, template_name)
+        self._blanks: dict[int, bool] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads ``tokenizer.json`` and ``tokenizer_config.json`` of a Hugging Face folder.
+        """Reads the tokenizer of a Hugging Face folder.
 
-        The chat template is ``chat_template.jinja``, else the one in the configuration, else
-        DeepSeek's. Raises InputError that names the file and the key.
+        That is ``tokenizer.json`` and ``tokenizer_config.json``, the chat template where it lies
+        (DeepSeek's if there is none), and ``eos_token_id`` of ``generation_config.json``, or else
+        of ``config.json``. Raises InputError that names the file and the key.
         """
-        tokenizer_path, config_path, template_path = (Path(folder) / n for n in TOKENIZER_FILES)
-        config = parse_json(_read(config_path), str(config_path))
+        tokenizer_path, config_path, *_ = (Path(folder) / n for n in TOKENIZER_FILES)
+        config = read_json(config_path)
         if not isinstance(config, dict):
             raise InputError(f"{config_path}: expected a JSON object")
-        eos_token = _token_text(config, "eos_token")
+        eos_token = _token_text(config, "eos_token", config_path)
         if eos_token is None:
             raise InputError(f"{config_path}: eos_token: missing; expected the token ending a text")
-        definition = _read(tokenizer_path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{tokenizer_path}: not a tokenizer: {one_line(error)}") from error
-        template = _read(template_path) if template_path.exists() else config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {t["name"]: t["template"] for t in template}.get("default")
+        bos_token = _token_text(config, "bos_token", config_path)
+        pad_token = _token_text(config, "pad_token", config_path)
+        add_bos_token = config.get("add_bos_token")
+        if add_bos_token is not None:
+            checked(bool, add_bos_token, f"{config_path}: add_bos_token")
+        template, template_name = read_template(Path(folder), config, config_path)
+        backend = _load_backend(tokenizer_path)
+        stop_ids = _stop_ids(Path(folder), backend)
         try:
             return cls(
                 backend,
-                bos_token=_token_text(config, "bos_token"),
+                bos_token=bos_token,
                 eos_token=eos_token,
-                pad_token=_token_text(config, "pad_token"),
-                add_bos_token=config.get("add_bos_token"),
+                pad_token=pad_token,
+                add_bos_token=add_bos_token,
                 chat_template=template,
+                template_name=template_name,
+                stop_ids=stop_ids,
             )
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
@@ -122,7 +149,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special token is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return _call("cannot encode", self._backend.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """``encode`` of each text in turn, in bulk: several times as fast."""
@@ -133,8 +160,17 @@ class Tokenizer:
                 characters += len(texts[stop])
                 stop += 1
             batch = list(texts[start:stop])
-            for encoding in self._backend.encode_batch_fast(batch, add_special_tokens=False):
-                yield encoding.ids
+            try:
+                encodings = _call(
+                    "cannot encode",
+                    self._backend.encode_batch_fast,
+                    batch,
+                    add_special_tokens=False,
+                )
+            except InputError:
+                yield from map(self.encode, batch)  # fails at the text that it is about
+            else:
+                yield from (encoding.ids for encoding in encodings)
             start = stop
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -142,102 +178,264 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole chat, and which of them are to be learned.
+        """Token ids of a whole chat, and which of them are to be learned; see `encode_chats`."""
+        return next(self.encode_chats([messages]))
 
-        Learned are the assistant's words and what the template ends them with (EOS), unless the
-        message has ``mask`` false; never the first token.
+    def encode_chats(
+        self, chats: Iterable[Sequence[Message]]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """Token ids of whole chats, and which of them are to be learned; in bulk.
+
+        Learned are the assistant's words (see `ChatTemplate.pieces`) and the stop token that ends
+        them, unless the message has ``mask`` false; never the first token.
+
+        Raises:
+            InputError: for a chat, once those before it are taken: the template fails, or a learned
+                turn does not end in a stop token.
         """
-        pieces = self.chat_pieces(messages)
-        encoded = self.encode_batch([text for text, _ in pieces])
-        tokens: list[int] = []
-        learn: list[bool] = []
-        for ids, (_, learned) in zip(encoded, pieces, strict=True):
-            tokens += ids
-            learn += [learned] * len(ids)
-        return tokens, [False, *learn[1:]]
+        chats = list(chats)
+        rendered: list[list[Piece]] = []
+        failure = None
+        try:
+            for pieces in self._template.pieces_of_chats(chats):
+                rendered.append(pieces)
+        except InputError as error:
+            failure = error
+        encoded = self.encode_batch([piece.text for pieces in rendered for piece in pieces])
+        for messages, pieces in zip(chats, rendered, strict=False):
+            tokens: list[int] = []
+            learn: list[bool] = []
+            # Where the last piece of each learned turn begins and ends.
+            last: dict[int, tuple[int, int]] = {}
+            for piece in pieces:
+                begin = len(tokens)
+                tokens += next(encoded)
+                learn += [piece.turn is not None] * (len(tokens) - begin)
+                if piece.turn is not None:
+                    last[piece.turn] = begin, len(tokens)
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant" and message.get("mask", True):
+                    self._end_turn(number, tokens, learn, last.get(number))
+            yield tokens, [False, *learn[1:]]
+        if failure is not None:
+            raise failure
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids after which the assistant speaks; a prefix of the ``encode_chat`` ids."""
-        pieces = self.chat_pieces(messages, add_generation_prompt=True)
-        encoded = self.encode_batch([text for text, _ in pieces])
+        pieces = self._template.pieces(messages, add_generation_prompt=True)
+        encoded = self.encode_batch([piece.text for piece in pieces])
         return [token for ids in encoded for token in ids]
 
-    def chat_pieces(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
-    ) -> list[tuple[str, bool]]:
-        """The rendered chat cut where the assistant begins and ends, and which cuts to learn.
+    def encode_user(self, text: str) -> list[int]:
+        """Token ids after which the assistant answers a user's text.
 
-        Each piece is encoded on its own: a merge across a cut would give the prompt other tokens
-        in training than in generation.
+        A text that is a rendered chat already is not rendered again. It is one if it holds BOS or
+        another token that the template alone writes around a user's words; or, since templates also
+        write plain text, if it holds what comes before these words and ends in what follows them.
+        Only BOS and blanks at its ends are brought to the form of the template.
         """
-        pieces: list[tuple[str, bool]] = []
-        rendered = ""
+        marks = self._marks
+        if not marks.found_in(text):
+            return self.encode_prompt([Message(role="user", content=text)])
+        if self._bos and text.lstrip().startswith(self._bos):
+            text = text.lstrip()
+        elif marks.begins_with_bos:
+            text = self._bos + text
+        closing = marks.closing.rstrip()
+        if closing and text.rstrip().endswith(closing.lstrip()):
+            text = text.rstrip() + marks.closing[len(closing) :]
+        return self.encode(text)
 
-        def extend(text: str, learned: bool) -> None:
-            nonlocal rendered
-            if not text.startswith(rendered):
-                raise InputError(
-                    "chat template: rewrites earlier messages when later ones follow; "
-                    "expected each message to only add text"
-                )
-            if text != rendered:
-                pieces.append((text[len(rendered) :], learned))
-            rendered = text
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text after BOS, which is not put before a text that begins with it."""
+        ids = self.encode(text)
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                extend(self.render(messages[:i], add_generation_prompt=True), False)
-                extend(self.render(messages[: i + 1]), bool(message.get("mask", True)))
-        extend(self.render(messages, add_generation_prompt=add_generation_prompt), False)
-        return pieces
+    def bare(self, text: str) -> str:
+        """A document without the BOS it begins with and the EOS it ends with, if it does."""
+        if self._bos and text.lstrip().startswith(self._bos):
+            text = text.lstrip().removeprefix(self._bos)
+        return text.rstrip().removesuffix(self._eos) if text.rstrip().endswith(self._eos) else text
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a chat, by the template."""
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, **self._specials
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _end_turn(
+        self, number: int, tokens: list[int], learn: list[bool], last: tuple[int, int] | None
+    ) -> None:
+        """Lets a turn be learned through the stop token that ends it, and no further.
+
+        Templates write blanks after that token, or a second one, which serving never sees; or they
+        end a turn with what begins the next one, and with it the stop token.
+
+        Args:
+            number: of the message.
+            tokens: of the chat.
+            learn: which of them are learned; changed.
+            last: where the last piece of the turn that is learned begins and ends.
+        """
+        if last is None:
+            raise InputError(
+                f"messages[{number}]: the chat template renders nothing of it to be learned; "
+                "expected its text, in a generation block if the template has some, or mask: false"
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"chat template: {one_line(error)}") from error
+        begin, end = last
+        stop = end
+        while stop > begin and (tokens[stop - 1] in self.stop_ids or self._blank(tokens[stop - 1])):
+            stop -= 1
+        while stop < len(tokens) and self._blank(tokens[stop]):
+            stop += 1
+        if stop == len(tokens) or tokens[stop] not in self.stop_ids:
+            text = self._backend.decode(tokens[begin:end], skip_special_tokens=False)
+            stops = " or ".join(repr(self._backend.id_to_token(i)) for i in self.stop_ids)
+            raise InputError(
+                f"messages[{number}]: the answer ends in {text[-_SHOWN:]!r}, not in a token at "
+                f"which generation stops ({stops}); expected the token that ends it among "
+                "eos_token_id of generation_config.json, or as eos_token of tokenizer_config.json"
+            )
+        learn[end : stop + 1] = [True] * (stop + 1 - end)
+        learn[stop + 1 : end] = [False] * (end - stop - 1)
+
+    def _blank(self, token: int) -> bool:
+        """Whether a token is nothing but white space."""
+        if token not in self._blanks:
+            text = self._backend.decode([token], skip_special_tokens=False)
+            self._blanks[token] = not text.strip()
+        return self._blanks[token]
+
+    @functools.cached_property
+    def _marks(self) -> "_Marks":
+        """What the template writes around a user's words."""
+        user = Message(role="user", content=_WORDS)
+        text = self.render([user], add_generation_prompt=True)
+        opening, _, closing = text.rpartition(_WORDS)
+        begins_with_bos = bool(self._bos) and text.startswith(self._bos)
+        opening = opening.removeprefix(self._bos)
+        # A system text of the template's own is not written before a later turn.
+        with contextlib.suppress(InputError):
+            answer = Message(role="assistant", content=_WORDS)
+            later = self.render([user, answer, user]).rpartition(_WORDS)[0]
+            shared = common_length(opening[::-1], later[::-1])
+            opening = opening[len(opening) - shared :] if shared else opening
+        added = self._backend.get_added_tokens_decoder()
+        tokens = {added[i].content for i in self.encode(opening) if i in added}
+        # Others, such as that of a thought which begins, may well be in a user's words.
+        tokens |= {
+            added[i].content for i in self.encode(closing) if i in added and added[i].special
+        }
+        return _Marks(begins_with_bos, opening, closing, frozenset(tokens | {self._bos} - {""}))
 
     def _special_id(self, key: str, token: str) -> int:
-        token_id = self._backend.token_to_id(token)
+        token_id = _call(f"cannot look up {key}", self._backend.token_to_id, token)
         if token_id is None:
             raise InputError(f"{key}: {token!r} is not in the vocabulary of tokenizer.json")
         return token_id
 
 
-def _read(path: Path) -> str:
+class _Marks(NamedTuple):
+    """What a template writes around a user's words, by which a rendered chat is known.
+
+    Attributes:
+        begins_with_bos: whether BOS comes first.
+        opening: right before the words; not BOS.
+        closing: after them, up to where the assistant speaks.
+        tokens: in either of them, and BOS; no user writes them.
+    """
+
+    begins_with_bos: bool
+    opening: str
+    closing: str
+    tokens: frozenset[str]
+
+    def found_in(self, text: str) -> bool:
+        if any(token in text for token in self.tokens):
+            return True
+        opening, closing = self.opening.strip(), self.closing.strip()
+        if not closing:
+            return bool(opening) and text.lstrip().startswith(opening)
+        return opening in text and text.rstrip().endswith(closing)
+
+
+def _call(fault: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """Calls the tokenizers library, which raises bare exceptions, and panics.
+
+    Args:
+        fault: what an error says of `tokenizer.json`.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({one_line(error)}); expected a Hugging Face tokenizer file"
-        ) from error
+        return function(*arguments, **options)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"tokenizer.json: {fault}: {one_line(error)}") from error
+        raise
 
 
-def _token_text(config: dict[str, Any], key: str) -> str | None:
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Keeps what the library writes of its panics, a page each, from the terminal."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    definition = read_text(path)
+    try:
+        with _without_stderr():
+            return _call("not a tokenizer", tokenizers.Tokenizer.from_str, definition)
+    except InputError as error:
+        raise InputError(f"{path.parent}: {error}") from error
+
+
+def _try(backend: tokenizers.Tokenizer) -> None:
+    """Encodes and decodes something: many a fault of a tokenizer shows no earlier."""
+    if not backend.get_vocab_size():
+        raise InputError("tokenizer.json: the vocabulary is empty")
+    with _without_stderr():
+        for special in (False, True):
+            encode = backend.encode
+            ids = _call("cannot encode", encode, _WORDS, add_special_tokens=special).ids
+        _call("cannot decode", backend.decode, ids)
+
+
+def _token_text(config: dict[str, Any], key: str, path: Path) -> str | None:
     """A special token of the configuration: plain text, or an object with its ``content``."""
-    token = config.get(key)
-    return token["content"] if isinstance(token, dict) else token
+    token, where = config.get(key), f"{path}: {key}"
+    if token is None:
+        return None
+    if isinstance(token, dict):
+        if "content" not in token:
+            raise InputError(f"{where}.content: missing; expected the text of the token")
+        token, where = token["content"], f"{where}.content"
+    return checked(str, token, where)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _compile(template: str) -> jinja2.Template:
-    """Compiles with the settings and helpers that Hugging Face templates count on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, **options
-    )
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise InputError(f"chat template: {one_line(error)}") from error
+def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """Where generation stops besides EOS: by the first of two files that says it."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        config = read_json(path) if path.exists() else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: expected a JSON object")
+        value = config.get("eos_token_id")
+        if value is None:
+            continue
+        where = f"{path}: eos_token_id"
+        ids = checked(list[int], value if isinstance(value, list) else [value], where)
+        if not ids:
+            raise InputError(f"{where}: is []; expected the ids at which generation stops")
+        for token_id in ids:
+            if not 0 <= token_id < 1 << 32 or backend.id_to_token(token_id) is None:
+                raise InputError(f"{where}: {token_id} is not in the vocabulary of tokenizer.json")
+        return ids
+    return []

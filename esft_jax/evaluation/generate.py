@@ -1,5 +1,6 @@
 """Greedy and sampled decoding in batches, with MLA's compressed cache."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.data.tokenizer import Message, Tokenizer
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.mesh import RULES, device_multiple, place_whole_batch
 from esft_jax.model.attention import LatentCache
@@ -49,35 +50,27 @@ def generate_text(
     """Answers to prompts, each a user's turn of a chat of its own.
 
     Args:
+        prompts: what the user says, or rendered chats (see `Tokenizer.encode_user`).
         raw: continue the prompts as plain text (after BOS) instead.
         max_new_tokens: tokens per answer, at most.
         options: see `generate_tokens`.
     """
-    encode = encode_text if raw else _encode_turn
+    encode = tokenizer.encode_text if raw else tokenizer.encode_user
     completions = generate_tokens(
         model,
-        [encode(tokenizer, text) for text in prompts],
-        eos_id=tokenizer.eos_id,
+        [encode(text) for text in prompts],
+        stop_ids=tokenizer.stop_ids,
         max_new_tokens=max_new_tokens,
         **options,
     )
     return [tokenizer.decode(ids) for ids in completions]
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """BOS and the text as it is, without a chat template."""
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-
-
-def _encode_turn(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_prompt([Message(role="user", content=text)])
-
-
 def generate_tokens(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    eos_id: int,
+    stop_ids: Sequence[int],
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -86,13 +79,13 @@ def generate_tokens(
     stop: Callable[[list[int]], bool] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
-    """New tokens after each prompt, up to but without EOS.
+    """New tokens after each prompt, up to but without the first stop token.
 
     On several processes all must call it with the same arguments, and all get every completion.
 
     Args:
         prompts: token ids, BOS included.
-        eos_id: token that ends a completion.
+        stop_ids: tokens that end a completion, at least one.
         max_new_tokens: tokens per completion, at most.
         temperature: 0 decodes greedily; else logits are divided by it and a token is drawn.
         top_p: draw among the most likely tokens that together reach this probability.
@@ -118,20 +111,20 @@ def generate_tokens(
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
-        batch = _pad([prompts[number] for number in numbers], numbers, size, eos_id)
+        batch = _pad([prompts[number] for number in numbers], numbers, size, stop_ids[0])
         new = _complete(
             graph,
             params,
             model.mesh,
             batch,
             jax.random.key(seed),
-            jnp.int32(eos_id),
+            jnp.asarray(stop_ids, jnp.int32),
             sampling,
             max_new_tokens,
             stop,
         )
         for number, ids in zip(numbers, new.tolist(), strict=False):
-            completions[number] = ids[: ids.index(eos_id)] if eos_id in ids else ids
+            completions[number] = list(itertools.takewhile(lambda i: i not in stop_ids, ids))
         if advance is not None:
             advance(len(numbers))
     return completions
@@ -186,7 +179,7 @@ class _Progress(NamedTuple):
         step: new tokens so far.
         done: rows that get no more.
         tokens: the last token of each row, not yet in the cache.
-        new: new tokens, filled up with EOS.
+        new: new tokens, filled up with the first stop token.
         last: position of each prompt's last token.
         keys: random key of each row.
     """
@@ -206,12 +199,12 @@ def _complete(
     mesh: Mesh | None,
     batch: dict[str, np.ndarray],
     key: Array,
-    eos_id: Int[Array, ""],
+    stop_ids: Int[Array, " I"],
     sampling: tuple[float, float] | None,
     max_new_tokens: int,
     stop: Callable[[list[int]], bool] | None,
 ) -> Int[np.ndarray, "B N"]:
-    """New tokens of each row, filled up with EOS.
+    """New tokens of each row, filled up with the first stop token.
 
     Args:
         batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`.
@@ -219,11 +212,11 @@ def _complete(
         stop: see `generate_tokens`.
     """
     placed = place_whole_batch(batch, mesh)
-    state = _begin(graph, params, placed, key, eos_id, max_new_tokens=max_new_tokens)
+    state = _begin(graph, params, placed, key, stop_ids, max_new_tokens=max_new_tokens)
     block = max_new_tokens if stop is None else _STOP_BLOCK
     for limit in range(block, max_new_tokens + block, block):
         limit = min(limit, max_new_tokens)
-        state, done, new = _extend(graph, params, state, eos_id, jnp.int32(limit), sampling)
+        state, done, new = _extend(graph, params, state, stop_ids, jnp.int32(limit), sampling)
         if stop is None or limit == max_new_tokens or np.asarray(done).all():
             break
         rows = np.asarray(new)[:, :limit].tolist()
@@ -240,7 +233,7 @@ def _begin(
     params: nnx.State,
     batch: dict[str, Array],
     key: Array,
-    eos_id: Int[Array, ""],
+    stop_ids: Int[Array, " I"],
     *,
     max_new_tokens: int,
 ) -> _Progress:
@@ -252,7 +245,7 @@ def _begin(
     cache = _prefill(model, batch["tokens"], last, width + max_new_tokens)
     # The last prompt token is run as the first step: it alone needs logits.
     tokens = jnp.take_along_axis(batch["tokens"], last[:, None], axis=1)[:, 0]
-    new = jnp.full((rows, max_new_tokens), eos_id, jnp.int32)
+    new = jnp.full((rows, max_new_tokens), stop_ids[0], jnp.int32)
     step = jnp.zeros((), jnp.int32)
     return _Progress(step, batch["numbers"] < 0, tokens, new, last, keys, cache)
 
@@ -262,7 +255,7 @@ def _extend(
     graph: nnx.GraphDef,
     params: nnx.State,
     state: _Progress,
-    eos_id: Int[Array, ""],
+    stop_ids: Int[Array, " I"],
     limit: Int[Array, ""],
     sampling: tuple[Array, Array] | None,
 ) -> tuple[_Progress, Bool[Array, " B"], Int[Array, "B N"]]:
@@ -280,10 +273,10 @@ def _extend(
         positions = (state.last + step)[:, None]
         logits, cache = model.decode(state.tokens[:, None], positions, ~done[:, None], state.cache)
         tokens = choose_tokens(logits[:, 0], state.keys, step, sampling)
-        tokens = jnp.where(done, eos_id, tokens)
+        tokens = jnp.where(done, stop_ids[0], tokens)
         return state._replace(
             step=step + 1,
-            done=done | (tokens == eos_id),
+            done=done | jnp.isin(tokens, stop_ids),
             tokens=tokens,
             new=state.new.at[:, step].set(tokens),
             cache=cache,

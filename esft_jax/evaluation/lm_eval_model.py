@@ -158,9 +158,11 @@ class EsftJaxLM(TemplateLM):
         owners: list[int] = []
         pairs: list[tuple[list[int], list[int]]] = []
         for number, request in enumerate(requests):
+            tokens, prefix = self.tok_encode(request.args[0]), self.prefix_token_id
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
+                # The prefix comes first in any case, and is not predicted.
+                token_list=tokens[1:] if tokens[:1] == [prefix] else tokens,
+                prefix_token=prefix,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
@@ -236,7 +238,7 @@ class EsftJaxLM(TemplateLM):
         new = generate_tokens(
             self._model,
             [encode(context) for context in contexts],
-            eos_id=self.eot_token_id,
+            stop_ids=self._tokens.stop_ids,
             max_new_tokens=count,
             **options,
         )

@@ -11,15 +11,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esft_jax.data.chat_template import Message
 from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
 from esft_jax.data.read import chat_example, checked_text, read_records
-from esft_jax.data.tokenizer import Message, Tokenizer
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.generate import (
     DecodingOptions,
     check_length,
-    encode_text,
     generate_tokens,
 )
 from esft_jax.evaluation.judge import Judge
@@ -36,7 +36,8 @@ class TaskRow:
     Attributes:
         where: file and line it came from.
         prompt: its text, as completions files show it.
-        messages: the chat that the model answers; None if `prompt` is a rendered chat already.
+        messages: the chat that the model answers; None if `prompt` is what a user says, or a
+            rendered chat already (see `Tokenizer.encode_user`).
         answers: what counts as right, at least one.
     """
 
@@ -48,7 +49,7 @@ class TaskRow:
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids after which the answer begins."""
         if self.messages is None:
-            return encode_text(tokenizer, self.prompt)
+            return tokenizer.encode_user(self.prompt)
         return tokenizer.encode_prompt(self.messages)
 
 
@@ -88,7 +89,7 @@ def read_task(path: str | Path) -> list[TaskRow]:
     """Read a task's evaluation rows, from what training data may be read from too.
 
     Each is either `{"prompt", "raw_answers": [...]}` as in the reference, whose prompt may be a
-    chat rendered already ("User: ...Assistant:"); or a chat `{"messages": [...]}` as in training,
+    chat rendered already; or a chat `{"messages": [...]}` as in training,
     whose last message is the answer.
 
     Raises:
@@ -121,9 +122,7 @@ def _prompt_row(where: str, record: dict[str, Any]) -> TaskRow:
     for number, answer in enumerate(answers):
         checked_text(where, f"raw_answers[{number}]", answer)
     check_record_keys(where, record, "prompt", [prompt])
-    rendered = prompt.startswith("User: ") and prompt.endswith("\n\nAssistant:")
-    messages = None if rendered else (Message(role="user", content=prompt),)
-    return TaskRow(where, prompt, messages, tuple(answers))
+    return TaskRow(where, prompt, None, tuple(answers))
 
 
 def _chat_row(where: str, record: dict[str, Any]) -> TaskRow:
@@ -190,7 +189,7 @@ def evaluate_task(
     limit = model.config.max_positions
     prompts = check_task(rows, tokenizer, metric, max_new_tokens, limit)
     new = generate_tokens(
-        model, prompts, eos_id=tokenizer.eos_id, max_new_tokens=max_new_tokens, **options
+        model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens, **options
     )
     texts = [tokenizer.decode(ids) for ids in new]
     chosen, answers = METRICS[metric], [row.answers for row in rows]

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from esft_jax.data.chat_template import named_templates
 from esft_jax.errors import InputError
 from esft_jax.hf.tensor_files import DTYPE_NAMES
 
@@ -45,8 +46,10 @@ class TensorSpec(NamedTuple):
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy `config.json`, tokenizer and the like, as far as they exist."""
-    for name in COMPANIONS:
+    named = [path.relative_to(source) for path in named_templates(source)]
+    for name in [*COMPANIONS, *named]:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

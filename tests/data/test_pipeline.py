@@ -178,6 +178,33 @@ def test_a_document_without_a_target_is_counted(
     assert (stats.examples, stats.dropped) == (1, 1)
 
 
+def test_bos_and_eos_in_a_text_are_not_doubled(
+    tokenizer: Tokenizer, jsonl: Callable[..., str]
+) -> None:
+    plain, marked = (
+        build_dataset([jsonl(*records)], tokenizer, format="text", sequence_length=S)
+        for records in (
+            [{"text": "the fox"}, {"text": "dogs"}],
+            [{"text": "<bos>the fox<eos>"}, {"text": "<bos>dogs<eos>\n"}],
+        )
+    )
+    np.testing.assert_array_equal(plain.tokens, marked.tokens)
+    assert plain.stats.text_bytes == marked.stats.text_bytes == len("the foxdogs")
+
+
+def test_an_answer_that_ends_in_no_stop_token_names_the_line(
+    tokenizer: Tokenizer, jsonl: Callable[..., str]
+) -> None:
+    endless = Tokenizer(
+        tokenizer._backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    with pytest.raises(InputError, match=r"data\.jsonl:1: messages\[1\]: the answer ends in"):
+        build_dataset([jsonl(CHATS[0])], endless, format="chat", sequence_length=S)
+
+
 def test_a_template_that_shows_no_answer_is_an_error(
     tokenizer: Tokenizer, jsonl: Callable[..., str]
 ) -> None:
@@ -187,7 +214,9 @@ def test_a_template_that_shows_no_answer_is_an_error(
         eos_token="<eos>",
         chat_template="{{ bos_token }}{{ messages[0].content }}",
     )
-    with pytest.raises(InputError, match=r"data\.jsonl:1: messages: no target; the chat template"):
+    with pytest.raises(
+        InputError, match=r"data\.jsonl:1: messages\[1\]: the chat template renders"
+    ):
         build_dataset([jsonl(CHATS[0])], blind, format="chat", sequence_length=S)
 
 

@@ -16,12 +16,6 @@ CHAT = [
     {"role": "user", "content": "what is the weather?"},
     {"role": "assistant", "content": "the sun is out"},
 ]
-CHATML = (
-    "{% for message in messages %}\n"
-    "<|{{ message['role'] }}|>{{ message['content'] | trim }}<eos>\n"
-    "{% endfor %}\n"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -89,39 +83,190 @@ def test_first_token_is_never_learned(tokenizer: Tokenizer, tokenizer_folder: Pa
         tokenizer._backend,
         bos_token=None,
         eos_token="<eos>",
-        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+        chat_template="{% for m in messages %}{{ m.content }}<eos>{% endfor %}",
     )
     tokens, learn = plain.encode_chat([{"role": "assistant", "content": "the fox"}])
     assert learn == [False] + [True] * (len(tokens) - 1)
 
 
-def test_template_of_the_folder(folder: Path) -> None:
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "default", "template": CHATML}]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    expected = [("<|user|>hi<eos>\n<|assistant|>", False), ("yes<eos>\n", True)]
-    chat = [{"role": "user", "content": " hi"}, {"role": "assistant", "content": "yes"}]
-    assert Tokenizer.load(folder).chat_pieces(chat) == expected
-    # A file of its own goes before the configuration.
-    (folder / "chat_template.jinja").write_text(CHATML.replace("|assistant|", "|model|"))
-    prompt = Tokenizer.load(folder).chat_pieces(chat[:1], add_generation_prompt=True)
-    assert prompt == [("<|user|>hi<eos>\n<|model|>", False)]
+def chatml(folder: Path, *stops: str) -> Tokenizer:
+    """A tokenizer whose template ends turns with a token other than EOS, and a line end."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<|start|>", "<|end|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    if stops:
+        stop_ids = [backend.token_to_id(token) for token in stops]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return Tokenizer.load(folder)
+
+
+def test_stop_tokens_are_those_of_the_generation_config(folder: Path) -> None:
+    assert Tokenizer.load(folder).stop_ids == (1,)
+    (folder / "config.json").write_text('{"eos_token_id": 5}')
+    assert Tokenizer.load(folder).stop_ids == (1, 5)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert Tokenizer.load(folder).stop_ids == (1, 5)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 1, 9]}')
+    assert Tokenizer.load(folder).stop_ids == (1, 7, 9)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert Tokenizer.load(folder).stop_ids == (1, 7)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("value", "message"),
     [
-        ("{{ messages | length }}", "rewrites earlier messages"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% if %}", "chat template"),
-        ("{{ messages.__class__.__mro__ }}", "chat template"),
+        ('"1"', "eos_token_id: 0: is '1'; expected a valid integer"),
+        ("true", "eos_token_id: 0: is True; expected a valid integer"),
+        ("[1, 1.5]", "eos_token_id: 1: is 1.5; expected a valid integer"),
+        ("[[1]]", "eos_token_id: 0: is [1]; expected a valid integer"),
+        ('{"a": 1}', "eos_token_id: 0: is {'a': 1}; expected a valid integer"),
+        ("[]", "eos_token_id: is []; expected the ids"),
+        ("400000", "eos_token_id: 400000 is not in the vocabulary"),
+        ("[-1]", "eos_token_id: -1 is not in the vocabulary"),
+        (str(2**70), f"eos_token_id: {2**70} is not in the vocabulary"),
     ],
 )
-def test_bad_template(folder: Path, template: str, message: str) -> None:
-    (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(InputError, match=message) as caught:
-        Tokenizer.load(folder).encode_chat(CHAT)
-    assert "\n" not in str(caught.value)
+def test_bad_stop_tokens(folder: Path, value: str, message: str) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(InputError) as caught:
+        Tokenizer.load(folder)
+    assert f"{path}: {message}" in str(caught.value)
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"generation_config.json: expected a JSON object"):
+        Tokenizer.load(folder)
+
+
+def test_a_turn_is_learned_through_the_token_that_ends_it(folder: Path) -> None:
+    """What the template writes after it, serving never sees."""
+    plain = folder.with_name("plain")
+    shutil.copytree(folder, plain)
+    with pytest.raises(InputError) as caught:
+        chatml(plain).encode_chat(CHAT)
+    message = str(caught.value)
+    assert message.startswith("messages[2]: the answer ends in 'done<|end|>\\n', not in a token")
+    assert "('<eos>')" in message and "eos_token_id of generation_config.json" in message
+    assert "eos_token of tokenizer_config.json" in message
+    last_one_masked = [*CHAT[:2], {**CHAT[2], "mask": False}, *CHAT[3:4]]
+    assert not any(Tokenizer.load(plain).encode_chat(last_one_masked)[1])
+
+    tokenizer = chatml(folder, "<|end|>", "<eos>")
+    assert tokenizer.stop_ids == (1, *tokenizer.encode("<|end|>"))
+    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:]))
+    assert pieces == [
+        ("<|start|>user\nturn the lights on<|end|>\n<|start|>assistant\n", False),
+        ("done<|end|>", True),
+        ("\n<|start|>user\nwhat is the weather?<|end|>\n<|start|>assistant\n", False),
+        ("the sun is out<|end|>", True),
+        ("\n", False),
+    ]
+
+
+@pytest.mark.parametrize("end", ["<eos>\n<eos>", "<eos>\n\n", "<eos>"])
+def test_a_turn_ends_at_the_first_of_several_stop_tokens(folder: Path, end: str) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    chat = [{"role": "assistant", "content": "a <eos> b"}]
+    tokens, learn = tokenizer.encode_chat([{"role": "system", "content": "x"}, *chat])
+    text = "".join(text for text, flag in pieces_of(tokenizer, tokens, learn) if flag)
+    assert text == "a <eos> b<eos>"
+
+
+def test_a_turn_may_end_in_what_begins_the_next(folder: Path) -> None:
+    """As GLM's, whose turns end at the marker of the next role."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<|user|>", "<|assistant|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    user = backend.token_to_id("<|user|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [user]}))
+    tokenizer = Tokenizer.load(folder)
+    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:4]))
+    assert pieces == [
+        ("<|user|>turn the lights on<|assistant|>", False),
+        ("done<|user|>", True),
+        ("what is the weather?", False),
+    ]
+    with pytest.raises(InputError, match=r"messages\[3\]: the answer ends in 'the sun is out'"):
+        tokenizer.encode_chat(CHAT[1:])
+
+
+RENDERED = "User: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("hi", [("user", "hi")]),
+        (RENDERED, [("user", "hi")]),
+        ("<bos>" + RENDERED, [("user", "hi")]),
+        (" <bos>" + RENDERED, [("user", "hi")]),
+        (RENDERED + " ", [("user", "hi")]),
+        (RENDERED + "\n", [("user", "hi")]),
+        ("<bos>" + RENDERED + "  ", [("user", "hi")]),
+        ("Be brief.\n\n" + RENDERED, [("system", "Be brief."), ("user", "hi")]),
+        ("<bos>Be brief.\n\n" + RENDERED + " ", [("system", "Be brief."), ("user", "hi")]),
+        ("User: hi", [("user", "User: hi")]),
+        ("Is this the Assistant:", [("user", "Is this the Assistant:")]),
+        ("What is <eos>?", [("user", "What is <eos>?")]),
+    ],
+)
+def test_a_rendered_prompt_is_not_rendered_again(
+    tokenizer: Tokenizer, text: str, messages: list[tuple[str, str]]
+) -> None:
+    chat = [{"role": role, "content": content} for role, content in messages]
+    assert tokenizer.encode_user(text) == tokenizer.encode_prompt(chat)
+
+
+@pytest.mark.parametrize("blank", ["", "\n", " \n\n", " "])
+def test_a_prompt_rendered_with_special_tokens(folder: Path, blank: str) -> None:
+    tokenizer = chatml(folder, "<|end|>")
+    system = "<|start|>system\nBe brief.<|end|>\n"
+    text = "<|start|>user\nhi<|end|>\n<|start|>assistant" + blank
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert tokenizer.encode_user(text) == tokenizer.encode_prompt(chat[1:])
+    assert tokenizer.encode_user(system + text) == tokenizer.encode_prompt(chat)
+    # The template writes no BOS; the prompt does.
+    assert tokenizer.encode_user("<bos>" + text) == [0, *tokenizer.encode_prompt(chat[1:])]
+    # Without the generation prompt it is rendered all the same.
+    begun = "<|start|>user\nhi<|end|>\n<|start|>assistant\nIt is"
+    assert tokenizer.encode_user(begun) == tokenizer.encode(begun)
+    for plain in ("hi", "user\nhi", RENDERED, "start assistant"):
+        expected = tokenizer.encode_prompt([{"role": "user", "content": plain}])
+        assert tokenizer.encode_user(plain) == expected
+
+
+def test_a_template_with_a_system_text_of_its_own(folder: Path) -> None:
+    """What it writes before the first turn only is no mark of a rendered prompt."""
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}A chat. {% endif %}{% for m in messages %}"
+        "{{ {'user': 'USER: ', 'assistant': ' ASSISTANT: ', 'system': ''}[m.role] }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": "hi"}])
+    assert tokenizer.encode_user("hi") == prompt
+    assert tokenizer.encode_user("A chat. USER: hi ASSISTANT: ") == prompt
+    mine = "Mine. USER: hi ASSISTANT:"
+    assert tokenizer.encode_user(mine) == tokenizer.encode(mine)
+
+
+def test_bos_and_eos_are_not_doubled(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_text("the fox") == [0, *tokenizer.encode("the fox")]
+    assert tokenizer.encode_text("<bos>the fox") == tokenizer.encode_text("the fox")
+    for text in ("the fox", "<bos>the fox", "the fox<eos>", "\n<bos>the fox<eos>\n"):
+        assert tokenizer.bare(text) == "the fox"
+    assert tokenizer.bare(" the <bos> <eos> fox\n") == " the <bos> <eos> fox\n"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +278,16 @@ def test_bad_template(folder: Path, template: str, message: str) -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "{}", "eos_token: missing"),
         ("tokenizer_config.json", '{"eos_token": "<no>"}', "eos_token: '<no>' is not in"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "json: eos_token: is 5; expected a"),
+        ("tokenizer_config.json", '{"eos_token": ["<eos>"]}', r"json: eos_token: is \['<eos>'\]"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "json: eos_token.content: missing"),
+        ("tokenizer_config.json", '{"eos_token": {"content": 1}}', "eos_token.content: is 1;"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "eos_token"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>", "bos_token": 1.5}', "bos_token: is 1.5"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>", "pad_token": {}}', "pad_token.content"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>", "add_bos_token": 1}', "add_bos_token"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>", "chat_template": 5}', "chat_template"),
     ],
 )
 def test_bad_folder(folder: Path, file: str, content: str | None, message: str) -> None:
@@ -178,3 +333,42 @@ def test_whether_text_begins_with_bos_by_itself(
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.begins_with_bos is expected
     assert tokenizer.encode("done")[0] != tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_a_panic_of_the_library_is_one_line(
+    folder: Path, change: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=r"tokenizer.json: ") as caught:
+        Tokenizer.load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_that_cannot_be_encoded_is_the_one_named(folder: Path) -> None:
+    """The library fails for a whole batch."""
+    model = {"type": "WordLevel", "vocab": {"some": 0, "words": 1, "<eos>": 2}, "unk_token": "?"}
+    definition = {"model": model, "pre_tokenizer": {"type": "Whitespace"}}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    encoded = Tokenizer.load(folder).encode_batch(["some words", "words", "others", "some"])
+    assert [next(encoded), next(encoded)] == [[0, 1], [1]]
+    with pytest.raises(InputError, match=r"tokenizer.json: cannot encode: "):
+        next(encoded)

@@ -75,7 +75,7 @@ def greedy(recompute):
 
 
 def decode(model, prompts=PROMPTS, **options):
-    options = {"eos_id": NEVER, "max_new_tokens": NEW, **options}
+    options = {"stop_ids": [NEVER], "max_new_tokens": NEW, **options}
     return generate_tokens(model, prompts, **options)
 
 
@@ -88,8 +88,18 @@ def test_greedy_equals_running_the_whole_sequence_again(model, greedy):
 def test_stops_before_eos(model, greedy):
     eos = greedy[1][2]
     expected = [ids[: ids.index(eos)] if eos in ids else ids for ids in greedy]
-    assert decode(model, eos_id=eos) == expected
+    assert decode(model, stop_ids=[eos]) == expected
     assert min(map(len, expected)) <= 2 < max(map(len, expected))
+
+
+def test_stops_at_each_of_several_tokens(model, greedy):
+    """One that only the second row meets, and one that only the first does."""
+    stops = [NEVER, greedy[1][2], greedy[0][3]]
+    ends = [next((n for n, i in enumerate(ids) if i in stops), NEW) for ids in greedy]
+    assert {ids[end] for ids, end in zip(greedy, ends, strict=True) if end < NEW} == {*stops[1:]}
+    expected = [ids[:end] for ids, end in zip(greedy, ends, strict=True)]
+    assert decode(model, stop_ids=stops) == expected
+    assert decode(model, stop_ids=stops[::-1], stop=lambda ids: False) == expected
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.9}])
@@ -139,7 +149,7 @@ def test_no_expert_computes_padding_or_finished_rows(model, greedy, monkeypatch)
     monkeypatch.setattr(Transformer, "decode", spy)
     eos = greedy[0][1]  # in no other row's first two tokens
     assert all(eos not in ids[:2] for ids in greedy[1:])
-    decode(model, [PROMPTS[1], PROMPTS[0]], eos_id=eos, max_new_tokens=3)
+    decode(model, [PROMPTS[1], PROMPTS[0]], stop_ids=[eos], max_new_tokens=3)
     jax.effects_barrier()
     assert kept == [[6, 2], [1, 1], [1, 1], [1, 0]]
 
@@ -201,14 +211,13 @@ def test_bad_input_is_named(model, change, message):
 class Letters:
     """A tokenizer of one id per letter."""
 
-    bos_id, eos_id = 22, NEVER
+    stop_ids = (NEVER,)
 
-    def encode(self, text):
-        return [ord(letter) - ord("a") + 1 for letter in text]
+    def encode_text(self, text):
+        return [22, *(ord(letter) - ord("a") + 1 for letter in text)]
 
-    def encode_prompt(self, messages):
-        ((role, content),) = [(message["role"], message["content"]) for message in messages]
-        return [self.bos_id, *self.encode(role[0] + content)]
+    def encode_user(self, text):
+        return self.encode_text("u" + text)
 
     def decode(self, ids):
         return " ".join(map(str, ids))

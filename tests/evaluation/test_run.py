@@ -9,8 +9,9 @@ import pytest
 
 from esft_jax import evaluate, train
 from esft_jax.config import load_config
+from esft_jax.data.chat_template import DEFAULT_TEMPLATE
 from esft_jax.data.pipeline import build_dataset
-from esft_jax.data.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import run as evaluation
 from esft_jax.evaluation.judge import VARIABLES

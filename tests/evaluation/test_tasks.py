@@ -158,7 +158,7 @@ def test_completions_are_judged(write, tokenizer, monkeypatch):
         Completion(RENDERED["prompt"], " 5", ("4",), 0.0),
     ]
     prompts = [row.encode(tokenizer) for row in rows]
-    assert asked == {**options, "prompts": prompts, "eos_id": tokenizer.eos_id}
+    assert asked == {**options, "prompts": prompts, "stop_ids": tokenizer.stop_ids}
 
 
 def test_rows_that_do_not_fit_fail_before_any_compute(write, tokenizer, monkeypatch):

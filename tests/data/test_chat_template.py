@@ -1,0 +1,236 @@
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esft_jax.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, Message, Piece
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+
+CHAT = [
+    Message(role="user", content="hi"),
+    Message(role="assistant", content="yes"),
+    Message(role="user", content="why?"),
+    Message(role="assistant", content="so"),
+]
+ROLES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {"eos_token": "<eos>"}, "chat template")
+
+
+@pytest.fixture
+def folder(tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
+
+
+def configure(folder: Path, value: object) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "mine",
+        [{"name": "default", "template": "mine"}],
+        [{"name": "rag", "template": "x"}, {"name": "default", "template": "mine", "more": 1}],
+        {"default": "mine", "tool_use": "x"},
+    ],
+)
+def test_the_default_template_is_found_however_it_is_spelled(folder: Path, value: Any) -> None:
+    assert Tokenizer.load(folder).chat_template == DEFAULT_TEMPLATE
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": value}))
+    assert Tokenizer.load(folder).chat_template == "mine"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "processor's"}))
+    configure(folder, value)
+    assert Tokenizer.load(folder).chat_template == "mine"
+    configure(folder, "configuration's")
+    (folder / "chat_template.jinja").write_text("mine")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
+    assert Tokenizer.load(folder).chat_template == "mine"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            [{"name": "tool_use", "template": "x"}],
+            "found tool_use only; expected one named default",
+        ),
+        ({"b": "x", "a": "y"}, "found a, b only; expected one named default"),
+        ([{"template": "x"}], "chat_template[0].name: is None; expected a valid string"),
+        ([{"name": "default"}], "chat_template[0].template: is None; expected a valid string"),
+        ([{"name": "default", "template": 5}], "chat_template[0].template: is 5; expected a valid"),
+        ([{"name": ["a"], "template": "x"}], "chat_template[0].name: is ['a']; expected a valid"),
+        (["x"], "chat_template[0]: is 'x'; expected name and template"),
+        ({"default": None}, "chat_template.default: is None; expected a valid string"),
+        ([{"name": "default", "template": "x"}] * 2, "chat_template: two templates have one name"),
+        (5, "chat_template: is 5; expected a text or named texts"),
+        (True, "chat_template: is True; expected a text or named texts"),
+        (" ", "chat_template: is empty; expected a chat template"),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+def test_templates_without_a_default_one_are_refused(
+    folder: Path, file: str, value: object, message: str
+) -> None:
+    if file == "tokenizer_config.json":
+        configure(folder, value)
+    else:
+        (folder / file).write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(InputError) as caught:
+        Tokenizer.load(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_named_files_without_a_default_one_are_refused(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
+    (folder / "additional_chat_templates" / "._rag.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="found rag only; expected one named default"):
+        Tokenizer.load(folder)
+    (folder / "chat_template.json").write_text("[]")
+    shutil.rmtree(folder / "additional_chat_templates")
+    with pytest.raises(InputError, match=r"chat_template.json: expected an object"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages | length }}", "rewrites earlier messages"),
+        ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
+        ("{% if %}", "chat template: "),
+        ("{{ messages.__class__.__mro__ }}", "chat template: "),
+        ("{{ messages[9].content.x }}", "chat template: list object has no element 9"),
+        ("{{ 1 // 0 }}", "chat template: ZeroDivisionError: "),
+        ("{{ messages() }}", "chat template: TypeError: "),
+        ("{% include 'x' %}", "chat template: TypeError: "),
+        ("{{ raise_exception(messages) }}", "chat template: [{'role'"),
+        (ROLES + "{% generation %}", "chat template: "),
+    ],
+)
+def test_what_a_template_raises_is_one_line(source: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        template(source).pieces(CHAT)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_comes_after_the_chats_before_it() -> None:
+    source = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + ROLES
+    bad = [Message(role="user", content="bad"), CHAT[1]]
+    found = template(source).pieces_of_chats([CHAT, CHAT[:2], bad, CHAT])
+    assert next(found) == template(ROLES).pieces(CHAT)
+    assert next(found) == template(ROLES).pieces(CHAT[:2])
+    with pytest.raises(InputError, match="chat template: no"):
+        next(found)
+    # The process that renders is as good as before.
+    assert len(list(template(ROLES).pieces_of_chats([CHAT] * 600))) == 600
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    source = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}" + PROMPT
+    )
+    assert template(source).pieces(CHAT[:2])[1] == Piece("yes", 1)
+    with pytest.raises(InputError, match="rewrites earlier messages when later ones follow"):
+        template(source).pieces(CHAT)
+
+
+def test_a_generation_prompt_that_no_answer_follows() -> None:
+    """A thought begins in the prompt, and no answer is rendered with one."""
+    source = ROLES + "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    with pytest.raises(InputError) as caught:
+        template(source).pieces(CHAT[:2])
+    message = str(caught.value)
+    assert message.startswith(
+        "chat template: the generation prompt is not what precedes the answer"
+    )
+    assert "for messages[1] it ends in '<user>hi<eos><assistant><think>\\n'" in message
+    assert "in place of its last 8 characters the chat has 'yes<eos>'" in message
+
+
+def test_generation_blocks_say_what_is_learned() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<assistant><think></think>"
+        "{% generation %}{{ m.content }}<eos>{% endgeneration %}\n"
+        "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}" + PROMPT
+    )
+    assert template(source).pieces(CHAT) == [
+        Piece("<user>hi<assistant>", None),
+        Piece("<think></think>", None),
+        Piece("yes<eos>", 1),
+        Piece("<user>why?<assistant>", None),
+        Piece("<think></think>", None),
+        Piece("so<eos>", 3),
+    ]
+    masked = [CHAT[0], Message(role="assistant", content="yes", mask=False), *CHAT[2:]]
+    assert [piece.turn for piece in template(source).pieces(masked)] == [None] * 5 + [3]
+    # In whatever the template makes of a block's text.
+    nested = source.replace("{% generation %}", "{% set x %}{% generation %}{% generation %}")
+    end = "{% endgeneration %}"
+    nested = nested.replace(end, end + end + "{% endset %}{{ x | upper }}")
+    assert template(nested).pieces(CHAT)[2] == Piece("YES<EOS>", 1)
+    assert template(source).render(CHAT[:1], add_generation_prompt=True) == "<user>hi<assistant>"
+
+
+def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}<eos>"
+        "{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    assert any(tokenizer.encode_chat(CHAT[:2])[1])
+    with pytest.raises(InputError, match=r"messages\[1\]: the chat template renders nothing of it"):
+        tokenizer.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{{ 'x' * 5 * 10**9 }}", "needs too much memory; expected at most 1024 MiB"),
+        ("{{ '%99999999999d' | format(1) }}", "needs too much memory; expected at most 1024 MiB"),
+        ("{{ 'x' | center(10**10) }}", "needs too much memory; expected at most 1024 MiB"),
+        ("{{ 'x' * 3 * 10**6 }}", "renders 3000000 characters; expected at most 1000110"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself, too deeply"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is nested, or calls itself, too deeply"),
+        (
+            "{% for a in [1] %}" * 50 + "{% endfor %}" * 50,
+            "too many statically nested",
+        ),
+        ("{{ 10**5000 }}", "ValueError: Exceeds the limit"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes too long; expected at most 2 s for a chat, and 0.05 s on average",
+        ),
+        ("{{ 9**(9**(9**9)) }}", "takes too long"),
+    ],
+)
+def test_what_a_template_may_take_is_bounded(source: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        template(source).render(CHAT)
+    assert str(caught.value).startswith("chat template: ")
+    assert message in str(caught.value)
+
+
+def test_many_slow_renderings_are_too_slow() -> None:
+    source = "{% for a in range(90000) %}{% for b in range(9) %}{% endfor %}{% endfor %}"
+    begin = time.process_time()
+    assert template(source).render(CHAT) == ""
+    with pytest.raises(InputError, match=r"takes too long; .* 0.05 s on average"):
+        list(template(source).pieces_of_chats([CHAT] * 1000))
+    assert time.process_time() - begin < 5
