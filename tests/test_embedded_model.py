@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 
 import esft_jax
+from tests.yardstick import torch
 
 FOLDER = Path(__file__).parents[1] / "models" / "tiny-moe"
 TEXTS = [

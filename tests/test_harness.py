@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.instance import Instance
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.models.huggingface import HFLM
 
 from esft_jax import harness
 from esft_jax.data.tokenizer import Tokenizer
@@ -23,6 +22,9 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.adapter import save_adapter, trained_names
 from esft_jax.hf.export import export_model
 from esft_jax.hf.load import load_base
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
 
 FOLDER = Path(__file__).parents[1] / "models" / "tiny-moe"
 CHOICES = [
@@ -58,17 +60,18 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EsftJaxLM, HFLM]:
+def models(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EsftJaxLM, "HFLM"]:
     """Ours, of a base and an adapter, and the harness's own, of the exported model."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs torch")
     exported = tmp_path_factory.mktemp("exported") / "model"
     export_model(FOLDER, adapter, exported, dtype=jnp.float32)
     common: dict[str, Any] = {"batch_size": 16, "max_length": 96}
-    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", **common)
+    theirs = huggingface.HFLM(pretrained=str(exported), device="cpu", dtype="float32", **common)
     ours = EsftJaxLM(str(FOLDER), str(adapter), dtype="float32", **common)
     return ours, theirs
 
 
-def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM]) -> None:
+def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, "HFLM"]) -> None:
     ours, theirs = models
     pairs = [(row["question"], choice) for row in CHOICES for choice in row["choices"]]
     pairs += [
@@ -91,7 +94,7 @@ def test_log_likelihoods_equal_those_of_transformers(models: tuple[EsftJaxLM, HF
 
 
 def test_rolling_log_likelihoods_equal_those_of_transformers(
-    models: tuple[EsftJaxLM, HFLM],
+    models: tuple[EsftJaxLM, "HFLM"],
 ) -> None:
     texts = [("And God said, Let there be light.",), (long_text(250),), ("x",)]
     ours, theirs = (
@@ -102,7 +105,7 @@ def test_rolling_log_likelihoods_equal_those_of_transformers(
 
 
 @pytest.mark.slow
-def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM]) -> None:
+def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, "HFLM"]) -> None:
     greedy = {"until": ["\n"], "max_gen_toks": 40, "do_sample": False}
     arguments = [
         ("And the LORD said unto", greedy),
@@ -125,7 +128,7 @@ def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, HFLM])
 
 @pytest.mark.slow
 def test_long_completions_end_soon_after_a_stop_sequence(
-    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+    models: tuple[EsftJaxLM, "HFLM"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from esft_jax.evaluation import generate
 
@@ -152,7 +155,7 @@ def test_long_completions_end_soon_after_a_stop_sequence(
 
 
 @pytest.mark.slow
-def test_sampling_is_seeded_and_sampled(models: tuple[EsftJaxLM, HFLM]) -> None:
+def test_sampling_is_seeded_and_sampled(models: tuple[EsftJaxLM, "HFLM"]) -> None:
     sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
     arguments = [("And God", sampled), ("And God", sampled)]
     first, again = (
@@ -163,7 +166,7 @@ def test_sampling_is_seeded_and_sampled(models: tuple[EsftJaxLM, HFLM]) -> None:
     assert first[0] != first[1]
 
 
-def test_bos_and_chats(models: tuple[EsftJaxLM, HFLM]) -> None:
+def test_bos_and_chats(models: tuple[EsftJaxLM, "HFLM"]) -> None:
     ours, theirs = models
     chat = [
         {"role": "user", "content": "2 + 2 ="},
@@ -318,7 +321,7 @@ def test_a_file_of_settings_that_is_missing_is_named(capsys: Any) -> None:
 
 
 def test_wrong_requests_are_named(
-    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+    models: tuple[EsftJaxLM, "HFLM"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = models[0]
     monkeypatch.delattr(lm_eval_model, "generate_tokens")

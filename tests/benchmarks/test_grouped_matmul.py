@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
+
+from tests.yardstick import torch
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.yardstick import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 import transformers
 from flax import nnx
-from safetensors.torch import load_file, save_file
 
 YARN = {
     "rope_type": "yarn",
@@ -49,6 +47,8 @@ SHAPE = {
 
 
 def torch_model(seed: int = 0, **changes: Any) -> transformers.DeepseekV2ForCausalLM:
+    from tests.yardstick import torch
+
     torch.manual_seed(seed)
     config = transformers.DeepseekV2Config(**(SHAPE | changes))
     return transformers.DeepseekV2ForCausalLM(config).eval()
@@ -60,6 +60,8 @@ def save(model: transformers.DeepseekV2ForCausalLM, folder: Path, **options: Any
 
 
 def torch_logits(model: transformers.DeepseekV2ForCausalLM, tokens: Any) -> Any:
+    from tests.yardstick import torch
+
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
 
@@ -82,7 +84,9 @@ def assert_same(one, other):
 
 def rewrite(source, target, change):
     """A copy of a one-file checkpoint whose tensors went through `change`."""
+    from tests.yardstick import safetensors
+
     shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    save_file(change(tensors), target / "model.safetensors")
+    tensors = safetensors.load_file(target / "model.safetensors")
+    safetensors.save_file(change(tensors), target / "model.safetensors")
     return target

@@ -5,7 +5,6 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from esft_jax.errors import InputError
@@ -28,6 +27,7 @@ from tests.hf.checkpoints import (
     torch_model,
 )
 from tests.hf.test_adapter import EXPERTS, NAMES, save_trained
+from tests.yardstick import torch
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ from dataclasses import fields
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -24,6 +22,9 @@ from esft_jax.hf.lora import save_lora
 from esft_jax.hf.names import tensor_placements
 from esft_jax.mesh import make_mesh, param_shardings
 from tests.hf.checkpoints import assert_same, leaves, logits, torch_logits, torch_model
+from tests.yardstick import torch
+
+peft = pytest.importorskip("peft")
 
 SELECTED = ExpertConfig({1: (5, 0), 2: (3,)})
 MODULES = ("attention", "dense_mlps", "shared_experts")

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 import transformers
 from flax import nnx
 
@@ -76,6 +75,8 @@ class Pair:
 
 def make_pair(folder: Any, **changes: Any) -> Pair:
     """Random weights everywhere, norms and routers included, through a checkpoint on disk."""
+    from tests.yardstick import torch
+
     model = torch_model(**changes)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
 from esft_jax.training.step import loss_sum
 from tests.model.parity import stacked
+from tests.yardstick import torch
 
 # Uneven, with a layer in between that selects none.
 EXPERTS = ExpertConfig({1: (0, 5), 3: (1, 2, 7)})

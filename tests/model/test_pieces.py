@@ -4,13 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
-    DeepseekV2RMSNorm,
-    apply_rotary_emb,
-)
 
 from esft_jax.model import ModelConfig
 from esft_jax.model.norm import RMSNorm
@@ -19,6 +14,7 @@ from esft_jax.model.rope import inverse_frequencies, rotate, rotation
 from esft_jax.model.router import choose
 from tests.hf.checkpoints import SHAPE, torch_model
 from tests.model.parity import V2, YARN, normal, run
+from tests.yardstick import deepseek, torch
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -40,7 +36,7 @@ def test_norm(eps):
     x, scale = normal(2, 3, 8) * 0.1, normal(8, seed=1)
     ours = RMSNorm(8, eps, ParamFactory(nnx.Rngs(0), np.float32, 0.02))
     ours.scale[...] = scale
-    theirs = DeepseekV2RMSNorm(8, eps)
+    theirs = deepseek.DeepseekV2RMSNorm(8, eps)
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(scale))
         np.testing.assert_allclose(run(ours, x), theirs(torch.tensor(x)).numpy(), **CLOSE)
@@ -86,7 +82,7 @@ def test_rotation_of_queries(pair):
     )
     angles = far_angles(pair)
     query = torch.tensor(x).transpose(1, 2)
-    expected, _ = apply_rotary_emb(query, query, angles)
+    expected, _ = deepseek.apply_rotary_emb(query, query, angles)
     np.testing.assert_allclose(turned, expected.transpose(1, 2).numpy(), atol=1e-4)
 
 

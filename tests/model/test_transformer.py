@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from tests.model.parity import SHAPE, make_pair, run
+from tests.yardstick import torch
 
 LENGTH, A, B = 12, 7, 4
 

@@ -1,6 +1,7 @@
 """Attention over packed documents: every implementation against float64, and what XLA's holds."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def count_kernels(jaxpr, name):
 FORWARD = {
     "cpu": "esft_jax_attention",
     "tpu": "splash_mha_fwd_segmented_residuals",
-    "gpu": "mha_forward",
+    "gpu": "attention_forward",
 }
 
 
@@ -138,6 +139,61 @@ def test_the_policy_attention_runs_the_forward_kernel_once(implementation, remat
 def test_an_unknown_implementation_is_named(inputs):
     with pytest.raises(ValueError, match="'cudnn' is not one of cpu, gpu, tpu, xla"):
         causal_attention(*inputs, SCALE, implementation="cudnn")
+
+
+WRONG = {
+    "fewer key heads": ({"key": (B, S, 1, R)}, "expected as many heads"),
+    "fewer key and value heads": (
+        {"key": (B, S, 1, R), "value": (B, S, 1, W)},
+        r"key float32 \(2, 24, 1, 4\)",
+    ),
+    "fewer query heads": ({"query": (B, S, 1, R)}, "expected as many heads"),
+    "other widths": ({"key": (B, S, H, R + 1)}, "queries and keys of one width"),
+    "no width": ({"query": (B, S, H, 0), "key": (B, S, H, 0)}, "queries and keys of one width"),
+    "fewer keys": ({"key": (B, S - 1, H, R)}, "a value per key"),
+    "fewer keys and values": (
+        {"key": (B, S - 1, H, R), "value": (B, S - 1, H, W)},
+        "24 queries and 23 keys in a row",
+    ),
+    "fewer rows": ({"value": (1, S, H, W)}, "as many rows"),
+    "no heads axis": ({"query": (B, S, R)}, r"expected \[rows, tokens, heads, width\]"),
+    "fewer segments": ({"segments": (B, S - 1)}, r"segment_ids is int32 \(2, 23\)"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shapes_that_do_not_fit_are_refused(inputs, implementation, changed, message):
+    named = dict(zip(("query", "key", "value", "segments"), inputs, strict=True))
+    named |= {name: np.ones(shape, named[name].dtype) for name, shape in changed.items()}
+    with pytest.raises(ValueError, match=message):
+        causal_attention(*named.values(), SCALE, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_other_types_are_refused(inputs, implementation):
+    *arrays, segments = inputs
+    attend = partial(causal_attention, scale=SCALE, implementation=implementation)
+    for dtype in (np.int8, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"query {np.dtype(dtype)} .*float32 or bfloat16"):
+            attend(*(x.astype(dtype) for x in arrays), segments)
+    query, key, value = arrays
+    with pytest.raises(ValueError, match="key bfloat16 .*the same for all"):
+        attend(query, key.astype(jnp.bfloat16), value, segments)
+    with pytest.raises(ValueError, match="segment_ids is float32"):
+        attend(*arrays, segments.astype(np.float32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nothing_in_is_nothing_out(inputs, implementation):
+    out = causal_attention(*(x[:, :0] for x in inputs), SCALE, implementation=implementation)
+    assert out.shape == (B, 0, H, W)
+
+
+def test_a_mask_that_does_not_fit_is_refused(inputs):
+    query, key, value, _ = inputs
+    with pytest.raises(ValueError, match=r"visible is bool \(2, 1, 24\)"):
+        masked_attention(query, key, value, np.ones((B, 1, S), bool), SCALE)
 
 
 def test_blocks_of_queries_change_nothing(inputs, monkeypatch):

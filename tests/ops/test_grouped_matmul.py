@@ -174,6 +174,88 @@ def test_an_unknown_implementation_is_named():
         grouped_matmul(draw(2, D, seed=0), (draw(1, D, F, seed=1),), [2], implementation="cuda")
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "bool", "float8_e4m3fn", "complex64"])
+def test_what_needs_a_scale_is_no_weight(implementation, dtype):
+    x, banks, sizes = draw(6, D, seed=0), [draw(1, D, F, seed=1), draw(2, D, F, seed=2)], [1, 2, 3]
+    multiply = partial(grouped_matmul, group_sizes=sizes, implementation=implementation)
+    wrong = jnp.asarray(banks[1]).astype(dtype)
+    for bank in (wrong, Bank(wrong, 0, 2)):
+        with pytest.raises(ValueError, match=rf"banks\[1\] is {dtype}; expected float32 or"):
+            multiply(x, (banks[0], bank))
+    with pytest.raises(ValueError, match=f"x is {dtype}; expected float32 or"):
+        multiply(jnp.asarray(x).astype(dtype), banks)
+
+
+def bank_of(**changed):
+    return Bank(**({"matrices": np.ones((3, D, F), np.float32), "first": 0, "count": 3} | changed))
+
+
+WRONG = {
+    "no banks": ({"banks": ()}, "no banks"),
+    "a vector": ({"x": np.ones(D, np.float32)}, "x has shape .16,.; expected .rows, width."),
+    "another width": ({"x": np.ones((9, D + 1), np.float32)}, r"banks\[0\] has shape .3, 16, 24."),
+    "one matrix": ({"banks": [np.ones((D, F), np.float32)]}, r"banks\[0\] has shape .16, 24.;"),
+    "another result": (
+        {"banks": [bank_of(), np.ones((1, D, F + 1), np.float32)]},
+        r"banks\[1\] has shape .1, 16, 25.; .* the width of banks\[0\]",
+    ),
+    "more than there are": ({"banks": [bank_of(count=4)]}, "has 4 of 3 matrices"),
+    "past the end": ({"banks": [bank_of(first=1)]}, "begins at 1 and has 3 matrices, of 3"),
+    "before the beginning": ({"banks": [bank_of(first=-1)]}, "begins at -1"),
+    "another own": (
+        {"banks": [bank_of(own=np.ones((2, D, F), np.float32))]},
+        r"banks\[0\].own is float32 .2, 16, 24.; expected float32 .3, 16, 24.",
+    ),
+    "too few sizes": ({"group_sizes": [1, 2]}, r"int64 .2,.; expected integers .3,."),
+    "a table of sizes": ({"group_sizes": [[1, 2, 3]]}, "expected integers .3,."),
+    "broken sizes": ({"group_sizes": [1, 2.5, 3]}, "float64 .3,.; expected integers"),
+    "negative sizes": ({"group_sizes": [1, -2, 3]}, "none below 0"),
+    "more than the rows": ({"group_sizes": [1, 2, 7]}, "a sum of at most the 9 rows"),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_refused(implementation, changed, message):
+    operands = {"x": np.ones((9, D), np.float32), "banks": [bank_of()], "group_sizes": [1, 2, 3]}
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(**operands | changed, implementation=implementation)
+
+
+HUGE = 2**31 - 1
+# What was asked for, and what it counts as, of 10 rows.
+ASKED = {
+    "too many": ([4, 4, 4], [4, 4, 2]),
+    "negative": ([4, -3, 2], [4, 0, 2]),
+    "beyond int32": ([3, HUGE, HUGE], [3, 7, 0]),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("asked", "counted"), ASKED.values(), ids=ASKED)
+def test_sizes_at_run_time_keep_to_the_rows(implementation, asked, counted):
+    with IMPLEMENTATIONS[implementation]():
+        bank, x, cotangent = (draw(*shape, seed=1) for shape in ((3, D, F), (10, D), (10, F)))
+        found = run(implementation, x, (bank,), np.array(asked, np.int32), cotangent)
+        expected = run(implementation, x, (bank,), np.array(counted, np.int32), cotangent)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_matrices_found_at_run_time_are_of_the_array(implementation):
+    with IMPLEMENTATIONS[implementation]():
+        array, x, cotangent = (draw(*shape, seed=1) for shape in ((5, D, F), (10, D), (10, F)))
+        multiply = partial(run, implementation, x, sizes=np.array([6, 4], np.int32))
+        for asked, counted in ((1000, 3), (-1000, 0)):
+            # As floats: `jax.vjp` takes no integers.
+            found, expected = (
+                multiply(banks=(Bank(array, np.float32(first), 2),), cotangent=cotangent)[0]
+                for first in (asked, counted)
+            )
+            np.testing.assert_array_equal(found, expected)
+
+
 def results(jaxpr):
     """Shapes of everything that a program computes, loops and calls included."""
     for equation in jaxpr.eqns:

@@ -38,7 +38,7 @@ def causal_attention(
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:
-    """As `operation.causal_attention`.
+    """As `operation.causal_attention`, which checks the shapes that addresses are made of.
 
     Raises:
         ValueError: a type other than float32.

@@ -38,8 +38,20 @@ def causal_attention(
             partitioning: on a mesh, call this inside `shard_map`.
 
     Raises:
-        ValueError: `implementation` is unknown.
+        ValueError: `implementation` is unknown, types other than float32 and bfloat16, or shapes
+            that do not fit together: keys and values have as many heads as queries.
     """
+    check_operands(query, key, value)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"attention: {query.shape[1]} queries and {key.shape[1]} keys in a row")
+    segment_ids = jnp.asarray(segment_ids)
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != query.shape[:2]:
+        raise ValueError(
+            f"attention: segment_ids is {segment_ids.dtype} {segment_ids.shape}; expected integers "
+            f"{query.shape[:2]}, one for each token"
+        )
+    if value.size == 0:
+        return value
     if implementation is None:
         implementation = fastest_implementation()
         if implementation == "cpu" and query.dtype != jnp.float32:
@@ -49,3 +61,23 @@ def causal_attention(
         raise ValueError(f"attention: implementation {implementation!r} is not one of {known}")
     module = import_module(f"esft_jax.ops.attention.{implementation}")
     return module.causal_attention(query, key, value, segment_ids, scale)
+
+
+def check_operands(query: Array, key: Array, value: Array) -> None:
+    """Refuse what does not fit together: kernels compute addresses from these shapes.
+
+    Raises:
+        ValueError: it names shapes, types or what is wrong with them.
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    found = ", ".join(f"{name} {x.dtype} {x.shape}" for name, x in arrays.items())
+    if any(x.ndim != 4 for x in arrays.values()):
+        raise ValueError(f"attention: {found}; expected [rows, tokens, heads, width] of each")
+    if query.dtype not in (jnp.float32, jnp.bfloat16) or {query.dtype} != {key.dtype, value.dtype}:
+        raise ValueError(f"attention: {found}; expected float32 or bfloat16, the same for all")
+    if not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise ValueError(f"attention: {found}; expected as many heads of each")
+    if not len(query) == len(key) == len(value) or key.shape[1] != value.shape[1]:
+        raise ValueError(f"attention: {found}; expected as many rows of each, and a value per key")
+    if query.shape[3] != key.shape[3] or query.shape[3] == 0:
+        raise ValueError(f"attention: {found}; expected queries and keys of one width")

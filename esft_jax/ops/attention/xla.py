@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.ops.attention.operation import KEPT
+from esft_jax.ops.attention.operation import KEPT, check_operands
 
 # Queries per block, at least and at most: scores exist for one block at a time, and a block meets
 # no key after its own last query.
@@ -29,7 +29,16 @@ def masked_attention(
 ) -> Float[Array, "B Q H W"]:
     """Softmax attention, softmax in float32. A query that sees nothing returns a mean of values,
     never NaN.
+
+    Raises:
+        ValueError: types or shapes that do not fit together.
     """
+    check_operands(query, key, value)
+    expected = (len(query), query.shape[1], key.shape[1])
+    if visible.dtype != bool or visible.shape != expected:
+        raise ValueError(
+            f"attention: visible is {visible.dtype} {visible.shape}; expected bool {expected}"
+        )
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return _attend(query, key, value, visible, scale)[0].swapaxes(1, 2)
 

@@ -38,13 +38,8 @@ def multiply(
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
-    """See `xla.multiply`.
-
-    Raises:
-        ValueError: a type other than float32 and bfloat16.
-    """
+    """See `xla.multiply`. Addresses follow from shapes and sizes, which `operation.py` checks."""
     arrays = [bank.matrices for bank in banks]
-    _check_types(x, *arrays)
     foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
     out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
     firsts = jnp.stack([bank.first for bank in banks])
@@ -61,16 +56,9 @@ def weight_gradient(
     count: int,
 ) -> Float[Array, "count D F"]:
     """See `xla.weight_gradient`."""
-    _check_types(x, grad)
     foreign.register("esft_jax_weight_gradient", _gradient_tasks, _gradient)
     out = jax.ShapeDtypeStruct((count, x.shape[1], grad.shape[1]), jnp.float32)
     return jax.ffi.ffi_call("esft_jax_weight_gradient", out)(x, grad, group_sizes, jnp.int32(first))
-
-
-def _check_types(*arrays: Array) -> None:
-    for array in arrays:
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"grouped_matmul: 'cpu' takes float32 and bfloat16, not {array.dtype}")
 
 
 @compiled

@@ -8,7 +8,7 @@ On CPU the same kernels run in Pallas' interpreter, for tests.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from esft_jax.ops.grouped_matmul.bank import Bank
+from esft_jax.ops.triton_tiles import Part, load, store
 
 
 class Tiles(NamedTuple):
@@ -141,38 +142,6 @@ def _schedule(group_sizes: Int[Array, " G"], rows: int, block: int) -> Int[Array
     return jnp.stack([group.astype(jnp.int32), start, ends[group]])
 
 
-class _Part(NamedTuple):
-    """A stretch of one axis. Only what lies before `end` counts."""
-
-    start: Array
-    size: int
-    end: Array | int
-
-
-def _window(ref: jax.Ref, rows: _Part, columns: _Part, *index: Array) -> tuple[Any, Array | None]:
-    """A tile of a matrix and the mask of what counts in it, None if all does."""
-    mask = None
-    for axis, part in enumerate((rows, columns)):
-        # A start is a multiple of the size where the end is known before the program runs.
-        if not isinstance(part.end, int) or part.end % part.size:
-            inside = part.start + jnp.arange(part.size, dtype=jnp.int32) < part.end
-            inside = jnp.broadcast_to(jnp.expand_dims(inside, 1 - axis), (rows.size, columns.size))
-            mask = inside if mask is None else mask & inside
-    parts = (pl.ds(part.start, part.size) for part in (rows, columns))
-    return ref.at[(*index, *parts)], mask
-
-
-def _load(ref: jax.Ref, rows: _Part, columns: _Part, *index: Array) -> Array:
-    """A tile of a matrix, with 0 for what does not count."""
-    window, mask = _window(ref, rows, columns, *index)
-    return triton.load(window, mask=mask, other=None if mask is None else 0)
-
-
-def _store(ref: jax.Ref, tile: Array, rows: _Part, columns: _Part, *index: Array) -> None:
-    window, mask = _window(ref, rows, columns, *index)
-    triton.store(window, tile.astype(ref.dtype), mask=mask)
-
-
 def _multiply_kernel(
     schedule: jax.Ref,
     firsts: jax.Ref,
@@ -185,16 +154,16 @@ def _multiply_kernel(
     *banks, out = banks_and_out
     group, start, end = (schedule[i, pl.program_id(1)] for i in range(3))
     column = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
-    rows = _Part(start, tile.rows, end)
-    columns = _Part(column * tile.columns, tile.columns, out.shape[1])
+    rows = Part(start, tile.rows, end)
+    columns = Part(column * tile.columns, tile.columns, out.shape[1])
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     exists = columns.start < out.shape[1]
 
     def product(bank: jax.Ref, matrix: Array) -> Array:
         def step(i: Array, total: Array) -> Array:
-            inner = _Part(i * tile.step, tile.step, x.shape[1])
-            left = _load(x, rows, inner)
-            right = _load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
+            inner = Part(i * tile.step, tile.step, x.shape[1])
+            left = load(x, rows, inner)
+            right = load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
             return total + jax.lax.dot_general(
                 left,
                 right.astype(left.dtype),
@@ -209,13 +178,13 @@ def _multiply_kernel(
 
         @pl.when(exists & (group >= begin) & (group < begin + count))
         def _(i: int = i, bank: jax.Ref = bank, begin: int = begin) -> None:
-            _store(out, product(bank, firsts[i] + group - begin), rows, columns)
+            store(out, product(bank, firsts[i] + group - begin), rows, columns)
 
         begin += count
 
     @pl.when(exists & (group == begin))
     def _() -> None:
-        _store(out, total, rows, columns)
+        store(out, total, rows, columns)
 
 
 def _weight_gradient_kernel(
@@ -223,19 +192,19 @@ def _weight_gradient_kernel(
 ) -> None:
     column, row, group = (pl.program_id(axis) for axis in range(3))
     start, end = limits[0, group], limits[1, group]
-    of_x = _Part(row * tile.rows, tile.rows, x.shape[1])
-    of_grad = _Part(column * tile.columns, tile.columns, grad.shape[1])
+    of_x = Part(row * tile.rows, tile.rows, x.shape[1])
+    of_grad = Part(column * tile.columns, tile.columns, grad.shape[1])
 
     def step(i: Array, total: Array) -> Array:
-        rows = _Part(start + i * tile.step, tile.step, end)
+        rows = Part(start + i * tile.step, tile.step, end)
         # Rows of other groups are 0 on both sides: an infinity times 0 would be NaN.
         return total + jax.lax.dot_general(
-            _load(x, rows, of_x),
-            _load(grad, rows, of_grad),
+            load(x, rows, of_x),
+            load(grad, rows, of_grad),
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
 
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.step), step, total)
-    _store(out, total, of_x, of_grad, group)
+    store(out, total, of_x, of_grad, group)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
@@ -35,11 +36,14 @@ def grouped_matmul(
 
     Args:
         x: rows sorted by group. Rows past `sum(group_sizes)` belong to nobody: their result is 0.
+            Float32 or bfloat16, like the matrices: integers and 8-bit floats would need a scale.
         banks: matrices of the groups in order, split over one or more arrays, or parts of arrays
             (`Bank`), that are neither concatenated nor copied. Matrices of a narrower type than `x`
             are widened as they are read; those of a wider one (float32 masters) are converted
             before.
-        group_sizes: rows per group, int32; G is the total number of matrices.
+        group_sizes: rows per group, integers; G is the total number of matrices. Sizes that are
+            known only at run time cannot be refused: negative ones count as 0, and groups end with
+            the rows.
         implementation: how it is computed; None takes the fastest of the platform that the
             surrounding mesh, or else JAX's default device, belongs to.
 
@@ -47,23 +51,98 @@ def grouped_matmul(
         The products, in the type of `x`.
 
     Raises:
-        ValueError: `implementation` is unknown.
+        ValueError: `implementation` is unknown, another type, shapes that do not fit together, or
+            sizes known by now that are negative or more than the rows.
 
     The weight gradient is computed only for the banks that are differentiated, in the bank's own
     type: with tuned and frozen experts in two banks, frozen ones cost nothing.
     """
+    x = jnp.asarray(x)
+    all_banks = [b if isinstance(b, Bank) else _whole(jnp.asarray(b)) for b in banks]
+    _check_operands(x, all_banks, group_sizes)
     if implementation is None:
         implementation = fastest_implementation()
-        if implementation == "cpu" and x.dtype not in (jnp.float32, jnp.bfloat16):
-            implementation = "xla"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
-    all_banks = [b if isinstance(b, Bank) else Bank(jnp.asarray(b), 0, len(b)) for b in banks]
-    filled = tuple(replace(b, first=jnp.int32(b.first)) for b in all_banks if b.matrices.size > 0)
+    filled = tuple(_placed(bank) for bank in all_banks if bank.count and bank.matrices.size)
     if len(x) == 0 or not filled:
         return jnp.zeros((len(x), all_banks[0].width(transposed=False)), x.dtype)
-    return _grouped_matmul(implementation, x, filled, jnp.asarray(group_sizes, jnp.int32))
+    return _grouped_matmul(implementation, x, filled, _within(jnp.asarray(group_sizes), len(x)))
+
+
+def _whole(matrices: Array) -> Bank:
+    return Bank(matrices, 0, len(matrices) if matrices.ndim else 0)
+
+
+def _check_operands(x: Array, banks: Sequence[Bank], group_sizes: Any) -> None:
+    """What tracing can know. Kernels compute addresses from these, and check nothing."""
+    if not banks:
+        raise ValueError("grouped_matmul: no banks; expected one or more")
+    if x.ndim != 2:
+        raise ValueError(f"grouped_matmul: x has shape {x.shape}; expected [rows, width]")
+    _check_type("x", x)
+    for i, bank in enumerate(banks):
+        name, shape = f"banks[{i}]", bank.matrices.shape
+        expected = (bank.count, *shape[1:])
+        _check_type(name, bank.matrices)
+        if len(shape) != 3 or shape[1] != x.shape[1] or shape[2] != banks[0].matrices.shape[2]:
+            of_first = f" and the width of banks[0], {banks[0].matrices.shape}" if i else ""
+            raise ValueError(
+                f"grouped_matmul: {name} has shape {shape}; expected [matrices, {x.shape[1]}, "
+                f"width], for x of shape {x.shape}{of_first}"
+            )
+        if not 0 <= bank.count <= shape[0]:
+            raise ValueError(f"grouped_matmul: {name} has {bank.count} of {shape[0]} matrices")
+        if (
+            isinstance(bank.first, int | np.integer)
+            and not 0 <= bank.first <= shape[0] - bank.count
+        ):
+            raise ValueError(
+                f"grouped_matmul: {name} begins at {bank.first} and has {bank.count} matrices, of "
+                f"{shape[0]}"
+            )
+        if bank.own is not None and (bank.own.shape, bank.own.dtype) != (
+            expected,
+            bank.matrices.dtype,
+        ):
+            raise ValueError(
+                f"grouped_matmul: {name}.own is {bank.own.dtype} {bank.own.shape}; expected "
+                f"{bank.matrices.dtype} {expected}"
+            )
+    groups = sum(map(len, banks))
+    sizes = group_sizes if isinstance(group_sizes, jax.Array) else np.asarray(group_sizes)
+    if sizes.shape != (groups,) or not (groups == 0 or jnp.issubdtype(sizes.dtype, jnp.integer)):
+        raise ValueError(
+            f"grouped_matmul: group_sizes is {sizes.dtype} {sizes.shape}; expected integers "
+            f"({groups},), one for each matrix"
+        )
+    if isinstance(sizes, np.ndarray) and (np.any(sizes < 0) or sizes.sum() > len(x)):
+        raise ValueError(
+            f"grouped_matmul: group_sizes {sizes.tolist()}; expected none below 0, and a sum of at "
+            f"most the {len(x)} rows"
+        )
+
+
+def _check_type(name: str, array: Array) -> None:
+    if array.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"grouped_matmul: {name} is {array.dtype}; expected float32 or bfloat16")
+
+
+def _placed(bank: Bank) -> Bank:
+    """With `first` as an array, and inside of the array whatever its value."""
+    last = len(bank.matrices) - bank.count
+    return replace(bank, first=jnp.clip(jnp.int32(bank.first), 0, last))
+
+
+def _within(group_sizes: Array, rows: int) -> Int[Array, " G"]:
+    """Sizes with which every group lies within the rows, whatever they are at run time: kernels
+    read and write where they say. Those of a `Dispatch` do not change.
+    """
+    sizes = jnp.clip(group_sizes, 0, rows).astype(jnp.int32)
+    # Sums too large for int32 are negative; the ends must not go back.
+    ends = jax.lax.cummax(jnp.clip(jnp.cumsum(sizes), 0, rows))
+    return jnp.diff(ends, prepend=0)
 
 
 def _module(implementation: Implementation) -> ModuleType:

@@ -1,0 +1,62 @@
+"""Tiles of matrices in Pallas kernels that Triton compiles."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array
+
+
+class Part(NamedTuple):
+    """A stretch of one axis. Only what lies before `end` counts."""
+
+    start: Array | int
+    size: int
+    end: Array | int
+
+
+def _window(ref: jax.Ref, rows: Part, columns: Part, *index: Array) -> tuple[Any, Array | None]:
+    """A tile of a matrix and the mask of what counts in it, None if all does."""
+    mask = None
+    for axis, part in enumerate((rows, columns)):
+        # A start is a multiple of the size where the end is known before the program runs.
+        if not isinstance(part.end, int) or part.end % part.size:
+            inside = part.start + jnp.arange(part.size, dtype=jnp.int32) < part.end
+            inside = jnp.broadcast_to(jnp.expand_dims(inside, 1 - axis), (rows.size, columns.size))
+            mask = inside if mask is None else mask & inside
+    parts = (pl.ds(part.start, part.size) for part in (rows, columns))
+    return ref.at[(*index, *parts)], mask
+
+
+def load(ref: jax.Ref, rows: Part, columns: Part, *index: Array) -> Array:
+    """A tile of a matrix, with 0 for what does not count."""
+    window, mask = _window(ref, rows, columns, *index)
+    return triton.load(window, mask=mask, other=None if mask is None else 0)
+
+
+def store(ref: jax.Ref, tile: Array, rows: Part, columns: Part, *index: Array) -> None:
+    """Write what counts of a tile of a matrix."""
+    window, mask = _window(ref, rows, columns, *index)
+    triton.store(window, tile.astype(ref.dtype), mask=mask)
+
+
+def _line(ref: jax.Ref, part: Part) -> tuple[Any, Array | None]:
+    """A stretch of a vector of known length, as `_window`."""
+    mask = None
+    if part.end % part.size:
+        mask = part.start + jnp.arange(part.size, dtype=jnp.int32) < part.end
+    return ref.at[pl.ds(part.start, part.size)], mask
+
+
+def load_line(ref: jax.Ref, part: Part) -> Array:
+    """A stretch of a vector of known length, with 0 for what does not count."""
+    line, mask = _line(ref, part)
+    return triton.load(line, mask=mask, other=None if mask is None else 0)
+
+
+def store_line(ref: jax.Ref, values: Array, part: Part) -> None:
+    """Write what counts of a stretch of a vector of known length."""
+    line, mask = _line(ref, part)
+    triton.store(line, values.astype(ref.dtype), mask=mask)
