@@ -54,6 +54,15 @@ def check_writable(folder: str | os.PathLike[str], key: str) -> None:
         raise InputError(f"{key}: {existing}: no permission to write")
 
 
+def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """What a folder holds by names of a pattern, sorted, without hidden files.
+
+    Those (`._model.safetensors`, `.DS_Store`, `.ipynb_checkpoints`, ...) are the file manager's or
+    another tool's: never read, and never in the way.
+    """
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
 def seen(path: Path) -> bool:
     """Whether a file is there that another host has just written.
 
