@@ -21,6 +21,7 @@ from esft_jax.errors import InputError, one_line
 Value = TypeVar("Value")
 
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
+POINTER_BYTES = 64  # of a file, enough to know a git-lfs pointer by
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -61,6 +62,28 @@ def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
     another tool's: never read, and never in the way.
     """
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+def check_no_links(path: str | os.PathLike[str]) -> None:
+    """Refuse a symbolic link at a path or below it: what is written there must stay there.
+
+    Hidden files do not count. Folders above may be links.
+
+    Raises:
+        InputError: naming the link.
+    """
+
+    def check(path: str) -> None:
+        if os.path.islink(path):
+            raise InputError(
+                f"{path}: is a link, and writing would lead out of its folder; expected none"
+            )
+
+    check(os.fspath(path))
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders + [name for name in files if not name.startswith(".")]:
+            check(os.path.join(folder, name))
 
 
 def seen(path: Path) -> bool:

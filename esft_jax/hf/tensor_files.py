@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from esft_jax.errors import InputError
-from esft_jax.files import check_file, check_not_pointer, read_json, visible
+from esft_jax.files import POINTER_BYTES, check_file, check_not_pointer, read_json, visible
 
 # Names in safetensors headers of the types that weights may have.
 DTYPES = {
@@ -20,7 +20,6 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-_POINTER_BYTES = 64  # enough to know a git-lfs pointer by
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -200,7 +199,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     check_file(path)
     try:
         with path.open("rb") as file:
-            check_not_pointer(path, file.read(_POINTER_BYTES))
+            check_not_pointer(path, file.read(POINTER_BYTES))
         # The library checks the header, and that the file is as long as it says. It would map the
         # whole file for as long as it is open.
         with safe_open(path, framework="numpy"), path.open("rb") as file:

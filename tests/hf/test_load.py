@@ -167,7 +167,7 @@ def test_hidden_files_are_nobodys(tiny, tmp_path):
 
 
 def test_of_several_files_the_usual_one_counts(tiny, tmp_path):
-    """As for `transformers`; other files are of another tool, if they say nothing of its tensors."""
+    """As for `transformers`; others are of another tool, if they say nothing of its tensors."""
     folder = rewrite(tiny[1], tmp_path / "copy", lambda tensors: tensors)
     save_file({"layers.0.wq": torch.zeros(2)}, folder / "consolidated.safetensors")
     assert_same(load_model(folder), load_model(tiny[1]))
