@@ -30,7 +30,7 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
-from esft_jax.files import check_writable, parse_json, read_text, write_text_atomic
+from esft_jax.files import check_writable, parse_json, read_text, visible, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.hf.lora import ADAPTER_CONFIG
@@ -116,6 +116,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
         raise InputError("evaluation.data: not set; expected a file of prompts and answers")
     run = RunFolder(config.output)
     check_writable(run.path, "output")
+    run.check_way()
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
@@ -364,7 +365,7 @@ def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str
 
 def _adapter_sha256(folder: Path) -> str:
     """Of its tensors, and of what scales them if they are factors."""
-    return _sha256([*sorted(folder.glob("*.safetensors")), folder / ADAPTER_CONFIG])
+    return _sha256([*visible(folder, "*.safetensors"), folder / ADAPTER_CONFIG])
 
 
 def _sha256(paths: Iterable[Path]) -> str:

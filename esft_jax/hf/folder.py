@@ -116,15 +116,14 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def make_way(target: Path, *, replace: bool = False) -> None:
-    """Check that a new folder may take a place, and remove an empty one from there.
+def check_way(target: Path, *, replace: bool = False) -> None:
+    """Check that a new folder may take a place.
 
     Args:
-        replace: an older result, with nothing else in it, may be there, too.
+        replace: an older result, with nothing else in it, may be there.
 
     Raises:
-        InputError: something else is there, a link among others, or an empty folder cannot be
-            removed, as a mount point.
+        InputError: something else is there, a link among others.
     """
     if target.is_symlink():
         raise InputError(f"{target}: is a link; expected a new folder, to be written in its place")
@@ -133,15 +132,24 @@ def make_way(target: Path, *, replace: bool = False) -> None:
     if not target.is_dir():
         raise InputError(f"{target}: exists; expected a new or empty folder")
     held = visible(target)
-    foreign = [path for path in held if not _RESULT.fullmatch(path.name) or path.is_dir()]
-    if foreign and replace:
-        raise InputError(
-            f"{foreign[0]}: is no part of a result, which would take the place of {target}; "
-            "expected a new folder, or an older result"
-        )
     if held and not replace:
         raise InputError(f"{target}: exists; expected a new or empty folder")
-    if any(target.iterdir()):
+    for path in held:
+        if not _RESULT.fullmatch(path.name) or path.is_dir():
+            raise InputError(
+                f"{path}: is no part of a result, which would take the place of {target}; "
+                "expected a new folder, or an older result"
+            )
+
+
+def make_way(target: Path, *, replace: bool = False) -> None:
+    """Remove an empty folder, for a new one to take its place.
+
+    Raises:
+        InputError: see `check_way`; or an empty folder cannot be removed, as a mount point.
+    """
+    check_way(target, replace=replace)
+    if not target.exists() or any(target.iterdir()):
         return
     try:
         target.resolve().rmdir()
