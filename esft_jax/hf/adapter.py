@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -24,11 +23,11 @@ from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
+from esft_jax.hf.model_tensors import ModelTensors, model_tensors
 from esft_jax.hf.names import (
     EXPERTS,
     LeafPath,
     Placement,
-    bank_rows,
     expert_names,
     tensor_placements,
 )
@@ -156,7 +155,7 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
 def trained_tensors(
     model: Transformer, trained: Collection[tuple[Any, ...]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The trained tensors of a model under training, in `model.dtype`.
+    """The trained tensors of a model under training, in `model.dtype`; with factors, merged.
 
     On several processes all must consume it, in step.
 
@@ -164,32 +163,13 @@ def trained_tensors(
         model: with its tuned bank, if experts are trained.
         trained: paths of all trained parameters; the bank's own may be among them.
     """
-    rows = bank_rows(model)
+    tensors = ModelTensors(model)
     names = [
         name
-        for name, place in tensor_placements(model.config).items()
-        if place.path in trained or (place.path[:3] == EXPERTS and place.index in rows)
+        for name, place in tensors.placements.items()
+        if place.path in trained or tensors.is_tuned(name) or tensors.update(name) is not None
     ]
     return model_tensors(model, names, model.dtype)
-
-
-def model_tensors(
-    model: Transformer, names: Iterable[str], dtype: DTypeLike
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a model under Hugging Face names; tuned experts come from their bank."""
-    placements, rows = tensor_placements(model.config), bank_rows(model)
-    leaves: dict[LeafPath, jax.Array] = {
-        tuple(map(str, path)): param.get_value()
-        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    for name in names:
-        place = placements[name]
-        leaf, box = leaves[place.path], place.box
-        if place.path[:3] == EXPERTS and place.index in rows:
-            row = rows[place.index]
-            leaf = leaves["tuned_experts", place.path[-1]]
-            box = (slice(row, row + 1), *box[2:])
-        yield name, place.from_block(read_block(leaf, box)).astype(dtype)
 
 
 def save_adapter(

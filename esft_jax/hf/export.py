@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
 from esft_jax.files import parse_json, read_text
-from esft_jax.hf.adapter import load_adapter, model_tensors
+from esft_jax.hf.adapter import load_adapter
 from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
 from esft_jax.hf.load import open_source
+from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
 from esft_jax.hf.tensor_files import common_dtype
@@ -87,6 +88,7 @@ def save_model(
 ) -> None:
     """Write all weights of a model as a Hugging Face folder; an older one there gives way.
 
+    Tuned experts and low-rank updates are in it, merged in float32, as in an exported adapter.
     On several processes all must call it; the first one writes.
 
     Args:
