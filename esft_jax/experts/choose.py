@@ -15,7 +15,7 @@ from esft_jax.experts.groups import group_experts
 from esft_jax.experts.partition import TUNED, label
 from esft_jax.experts.scores import ExpertScores, as_wide, load_scores
 from esft_jax.experts.select import combine_experts, random_experts, select_experts
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import read_json
 from esft_jax.hf.names import tensor_placements
 from esft_jax.model.config import ModelConfig
 
@@ -116,7 +116,7 @@ def load_tasks(
 def _is_expert_config(path: str) -> bool:
     if not Path(path).is_file():
         return False
-    content = parse_json(read_text(path), path)
+    content = read_json(path)
     return isinstance(content, dict) and "experts" in content
 
 
