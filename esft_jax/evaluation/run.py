@@ -32,6 +32,7 @@ from esft_jax.evaluation.tasks import (
 )
 from esft_jax.files import check_writable, parse_json, read_text, visible, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
+from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.hf.lora import ADAPTER_CONFIG
 from esft_jax.mesh import any_process, make_mesh
@@ -282,7 +283,10 @@ def load_tuned(
     opened = None
     if adapter is not None:
         opened = load_adapter(adapter)
-        opened.check(open_source(model).config)  # before weights are read
+        source, tokenizer = open_source(model), None
+        if "tokenizer_fingerprint" in (opened.manifest or {}):
+            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+        opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
     base = load_base(model, dtype, mesh)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
@@ -357,6 +361,7 @@ def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str
     return {
         "model": config.model,
         "base_fingerprint": fingerprint,
+        "config_fingerprint": ModelConfig.load(local_folder(config.model)).fingerprint,
         "adapter": None if adapter is None else str(adapter),
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,

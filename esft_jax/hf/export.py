@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import read_json
 from esft_jax.hf.adapter import load_adapter
 from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
+from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import open_source
 from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
@@ -58,8 +60,12 @@ def export_model(
     loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
-        loaded.check(source.config)
-        if loaded.manifest:  # the fingerprint may take reading the whole base
+        bound = loaded.manifest or {}
+        tokenizer = None
+        if "tokenizer_fingerprint" in bound:
+            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+        loaded.check(source.config, tokenizer_fingerprint=tokenizer)
+        if bound:  # the fingerprint may take reading the whole base
             loaded.check(source.config, source.fingerprint)
         changed = set(loaded.names)
         for name in changed:
@@ -149,7 +155,7 @@ def _write_model(
 ) -> None:
     path = template / "config.json"
     widest = common_dtype(spec.dtype for spec in specs.values())
-    config = exported_config(parse_json(read_text(path), str(path)), widest)
+    config = exported_config(read_json(path), widest)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from esft_jax.errors import InputError
 from esft_jax.experts.lora import LoRA
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import checked, read_json
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
 from esft_jax.hf.model_tensors import ModelTensors
@@ -80,12 +81,18 @@ class LoRAAdapter:
             if name.endswith(".lora_A.weight")
         ]
 
-    def check(self, config: ModelConfig, base_fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        config: ModelConfig,
+        base_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
         """Check that the adapter fits a model.
 
         Args:
-            base_fingerprint: of the base it shall be merged into; only compared if it has a
-                manifest.
+            base_fingerprint: of the weights of the base it shall be merged into.
+            tokenizer_fingerprint: of the base's tokenizer; this and the others are compared as
+                far as they are given and a manifest has them.
 
         Raises:
             InputError: it belongs to another base, or its tensors are no factors of this model's
@@ -104,12 +111,20 @@ class LoRAAdapter:
         for stored in self.files:
             if stored not in expected:
                 raise InputError(f"{self.folder}: unexpected tensor {stored!r}")
-        if self.manifest is not None and set(self.names) != set(self.manifest.get("updates", ())):
+        if self.manifest is None:
+            return
+        where = f"{self.folder / MANIFEST}: updates"
+        if set(self.names) != set(checked(list[str], self.manifest.get("updates"), where)):
             raise InputError(
                 f"{self.folder}: its tensors are not those of {MANIFEST}: updates; expected both "
                 "as they were written"
             )
-        check_base(self.folder, self.manifest, base_fingerprint)
+        base = {
+            "base_fingerprint": base_fingerprint,
+            "config_fingerprint": config.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        check_base(self.folder, self.manifest, base)
 
     def dtype(self, name: str, base: np.dtype) -> np.dtype:
         """Type of the sum of base and update: that of the base."""
@@ -128,7 +143,7 @@ def open_lora(folder: Path) -> LoRAAdapter:
         InputError: missing or damaged files, or more than plain LoRA.
     """
     path = folder / ADAPTER_CONFIG
-    config = parse_json(read_text(path), str(path))
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: expected a JSON object with peft_type = 'LORA'")
     for key, plain in (_PLAIN | dict.fromkeys(_VARIANTS)).items():
@@ -141,11 +156,8 @@ def open_lora(folder: Path) -> LoRAAdapter:
         raise InputError(
             f"{path}: init_lora_weights: {beginning!r} is not supported; expected one of {known}"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise InputError(f"{path}: r: {rank!r}; expected a number from 1")
-    if not isinstance(alpha, int | float):
-        raise InputError(f"{path}: lora_alpha: {alpha!r}; expected a number")
+    rank = checked(PositiveInt, config.get("r"), f"{path}: r")
+    alpha = checked(float, config.get("lora_alpha"), f"{path}: lora_alpha")
     return LoRAAdapter(folder, TensorFiles(folder), rank, alpha / rank, read_manifest(folder))
 
 
