@@ -2,9 +2,9 @@
 
 import codecs
 import contextlib
-import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import reprlib
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, is_typeddict
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -25,6 +25,7 @@ _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/")
 _NAME_MAX, _PATH_MAX = 255, 4096  # bytes; of Linux, the shorter ones of all file systems in use
 
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
+POINTER_BYTES = 64  # of a file, enough to know a git-lfs pointer by
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -57,6 +58,37 @@ def check_writable(folder: str | os.PathLike[str], key: str) -> None:
         raise InputError(f"{key}: {existing} is a file; expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {existing}: no permission to write")
+
+
+def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """What a folder holds by names of a pattern, sorted, without hidden files.
+
+    Those (`._model.safetensors`, `.DS_Store`, `.ipynb_checkpoints`, ...) are the file manager's or
+    another tool's: never read, and never in the way.
+    """
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith("."))
+
+
+def check_no_links(path: str | os.PathLike[str]) -> None:
+    """Refuse a symbolic link at a path or below it: what is written there must stay there.
+
+    Hidden files do not count. Folders above may be links.
+
+    Raises:
+        InputError: naming the link.
+    """
+
+    def check(path: str) -> None:
+        if os.path.islink(path):
+            raise InputError(
+                f"{path}: is a link, and writing would lead out of its folder; expected none"
+            )
+
+    check(os.fspath(path))
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders + [name for name in files if not name.startswith(".")]:
+            check(os.path.join(folder, name))
 
 
 def seen(path: Path) -> bool:
@@ -166,10 +198,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_json_lines(
+    path: str | os.PathLike[str], *, growing: bool = False
+) -> Iterator[tuple[str, Any]]:
     """The place, `path:line`, and the value of each line of a JSON Lines file that is not blank.
 
     A line is in memory at a time.
+
+    Args:
+        growing: what follows the last end of a line is left out: it is being written, or was when
+            its process was killed.
 
     Raises:
         InputError: as `read_text` does, and for the first line that is no JSON, by its number.
@@ -178,6 +216,8 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if growing and not line.endswith(b"\n"):
+                    return
                 if number == 1:
                     check_not_pointer(path, line)
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -223,13 +263,19 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     Args:
         kind: a type that pydantic knows; of a dataclass or `TypedDict`, all its keys are expected
             and no others.
+        value: what `parse_json` returned.
         where: what the message begins with: the file, and the line if there are several.
 
     Raises:
         InputError: naming the key, what was found and what was expected.
     """
     try:
-        return _adapter(kind).validate_python(value)
+        for keys, number in _numbers(value):
+            if not math.isfinite(number):
+                place = ": ".join([where, ".".join(keys)] if keys else [where])
+                raise InputError(f"{place}: is {number}; expected a finite number")
+        # Of Python's own values, pydantic's strict mode would take no dictionary for a dataclass.
+        return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))
@@ -237,12 +283,19 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
         raise InputError(
             f"{where}: {f'{key}: ' if key else ''}is {reprlib.repr(mistake['input'])}; {expected}"
         ) from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+
+
+def _numbers(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every floating-point number in a parsed value, with the keys that lead to it."""
+    if isinstance(value, float):
+        yield keys, value
+    items = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, list) else items:
+        yield from _numbers(item, (*keys, str(key)))
 
 
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or is_typeddict(kind)):
-        kind = pydantic.with_config(strict)(kind)
-        return pydantic.TypeAdapter(kind)
-    return pydantic.TypeAdapter(kind, config=strict)
+    return pydantic.TypeAdapter(kind)

@@ -4,6 +4,7 @@ Writes a page that opens offline, report.html, with its figures as PNG and its n
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,13 @@ from esft_jax.config import Count, LocalPath, Share
 from esft_jax.errors import InputError
 from esft_jax.experts.scores import SCORE_METHODS
 from esft_jax.experts.select import DEFAULT_TOP_P
-from esft_jax.files import check_writable, write_bytes_atomic, write_text_atomic
+from esft_jax.files import (
+    check_no_links,
+    check_writable,
+    visible,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
 from esft_jax.reporting.comparison import read_comparison, verdict
@@ -31,6 +38,10 @@ from esft_jax.sweeping.table import to_csv as methods_csv
 from esft_jax.terminal import Terminal
 
 PAGE = "report.html"
+# Tables and figures, by the names of their files; what else lies beside them is the user's.
+_OURS = re.compile(
+    r"concentration|experts(-\d+)?|layers|methods|overlap|sample-size|threshold|words"
+)
 
 
 @command
@@ -106,6 +117,8 @@ def main(argv: Sequence[str]) -> None:
             f"{tasks[0].scores.num_experts} experts of a layer"
         )
     check_writable(args.output, "--output")
+    for part in ("data", "figures"):
+        check_no_links(Path(args.output) / part)
     compared = () if args.sweep is None else read_comparison(args.sweep)
     findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
     write_report(findings, Path(args.output), compared)
@@ -118,7 +131,8 @@ def main(argv: Sequence[str]) -> None:
 
 def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow] = ()) -> None:
     """Write `data/*.csv`, `figures/*.png` and, last, `report.html`; an earlier report goes."""
-    for stale in [folder / PAGE, *folder.glob("data/*.csv"), *folder.glob("figures/*.png")]:
+    kept = [*visible(folder / "data", "*.csv"), *visible(folder / "figures", "*.png")]
+    for stale in [folder / PAGE, *(path for path in kept if _OURS.fullmatch(path.stem))]:
         stale.unlink(missing_ok=True)
     for name, table in tables(findings).items():
         write_text_atomic(folder / "data" / f"{name}.csv", to_csv(table))

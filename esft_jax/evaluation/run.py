@@ -30,8 +30,9 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
-from esft_jax.files import check_writable, parse_json, read_text, write_text_atomic
+from esft_jax.files import check_writable, parse_json, read_text, visible, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
+from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.hf.lora import ADAPTER_CONFIG
 from esft_jax.mesh import any_process, make_mesh
@@ -124,6 +125,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
         raise InputError("evaluation.data: not set; expected a file of prompts and answers")
     run = RunFolder(config.output)
     check_writable(run.path, "output")
+    run.check_way()
     folder = local_folder(config.model)
     shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
@@ -290,7 +292,10 @@ def load_tuned(
     opened = None
     if adapter is not None:
         opened = load_adapter(adapter)
-        opened.check(open_source(model).config)  # before weights are read
+        source, tokenizer = open_source(model), None
+        if "tokenizer_fingerprint" in (opened.manifest or {}):
+            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+        opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
     base = load_base(model, dtype, mesh)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
@@ -365,6 +370,7 @@ def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str
     return {
         "model": config.model,
         "base_fingerprint": fingerprint,
+        "config_fingerprint": ModelConfig.load(local_folder(config.model)).fingerprint,
         "adapter": None if adapter is None else str(adapter),
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
@@ -373,7 +379,7 @@ def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str
 
 def _adapter_sha256(folder: Path) -> str:
     """Of its tensors, and of what scales them if they are factors."""
-    return _sha256([*sorted(folder.glob("*.safetensors")), folder / ADAPTER_CONFIG])
+    return _sha256([*visible(folder, "*.safetensors"), folder / ADAPTER_CONFIG])
 
 
 def _sha256(paths: Iterable[Path]) -> str:

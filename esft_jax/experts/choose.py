@@ -15,7 +15,8 @@ from esft_jax.experts.groups import group_experts
 from esft_jax.experts.partition import TUNED, label
 from esft_jax.experts.scores import ExpertScores, as_wide, load_scores
 from esft_jax.experts.select import combine_experts, random_experts, select_experts
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import read_json
+from esft_jax.hf.identity import check_same_base
 from esft_jax.hf.names import tensor_placements
 from esft_jax.model.config import ModelConfig
 
@@ -116,7 +117,7 @@ def load_tasks(
 def _is_expert_config(path: str) -> bool:
     if not Path(path).is_file():
         return False
-    content = parse_json(read_text(path), path)
+    content = read_json(path)
     return isinstance(content, dict) and "experts" in content
 
 
@@ -179,6 +180,10 @@ def _check_fit(
         shape = model.moe_layers, model.router.num_experts
     elif scored:
         shape = scored[0][1].layers, scored[0][1].num_experts
+    for where, task in scored:
+        base = {} if model is None else {"config_fingerprint": model.fingerprint}
+        check_same_base(task.provenance, base, where, "measured on")
+        check_same_base(task.provenance, scored[0][1].provenance, where, "measured on")
     for where, task in named:
         if isinstance(task, ExpertConfig):
             if select.has_rule or select.group_size > 1:

@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text, write_text_atomic
+from esft_jax.files import read_json, write_text_atomic
 
 _FLAGS = ("shared_experts", "non_expert_modules")
 
@@ -41,19 +42,21 @@ class ExpertConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ExpertConfig":
         """Read an `expert_cfg.json`; `InputError` names the file and the key that is wrong."""
-        content = parse_json(read_text(path), str(path))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a JSON object with the key 'experts'")
         unknown = sorted(content.keys() - {"experts", *_FLAGS})
         if unknown:
             expected = ", ".join(("experts", *_FLAGS))
-            raise InputError(f"{path}: unknown key {unknown[0]!r}; expected {expected}")
+            raise InputError(f"{path}: unknown key {reprlib.repr(unknown[0])}; expected {expected}")
         if not isinstance(content.get("experts"), dict):
             raise InputError(f"{path}: key 'experts' must be an object of layer -> [expert ids]")
         flags = {flag: content.get(flag, False) for flag in _FLAGS}
         for flag, value in flags.items():
             if not isinstance(value, bool):
-                raise InputError(f"{path}: key {flag!r} must be true or false, not {value!r}")
+                raise InputError(
+                    f"{path}: key {flag!r} must be true or false, not {reprlib.repr(value)}"
+                )
         experts = {
             layer_index(layer, f"{path}: experts"): _expert_ids(ids, f"{path}: experts.{layer}")
             for layer, ids in content["experts"].items()
@@ -107,22 +110,28 @@ class ExpertConfig:
 def layer_index(key: str, where: str) -> int:
     """The layer a JSON key names; `InputError` starts with `where` if it is no plain number."""
     if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key):  # "1" and "01" would name one layer twice
-        raise InputError(f"{where}: {key!r} is no layer index; expected a number such as '1'")
+        raise InputError(
+            f"{where}: {reprlib.repr(key)} is no layer index; expected a number such as '1'"
+        )
     return int(key)
 
 
 def _expert_ids(ids: Any, where: str) -> tuple[int, ...]:
     if not isinstance(ids, list):
-        raise InputError(f"{where}: expected a list of expert ids, not {ids!r}")
+        raise InputError(f"{where}: expected a list of expert ids, not {reprlib.repr(ids)}")
     for expert in ids:
         # bool is a subclass of int, but `true` is no expert id.
         if not isinstance(expert, int) or isinstance(expert, bool) or expert < 0:
-            raise InputError(f"{where}: {expert!r} is no expert id; expected a number from 0")
+            raise InputError(
+                f"{where}: {reprlib.repr(expert)} is no expert id; expected a number from 0"
+            )
     _check_distinct(ids, where)
     return tuple(ids)
 
 
 def _check_distinct(ids: Sequence[int], where: str) -> None:
-    repeated = [expert for expert in ids if ids.count(expert) > 1]
-    if repeated:
-        raise InputError(f"{where}: expert {repeated[0]} is listed twice")
+    seen: set[int] = set()
+    for expert in ids:
+        if expert in seen:
+            raise InputError(f"{where}: expert {expert} is listed twice")
+        seen.add(expert)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA, Trained
 from esft_jax.mesh import EXPERT, RULES
@@ -51,6 +52,7 @@ def attach_tuned_experts(
         loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
             experts move between devices, so that all compute about as many (`placement.py`).
     """
+    _check_plain(model)
     config = model.config
     experts.validate(config.moe_layers, config.router.num_experts)
     if not experts.num_experts_selected:
@@ -60,9 +62,8 @@ def attach_tuned_experts(
         experts.experts, config.moe_layers, config.router.num_experts, shards, loads
     )
     base = model.moe_blocks.moe.experts
-    if loads is not None and model.mesh is not None:
-        for param in (base.gate_up, base.down):
-            param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
+    for param in (base.gate_up, base.down):
+        param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
     model.tuned_experts = TunedExperts.from_base(
         base.gate_up[...], base.down[...], layout, model.mesh
     )
@@ -81,6 +82,7 @@ def attach_factors(
     Args:
         loads: see `attach_tuned_experts`.
     """
+    _check_plain(model)
     config, rank, scale, mesh = model.config, lora.rank, lora.scale, model.mesh
     keys = nnx.Rngs(seed)
 
@@ -119,6 +121,13 @@ def attach_factors(
     model.tuned_experts = LowRankExperts.create(
         config.hidden_size, config.expert_width, rank, scale, layout, keys.params(), mesh
     )
+
+
+def _check_plain(model: Transformer) -> None:
+    """Refuse a model that has been given parameters before: its experts may have moved."""
+    factors = any(isinstance(module, LowRank) for _, module in nnx.iter_modules(model))
+    if factors or model.tuned_experts is not None:
+        raise InputError("the model has tuned experts or factors already; expected a base model")
 
 
 def _moved(

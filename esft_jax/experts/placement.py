@@ -81,7 +81,7 @@ def place_updated_experts(
             continue
         rest = [local - places for places in room]
         if loads is None:
-            others = [expert for expert in range(num_experts) if expert not in ids]
+            others = np.setdiff1d(np.arange(num_experts), ids).tolist()
             device = np.zeros(num_experts, np.int64)
             device[list(ids)] = _near_home(ids, room, local)
             device[others] = _near_home(others, rest, local)

@@ -11,16 +11,31 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from esft_jax.errors import InputError
-from esft_jax.files import read_text, write_bytes_atomic
+from esft_jax.errors import InputError, one_line
+from esft_jax.files import (
+    POINTER_BYTES,
+    check_file,
+    check_not_pointer,
+    read_text,
+    visible,
+    write_bytes_atomic,
+)
 
 ROUTING_FILE = "routing.npz"
 _LOG_NAME = re.compile(r"expert_weights_(\d+)\.txt")
+# Kinds of numbers and axes of what `routing.npz` holds.
+_ARRAYS = {
+    "layers": ("iu", 1),
+    "num_experts": ("iu", 0),
+    "expert_ids": ("iu", 3),
+    "gates": ("f", 3),
+    "starts": ("iu", 1),
+    "tokens": ("iu", 1),
+}
 _MAX_EXPERTS = 65_536  # a typing error in a log must not allocate gigabytes
 
 
@@ -98,28 +113,44 @@ def load_routing(folder: str | os.PathLike[str]) -> RoutingLog | None:
     path = Path(folder) / ROUTING_FILE
     if not path.exists():
         return None
+    check_file(path)
     try:
+        with path.open("rb") as file:
+            check_not_pointer(path, file.read(POINTER_BYTES))
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        log = RoutingLog(
-            layers=tuple(arrays["layers"].tolist()),
-            num_experts=int(arrays["num_experts"]),
-            expert_ids=arrays["expert_ids"],
-            gates=arrays["gates"],
-            starts=arrays["starts"],
-            tokens=arrays.get("tokens"),
-        )
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path}: not a file of `score` ({error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever the parsers of zip files and arrays raise
+        raise InputError(f"{path}: not a file of `score` ({one_line(error)})") from None
+    for name, (kind, rank) in _ARRAYS.items():
+        if name not in arrays and name != "tokens":
+            raise InputError(f"{path}: not a file of `score` ({name} is missing)")
+        array = arrays.get(name)
+        if array is not None and (array.ndim != rank or array.dtype.kind not in kind):
+            raise InputError(
+                f"{path}: {name}: {array.dtype} of shape {list(array.shape)}; expected a file of "
+                "`score`"
+            )
+    log = RoutingLog(
+        layers=tuple(arrays["layers"].tolist()),
+        num_experts=int(arrays["num_experts"]),
+        expert_ids=arrays["expert_ids"],
+        gates=arrays["gates"],
+        starts=arrays["starts"],
+        tokens=arrays.get("tokens"),
+    )
     fits = (
-        log.expert_ids.ndim == 3
+        log.expert_ids.size > 0
         and log.expert_ids.shape == log.gates.shape
         and len(log.layers) == len(log.expert_ids)
-        and log.starts.ndim == 1
+        and len(log.starts) > 1
         and log.starts[0] == 0
-        and log.starts[-1] == log.num_tokens > 0
-        and (np.diff(log.starts) > 0).all()
-        and int(log.expert_ids.max()) < log.num_experts
+        and log.starts[-1] == log.num_tokens
+        and (np.diff(log.starts.astype(np.int64)) > 0).all()
+        and 0 <= int(log.expert_ids.min()) <= int(log.expert_ids.max()) < log.num_experts
+        and log.num_experts <= _MAX_EXPERTS
+        and np.isfinite(log.gates).all()
         and (log.tokens is None or log.tokens.shape == (log.num_tokens,))
     )
     if not fits:
@@ -130,9 +161,7 @@ def load_routing(folder: str | os.PathLike[str]) -> RoutingLog | None:
 def find_logs(folder: Path) -> dict[int, Path]:
     """The reference's logs in a folder, by layer."""
     return {
-        int(match[1]): file
-        for file in folder.iterdir()
-        if (match := _LOG_NAME.fullmatch(file.name))
+        int(match[1]): file for file in visible(folder) if (match := _LOG_NAME.fullmatch(file.name))
     }
 
 

@@ -8,6 +8,7 @@ where it was not chosen; a layer's gate scores sum to the mean gate mass of its 
 import dataclasses
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from esft_jax.experts.routing_log import (
     find_logs,
     read_logs,
 )
-from esft_jax.files import parse_json, read_text, write_text_atomic
+from esft_jax.files import checked, read_json, write_text_atomic
 
 ScoreMethod = Literal["token", "gate"]
 SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
@@ -170,7 +171,7 @@ def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> 
                 f"{path}: no scores in this folder; expected {SCORES_FILE}, {SUMMARY_FILE}"
                 " or expert_weights_<layer>.txt"
             )
-    content = parse_json(read_text(path), str(path))
+    content = read_json(path)
     expected = {"token_scores", "gate_scores"}
     if not isinstance(content, dict) or not expected <= content.keys():
         raise InputError(f"{path}: expected a JSON object with the keys token_scores, gate_scores")
@@ -199,12 +200,13 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
         tables.append(_table(named, f"{path}: {key}"))
     together = content.get("chosen_together")
     if together is not None:
+        where = f"{path}: chosen_together"
         try:
-            together = np.array(together, dtype=np.int64)
-        except (ValueError, TypeError, OverflowError):
-            raise InputError(
-                f"{path}: chosen_together: expected whole numbers, as many for each expert"
-            ) from None
+            together = np.array(checked(list[list[list[int]]], together, where), np.int64)
+        except InputError:
+            raise
+        except (ValueError, OverflowError):
+            raise InputError(f"{where}: expected whole numbers, as many for each expert") from None
         if (together < 0).any():
             raise InputError(f"{path}: chosen_together: expected numbers from 0")
     return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together=together)
@@ -249,7 +251,9 @@ def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "
             )
         for expert, score in row.items():
             if not isinstance(score, int | float) or isinstance(score, bool):
-                raise InputError(f"{where}: layer {layer}, expert {expert}: {score!r} is no number")
+                raise InputError(
+                    f"{where}: layer {layer}, expert {expert}: {reprlib.repr(score)} is no number"
+                )
     try:
         return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
     except OverflowError:

@@ -1,5 +1,6 @@
 """Select the experts to train from their scores (ESFT eq. 8), and selections to compare with."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -144,10 +145,9 @@ def combine_experts(
     experts = {}
     for layer in layers:
         each = [selection.experts.get(layer, ()) for selection in selections]
-        ids = dict.fromkeys(expert for one in each for expert in one)
-        experts[layer] = tuple(
-            expert for expert in ids if how == "union" or all(expert in one for one in each)
-        )
+        counts = Counter(expert for one in each for expert in one)
+        least = 1 if how == "union" else len(each)
+        experts[layer] = tuple(expert for expert, count in counts.items() if count >= least)
     return ExpertConfig(
         experts,
         any(selection.shared_experts for selection in selections),

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -24,11 +23,11 @@ from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
+from esft_jax.hf.model_tensors import ModelTensors, model_tensors
 from esft_jax.hf.names import (
     EXPERTS,
     LeafPath,
     Placement,
-    bank_rows,
     expert_names,
     tensor_placements,
 )
@@ -47,10 +46,14 @@ class AdapterTensors(Mapping[str, np.ndarray]):
 
     def __init__(self, files: TensorFiles):
         self.files = files
-        self.stored = {
-            name if name.startswith(("model.", "lm_head.")) else f"model.{name}": name
-            for name in files
-        }
+        self.stored: dict[str, str] = {}
+        for name in files:
+            full = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+            if full in self.stored:
+                raise InputError(
+                    f"{files.folder}: {name!r} and {self.stored[full]!r} are the same tensor"
+                )
+            self.stored[full] = name
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.files.read(self.stored[name])
@@ -85,12 +88,18 @@ class Adapter:
     expert_cfg: ExpertConfig
     manifest: dict[str, Any] | None
 
-    def check(self, config: ModelConfig, base_fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        config: ModelConfig,
+        base_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
         """Check that the adapter fits a model.
 
         Args:
-            base_fingerprint: of the base it shall be merged into; only compared if it has a
-                manifest.
+            base_fingerprint: of the weights of the base it shall be merged into.
+            tokenizer_fingerprint: of the base's tokenizer; this and the others are compared as
+                far as they are given and a manifest has them.
 
         Raises:
             InputError: it belongs to another base, or its tensors are not exactly those that its
@@ -110,7 +119,12 @@ class Adapter:
                     f"{self.folder}: unexpected tensor {name!r}; {EXPERT_CONFIG} does not name it"
                 )
             self.tensors.files.check(self.tensors.stored[name], placements[name].shape)
-        check_base(self.folder, self.manifest, base_fingerprint)
+        base = {
+            "base_fingerprint": base_fingerprint,
+            "config_fingerprint": config.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        check_base(self.folder, self.manifest, base)
 
     @property
     def names(self) -> list[str]:
@@ -156,7 +170,7 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
 def trained_tensors(
     model: Transformer, trained: Collection[tuple[Any, ...]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The trained tensors of a model under training, in `model.dtype`.
+    """The trained tensors of a model under training, in `model.dtype`; with factors, merged.
 
     On several processes all must consume it, in step.
 
@@ -164,32 +178,13 @@ def trained_tensors(
         model: with its tuned bank, if experts are trained.
         trained: paths of all trained parameters; the bank's own may be among them.
     """
-    rows = bank_rows(model)
+    tensors = ModelTensors(model)
     names = [
         name
-        for name, place in tensor_placements(model.config).items()
-        if place.path in trained or (place.path[:3] == EXPERTS and place.index in rows)
+        for name, place in tensors.placements.items()
+        if place.path in trained or tensors.is_tuned(name) or tensors.update(name) is not None
     ]
     return model_tensors(model, names, model.dtype)
-
-
-def model_tensors(
-    model: Transformer, names: Iterable[str], dtype: DTypeLike
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a model under Hugging Face names; tuned experts come from their bank."""
-    placements, rows = tensor_placements(model.config), bank_rows(model)
-    leaves: dict[LeafPath, jax.Array] = {
-        tuple(map(str, path)): param.get_value()
-        for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
-    for name in names:
-        place = placements[name]
-        leaf, box = leaves[place.path], place.box
-        if place.path[:3] == EXPERTS and place.index in rows:
-            row = rows[place.index]
-            leaf = leaves["tuned_experts", place.path[-1]]
-            box = (slice(row, row + 1), *box[2:])
-        yield name, place.from_block(read_block(leaf, box)).astype(dtype)
 
 
 def save_adapter(
@@ -225,23 +220,30 @@ def save_adapter(
 def load_adapter(folder: str | Path) -> Adapter | LoRAAdapter:
     """Open an adapter of ours, one that ESFT's authors released, or one of `peft`.
 
-    Tensors are read on access.
+    Tensors are read for a check, and then again on access.
 
     Raises:
-        InputError: missing or damaged files.
+        InputError: missing or damaged files, or numbers that are not finite.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected an adapter")
     if (folder / ADAPTER_CONFIG).exists():
-        return open_lora(folder)
+        lora = open_lora(folder)
+        lora.files.check_finite()
+        return lora
     expert_cfg = ExpertConfig.load(folder / EXPERT_CONFIG)
     manifest = read_manifest(folder)
-    return Adapter(folder, AdapterTensors(TensorFiles(folder)), expert_cfg, manifest)
+    files = TensorFiles(folder)
+    files.check_finite()
+    return Adapter(folder, AdapterTensors(files), expert_cfg, manifest)
 
 
 def apply_adapter(
-    model: Transformer, adapter: Adapter | LoRAAdapter, base_fingerprint: str | None
+    model: Transformer,
+    adapter: Adapter | LoRAAdapter,
+    base_fingerprint: str | None,
+    tokenizer_fingerprint: str | None = None,
 ) -> None:
     """Merge an adapter into a base model, in place; sharding and types stay.
 
@@ -250,12 +252,13 @@ def apply_adapter(
     Args:
         base_fingerprint: of the model (`LoadedBase.fingerprint`); None skips the comparison, for
             adapters without a manifest.
+        tokenizer_fingerprint: of the tokenizer it shall be used with; None skips the comparison.
 
     Raises:
         InputError: see `Adapter.check`; the model is unchanged then.
     """
     assert model.tuned_experts is None, "an adapter is merged into the base experts"
-    adapter.check(model.config, base_fingerprint)
+    adapter.check(model.config, base_fingerprint, tokenizer_fingerprint)
     placements = tensor_placements(model.config)
     by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
     for name in adapter.names:

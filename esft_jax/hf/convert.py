@@ -5,17 +5,27 @@ work. Each notes in a journal beside the parameters what it has finished, so tha
 was killed goes on where it stopped, with any number of them.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+import pydantic
 from tqdm import tqdm
 
 from esft_jax.errors import InputError
-from esft_jax.files import write_text_atomic
+from esft_jax.files import (
+    check_no_links,
+    checked,
+    read_json_lines,
+    visible,
+    write_text_atomic,
+)
 from esft_jax.hf.converted import (
     FORMAT,
     JOURNAL,
@@ -35,6 +45,21 @@ from esft_jax.hf.source import HuggingFaceSource, combine_digests
 from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype
 from esft_jax.mesh import on_all_processes
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """First line of a journal: what is converted, see `_identity`."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A line of a journal: a tensor whose chunks are on the disk, and its hash."""
+
+    tensor: str
+    sha256: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
 def convert_checkpoint(
@@ -63,7 +88,7 @@ def convert_checkpoint(
     process = jax.process_index()
     with on_all_processes(f"{folder}: conversion"):
         if process == 0:
-            _begin(folder, _identity(source))
+            _begin(folder, source)
     with on_all_processes(f"{folder}: conversion"):
         _convert_share(source, folder, dtypes, process, jax.process_count())
     with on_all_processes(f"{folder}: conversion"):
@@ -72,7 +97,7 @@ def convert_checkpoint(
     return ConvertedSource(folder).fingerprint
 
 
-def _begin(folder: Path, identity: str) -> None:
+def _begin(folder: Path, source: HuggingFaceSource) -> None:
     """Begin a journal in an empty folder, or gather those of the processes that were here before.
 
     Raises:
@@ -80,19 +105,23 @@ def _begin(folder: Path, identity: str) -> None:
     """
     if (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: is complete already ({MANIFEST}); expected a new folder")
-    entries: list[dict[str, str]] = [{"source": identity}]
+    if folder.is_symlink():
+        raise InputError(f"{folder}: is a link; expected a new or empty folder")
+    check_no_links(folder)
+    begin = _Begun(_identity(source))
+    entries: list[_Begun | _Finished] = [begin]
     if (folder / JOURNAL).is_file():
-        found, *finished = _read_journals(_journals(folder))
-        if [found] != entries:
+        begun, finished = _read_journals(source, _journals(folder))
+        if begun != [begin]:
             raise InputError(
                 f"{folder}: unfinished conversion of another source; delete it or choose a new "
                 "folder"
             )
         entries += finished
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or visible(folder)):
         raise InputError(f"{folder}: exists; expected a new or empty folder")
-    write_text_atomic(folder / JOURNAL, "".join(json.dumps(entry) + "\n" for entry in entries))
-    for path in folder.glob(_process_journal("*")):
+    write_text_atomic(folder / JOURNAL, "".join(map(_line, entries)))
+    for path in visible(folder, _process_journal("*")):
         path.unlink()
 
 
@@ -116,7 +145,7 @@ def _convert_share(
         return digest
 
     # Not what others have noted since: all processes must share out the same tensors.
-    finished = _digests([folder / JOURNAL])
+    finished = _digests(source, [folder / JOURNAL])
     left = [name for name in source.placements if name not in finished]
     names = share(left, source.num_bytes, process, processes)
     with (
@@ -130,7 +159,7 @@ def _convert_share(
         ) as progress,
     ):
         for name, digest in in_order(convert, names, source.num_bytes):
-            journal.write(json.dumps({"tensor": name, "sha256": digest}) + "\n")
+            journal.write(_line(_Finished(name, digest)))
             journal.flush()
             progress.update(source.num_bytes(name))
 
@@ -141,7 +170,7 @@ def _finish(
     """Write what belongs to all tensors; the manifest last, for it says that all is there."""
     copy_companions(source.folder, folder)
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
-    digests = _digests(_journals(folder))
+    digests = _digests(source, _journals(folder))
     assert digests.keys() == source.placements.keys()
     manifest = {
         "format": FORMAT,
@@ -178,16 +207,36 @@ def _process_journal(process: int | str) -> str:
 
 def _journals(folder: Path) -> list[Path]:
     """What earlier attempts have finished, and what each process of this one has."""
-    return [folder / JOURNAL, *folder.glob(_process_journal("*"))]
+    return [folder / JOURNAL, *visible(folder, _process_journal("*"))]
 
 
-def _read_journals(paths: Iterable[Path]) -> list[dict[str, str]]:
-    """Entries of journals, the source first. A kill may have left half a line in each."""
-    contents = [path.read_bytes() for path in paths]
-    complete = [content[: content.rfind(b"\n") + 1] for content in contents]
-    return [json.loads(line) for content in complete for line in content.splitlines()]
+def _line(entry: "_Begun | _Finished") -> str:
+    return json.dumps(dataclasses.asdict(entry)) + "\n"
 
 
-def _digests(paths: Iterable[Path]) -> dict[str, str]:
+def _read_journals(
+    source: HuggingFaceSource, paths: Iterable[Path]
+) -> tuple[list["_Begun"], list["_Finished"]]:
+    """Entries of journals. A kill may have left half a line at the end of each.
+
+    Raises:
+        InputError: another line is broken; names it.
+    """
+    begun: list[_Begun] = []
+    finished: list[_Finished] = []
+    for path in paths:
+        for where, value in read_json_lines(path, growing=True):
+            if isinstance(value, dict) and "source" in value:
+                begun.append(checked(_Begun, value, where))
+            else:
+                finished.append(checked(_Finished, value, where))
+                if finished[-1].tensor not in source.placements:
+                    raise InputError(
+                        f"{where}: tensor: {finished[-1].tensor!r} is none of {source.folder}"
+                    )
+    return begun, finished
+
+
+def _digests(source: HuggingFaceSource, paths: Iterable[Path]) -> dict[str, str]:
     """Digests of the tensors that are noted as converted."""
-    return {entry["tensor"]: entry["sha256"] for entry in _read_journals(paths)[1:]}
+    return {entry.tensor: entry.sha256 for entry in _read_journals(source, paths)[1]}

@@ -9,17 +9,21 @@ unfinished.
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import reprlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorstore as ts
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import check_file, checked, read_json
 from esft_jax.hf.blocks import Box, box_shape
 from esft_jax.hf.names import LeafPath, Placement, tensor_placements
+from esft_jax.hf.tensor_files import DTYPES
 from esft_jax.model.config import ModelConfig
 
 FORMAT = "esft_jax converted base, version 1"
@@ -29,6 +33,22 @@ JOURNAL = "conversion.jsonl"
 PARAMS = "params"
 
 _MAX_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What `convert` writes last.
+
+    Attributes:
+        source: what it was converted from.
+        fingerprint: of all weights.
+        dtypes: names of the types of the arrays, as in safetensors.
+    """
+
+    format: str
+    source: str
+    fingerprint: str
+    dtypes: list[Literal["BF16", "F16", "F32"]]
 
 
 def is_converted(folder: Path) -> bool:
@@ -51,16 +71,17 @@ class ConvertedSource:
                 f"{self.folder}: unfinished conversion; run `python -m esft_jax.convert` again to "
                 "complete it"
             )
-        manifest = parse_json(read_text(path), str(path))
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path}: key 'format': expected {FORMAT!r}")
-        if not isinstance(manifest.get("fingerprint"), str):
-            raise InputError(f"{path}: key 'fingerprint' is missing")
-        self._fingerprint: str = manifest["fingerprint"]
+        manifest = checked(_Manifest, content, str(path))
+        self._fingerprint = manifest.fingerprint
         self.config = ModelConfig.load(self.folder)
         self.placements = tensor_placements(self.config)
+        types = [DTYPES[name] for name in manifest.dtypes]
         self._arrays = {
-            leaf: self._open(leaf, shape) for leaf, shape in leaf_shapes(self.placements).items()
+            leaf: self._open(leaf, shape, chunk, types)
+            for leaf, (shape, chunk) in _shapes_and_chunks(self.placements).items()
         }
 
     @property
@@ -81,21 +102,51 @@ class ConvertedSource:
         """A block of a stacked parameter, cast to a type."""
         return self._read(path, box).astype(dtype, copy=False)
 
-    def _open(self, leaf: LeafPath, shape: tuple[int, ...]) -> ts.TensorStore:
+    def _open(
+        self,
+        leaf: LeafPath,
+        shape: tuple[int, ...],
+        chunk: tuple[int, ...],
+        types: Sequence[np.dtype],
+    ) -> ts.TensorStore:
         path = self.folder / PARAMS / ".".join(leaf)
+        metadata = read_json(path / "zarr.json")
+        found = metadata if isinstance(metadata, dict) else {}
+        dtype = next((d for d in types if d.name == found.get("data_type")), None)
+        if dtype is None:
+            raise InputError(
+                f"{path / 'zarr.json'}: data_type: {found.get('data_type')!r}; {MANIFEST} says "
+                f"{' or '.join(d.name for d in types)}"
+            )
+        if found.get("shape") != list(shape):
+            raise InputError(
+                f"{path}: shape {found.get('shape')}; config.json expects {list(shape)}"
+            )
+        # Other codecs or chunks, and the checksums mean nothing.
+        for key, expected in array_metadata(shape, chunk, dtype).items():
+            if found.get(key) != expected:
+                raise InputError(
+                    f"{path / 'zarr.json'}: {key}: is {reprlib.repr(found.get(key))}; expected "
+                    "what the conversion wrote"
+                )
         # A chunk that is not there is an error, not a block of NaN.
         spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
         with stored(path, "missing or damaged"):
-            array = ts.open(spec, open=True).result()
-        if array.shape != shape:
-            raise InputError(
-                f"{path}: shape {list(array.shape)}; config.json expects {list(shape)}"
-            )
-        return array
+            return ts.open(spec, open=True).result()
 
     def _read(self, leaf: LeafPath, box: Box) -> np.ndarray:
-        with stored(self.folder / PARAMS / ".".join(leaf), "cannot be read"):
-            return self._arrays[leaf][box].read().result()
+        path, array = self.folder / PARAMS / ".".join(leaf), self._arrays[leaf]
+        for chunk in chunk_boxes(array, box):
+            _check_regular(chunk_file(path, array, chunk))
+        with stored(path, "cannot be read"):
+            return array[box].read().result()
+
+
+def _check_regular(path: Path) -> None:
+    """A FIFO would be waited for. Chunks that are missing are known by the library."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            check_file(path)
 
 
 @contextlib.contextmanager
@@ -117,36 +168,61 @@ def leaf_shapes(placements: Mapping[str, Placement]) -> dict[LeafPath, tuple[int
     return shapes
 
 
+def _shapes_and_chunks(
+    placements: Mapping[str, Placement],
+) -> dict[LeafPath, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shape of every stacked parameter, and of a source tensor's block in it."""
+    blocks = {place.path: box_shape(place.box) for place in placements.values()}
+    return {leaf: (shape, blocks[leaf]) for leaf, shape in leaf_shapes(placements).items()}
+
+
+def array_metadata(
+    shape: tuple[int, ...], block: tuple[int, ...], dtype: np.dtype
+) -> dict[str, Any]:
+    """How a parameter is stored, as its `zarr.json` says it.
+
+    Args:
+        block: shape of a source tensor's part of it.
+    """
+    return {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": _chunk(block, dtype.itemsize)},
+        },
+        "chunk_key_encoding": {"name": "default"},
+        # Weights hardly compress; what pays is noticing damage. A lost chunk reads as NaN,
+        # which no loss survives, where zeros would pass.
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+        "fill_value": "NaN",
+    }
+
+
 def create_arrays(
     folder: Path, placements: Mapping[str, Placement], dtypes: Mapping[LeafPath, np.dtype]
 ) -> dict[LeafPath, ts.TensorStore]:
     """Create the arrays of `params/`, or open those that exist, for writing."""
-    chunks = {place.path: box_shape(place.box) for place in placements.values()}
     arrays = {}
-    for leaf, shape in leaf_shapes(placements).items():
-        metadata = {
-            "shape": list(shape),
-            "data_type": dtypes[leaf].name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": _chunk(chunks[leaf], dtypes[leaf].itemsize)},
-            },
-            # Weights hardly compress; what pays is noticing damage. A lost chunk reads as NaN,
-            # which no loss survives, where zeros would pass.
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
-            "fill_value": "NaN",
-        }
+    for leaf, (shape, block) in _shapes_and_chunks(placements).items():
         spec = {
             "driver": "zarr3",
             "kvstore": _store(folder / PARAMS / ".".join(leaf)),
-            "metadata": metadata,
+            "metadata": array_metadata(shape, block, dtypes[leaf]),
         }
         with stored(folder / PARAMS / ".".join(leaf), "cannot be written"):
             arrays[leaf] = ts.open(spec, open=True, create=True).result()
     return arrays
+
+
+def chunk_file(path: Path, array: ts.TensorStore, box: Box) -> Path:
+    """The file of the chunk of an array that a box lies in."""
+    sizes: tuple[int, ...] = array.chunk_layout.write_chunk.shape  # type: ignore[assignment]
+    place = (str(s.start // size) for s, size in zip(box, sizes, strict=True))
+    return path.joinpath("c", *place)
 
 
 def chunk_boxes(array: ts.TensorStore, box: Box) -> Iterator[Box]:

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
-from esft_jax.hf.adapter import load_adapter, model_tensors
+from esft_jax.files import read_json
+from esft_jax.hf.adapter import load_adapter
 from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
+from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import open_source
+from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
 from esft_jax.hf.tensor_files import common_dtype
@@ -57,8 +60,12 @@ def export_model(
     loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
-        loaded.check(source.config)
-        if loaded.manifest:  # the fingerprint may take reading the whole base
+        bound = loaded.manifest or {}
+        tokenizer = None
+        if "tokenizer_fingerprint" in bound:
+            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+        loaded.check(source.config, tokenizer_fingerprint=tokenizer)
+        if bound:  # the fingerprint may take reading the whole base
             loaded.check(source.config, source.fingerprint)
         changed = set(loaded.names)
         for name in changed:
@@ -87,6 +94,7 @@ def save_model(
 ) -> None:
     """Write all weights of a model as a Hugging Face folder; an older one there gives way.
 
+    Tuned experts and low-rank updates are in it, merged in float32, as in an exported adapter.
     On several processes all must call it; the first one writes.
 
     Args:
@@ -147,7 +155,7 @@ def _write_model(
 ) -> None:
     path = template / "config.json"
     widest = common_dtype(spec.dtype for spec in specs.values())
-    config = exported_config(parse_json(read_text(path), str(path)), widest)
+    config = exported_config(read_json(path), widest)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from esft_jax.data.chat_template import named_templates
 from esft_jax.errors import InputError
+from esft_jax.files import POINTER_BYTES, check_not_pointer, visible
 from esft_jax.hf.tensor_files import DTYPE_NAMES
 
 # What belongs to a model besides its weights.
@@ -30,6 +32,11 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What an adapter or a model consists of.
+_RESULT = re.compile(
+    r".+\.safetensors(\.index\.json)?|manifest\.json|expert_cfg\.json|adapter_config\.json|"
+    + "|".join(map(re.escape, COMPANIONS))
+)
 
 
 class TensorSpec(NamedTuple):
@@ -45,11 +52,17 @@ class TensorSpec(NamedTuple):
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy `config.json`, tokenizer and the like, as far as they exist."""
+    """Copy `config.json`, tokenizer and the like, as far as they exist.
+
+    Raises:
+        InputError: one is a git-lfs pointer.
+    """
     named = [path.relative_to(source) for path in named_templates(source)]
     for name in [*COMPANIONS, *named]:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
+            with (source / name).open("rb") as file:
+                check_not_pointer(source / name, file.read(POINTER_BYTES))
             shutil.copyfile(source / name, target / name)
 
 
@@ -58,17 +71,17 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends without an error.
 
     What killed writers left beside it is removed. Of two writers at one time the later one wins,
-    and the other one fails.
+    and the other one fails. Hidden files in a folder that gives way stay.
 
     Args:
         target: must be new or empty, unless `replace` is set.
-        replace: an existing folder gives way once the new one is complete.
+        replace: an older result gives way once the new one is complete.
 
     Raises:
         InputError: see `make_way`; or the system failed to write.
     """
-    if not replace:
-        make_way(target)
+    make_way(target, replace=replace)
+    # Not a link itself. Folders above may be, and `.` has no name.
     target = target.resolve()
 
     def unused() -> Path:
@@ -85,10 +98,14 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
+        make_way(target, replace=replace)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)  # of a writer killed just below
             target.rename(old)
         temporary.rename(target)
+        if old.exists():
+            for path in old.glob(".*"):
+                path.rename(target / path.name)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not temporary.exists():
             raise InputError(
@@ -102,16 +119,41 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def make_way(target: Path) -> None:
+def check_way(target: Path, *, replace: bool = False) -> None:
+    """Check that a new folder may take a place.
+
+    Args:
+        replace: an older result, with nothing else in it, may be there.
+
+    Raises:
+        InputError: something else is there, a link among others.
+    """
+    if target.is_symlink():
+        raise InputError(f"{target}: is a link; expected a new folder, to be written in its place")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: exists; expected a new or empty folder")
+    held = visible(target)
+    if held and not replace:
+        raise InputError(f"{target}: exists; expected a new or empty folder")
+    for path in held:
+        if not _RESULT.fullmatch(path.name) or path.is_dir():
+            raise InputError(
+                f"{path}: is no part of a result, which would take the place of {target}; "
+                "expected a new folder, or an older result"
+            )
+
+
+def make_way(target: Path, *, replace: bool = False) -> None:
     """Remove an empty folder, for a new one to take its place.
 
     Raises:
-        InputError: it is not empty or no folder, or it cannot be removed, as a mount point.
+        InputError: see `check_way`; or an empty folder cannot be removed, as a mount point.
     """
-    if not target.exists():
+    check_way(target, replace=replace)
+    if not target.exists() or any(target.iterdir()):
         return
-    if not target.is_dir() or any(target.iterdir()):
-        raise InputError(f"{target}: exists; expected a new or empty folder")
     try:
         target.resolve().rmdir()
     except OSError as error:

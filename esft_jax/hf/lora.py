@@ -5,22 +5,21 @@ Factors are stored under the Hugging Face name of the matrix they update, expert
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
+from pydantic import PositiveInt
 
 from esft_jax.errors import InputError
 from esft_jax.experts.lora import LoRA
-from esft_jax.files import parse_json, read_text
-from esft_jax.hf.blocks import read_block
+from esft_jax.files import checked, read_json
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
-from esft_jax.hf.names import EXPERTS, LeafPath, Placement, bank_rows, tensor_placements
+from esft_jax.hf.model_tensors import ModelTensors
+from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
@@ -82,12 +81,18 @@ class LoRAAdapter:
             if name.endswith(".lora_A.weight")
         ]
 
-    def check(self, config: ModelConfig, base_fingerprint: str | None = None) -> None:
+    def check(
+        self,
+        config: ModelConfig,
+        base_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
         """Check that the adapter fits a model.
 
         Args:
-            base_fingerprint: of the base it shall be merged into; only compared if it has a
-                manifest.
+            base_fingerprint: of the weights of the base it shall be merged into.
+            tokenizer_fingerprint: of the base's tokenizer; this and the others are compared as
+                far as they are given and a manifest has them.
 
         Raises:
             InputError: it belongs to another base, or its tensors are no factors of this model's
@@ -106,12 +111,20 @@ class LoRAAdapter:
         for stored in self.files:
             if stored not in expected:
                 raise InputError(f"{self.folder}: unexpected tensor {stored!r}")
-        if self.manifest is not None and set(self.names) != set(self.manifest.get("updates", ())):
+        if self.manifest is None:
+            return
+        where = f"{self.folder / MANIFEST}: updates"
+        if set(self.names) != set(checked(list[str], self.manifest.get("updates"), where)):
             raise InputError(
                 f"{self.folder}: its tensors are not those of {MANIFEST}: updates; expected both "
                 "as they were written"
             )
-        check_base(self.folder, self.manifest, base_fingerprint)
+        base = {
+            "base_fingerprint": base_fingerprint,
+            "config_fingerprint": config.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        check_base(self.folder, self.manifest, base)
 
     def dtype(self, name: str, base: np.dtype) -> np.dtype:
         """Type of the sum of base and update: that of the base."""
@@ -130,7 +143,7 @@ def open_lora(folder: Path) -> LoRAAdapter:
         InputError: missing or damaged files, or more than plain LoRA.
     """
     path = folder / ADAPTER_CONFIG
-    config = parse_json(read_text(path), str(path))
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: expected a JSON object with peft_type = 'LORA'")
     for key, plain in (_PLAIN | dict.fromkeys(_VARIANTS)).items():
@@ -143,11 +156,8 @@ def open_lora(folder: Path) -> LoRAAdapter:
         raise InputError(
             f"{path}: init_lora_weights: {beginning!r} is not supported; expected one of {known}"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise InputError(f"{path}: r: {rank!r}; expected a number from 1")
-    if not isinstance(alpha, int | float):
-        raise InputError(f"{path}: lora_alpha: {alpha!r}; expected a number")
+    rank = checked(PositiveInt, config.get("r"), f"{path}: r")
+    alpha = checked(float, config.get("lora_alpha"), f"{path}: lora_alpha")
     return LoRAAdapter(folder, TensorFiles(folder), rank, alpha / rank, read_manifest(folder))
 
 
@@ -161,23 +171,34 @@ def save_lora(
     Args:
         model: with its factors.
         manifest: provenance, with the keys `base_fingerprint` and `base_model`.
+
+    Raises:
+        InputError: the model has no factors, or others than `lora` says.
     """
+    tensors = ModelTensors(model)
+    updates = {name: found for name in tensors.placements if (found := tensors.update(name))}
+    if not updates:
+        raise InputError(f"{folder}: the model has no low-rank factors to save")
+    for name, (update, _) in updates.items():
+        rank = update.a.get_value().shape[-1]
+        if (rank, update.scale) != (lora.rank, lora.scale):
+            raise InputError(
+                f"{folder}: {name}: factors of rank {rank} and scale {update.scale:g}; expected "
+                f"rank {lora.rank} and scale {lora.scale:g}"
+            )
     factors = {
         stored: factor
-        for name, pair in _model_factors(model)
-        for stored, factor in zip(_factor_names(name), pair, strict=True)
+        for name in updates
+        for stored, factor in zip(_factor_names(name), tensors.factors(name), strict=True)
     }
 
     def write() -> None:
         specs = {name: TensorSpec(factor.dtype, factor.shape) for name, factor in factors.items()}
-        updates = [
-            name for name in tensor_placements(model.config) if _factor_names(name)[0] in factors
-        ]
         config = _peft_config(model.config, lora, manifest["base_model"])
         with new_folder(Path(folder), replace=True) as temporary:
             write_tensors(temporary, specs, factors.items(), None, stem=_WEIGHTS)
             _write_json(temporary / ADAPTER_CONFIG, config)
-            _write_json(temporary / MANIFEST, {**manifest, "updates": updates})
+            _write_json(temporary / MANIFEST, {**manifest, "updates": list(updates)})
 
     # No process returns, and perhaps opens the folder, before it is there.
     on_first_process(write, str(folder))
@@ -186,35 +207,6 @@ def save_lora(
 def _factor_names(name: str) -> tuple[str, str]:
     module = _PREFIX + name.removesuffix(".weight")
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def _model_factors(model: Transformer) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """Factors of a model, as they are stored, by the name of the matrix they update."""
-    leaves: dict[LeafPath, jax.Array] = {
-        tuple(map(str, path)): param.get_value()
-        for path, param in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-    }
-    rows = bank_rows(model)
-
-    def place_of(name: str, place: Placement) -> tuple[LeafPath, int] | None:
-        kind = place.path[-1]
-        if kind == "gate_up":
-            kind = "gate" if ".gate_proj." in name else "up"
-        if place.path[:3] == EXPERTS:
-            return (("tuned_experts", kind), rows[place.index]) if place.index in rows else None
-        path = (*place.path[:-1], "lora", kind)
-        return (path, place.index[0]) if (*path, "a") in leaves else None
-
-    for name, place in tensor_placements(model.config).items():
-        found = place_of(name, place)
-        if found is None:
-            continue
-        path, row = found
-        pair = []
-        for leaf in (leaves[*path, "a"], leaves[*path, "b"]):
-            box = (slice(row, row + 1), *(slice(0, size) for size in leaf.shape[1:]))
-            pair.append(np.ascontiguousarray(read_block(leaf, box)[0].T))
-        yield name, (pair[0], pair[1])
 
 
 def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, Any]:

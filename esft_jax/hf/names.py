@@ -12,7 +12,6 @@ import numpy as np
 
 from esft_jax.hf.blocks import Box, assign_transposed
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.transformer import Transformer
 
 LeafPath = tuple[str, ...]
 
@@ -178,10 +177,3 @@ def _layer(config: ModelConfig, layer: int) -> dict[str, Placement]:
         width = config.num_shared_experts * config.expert_width
         mlp("mlp.shared_experts", ("moe", "shared_experts"), width)
     return table
-
-
-def bank_rows(model: Transformer) -> dict[tuple[int, ...], int]:
-    """Row of the tuned bank by (index among the MoE layers, expert)."""
-    if model.tuned_experts is None:
-        return {}
-    return {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}

@@ -6,6 +6,7 @@ our stacked parameters.
 
 import hashlib
 import math
+import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
@@ -27,7 +29,10 @@ from esft_jax.hf.names import (
 )
 from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
-from esft_jax.model.config import ModelConfig
+from esft_jax.model.config import ModelConfig, RopeConfig
+from esft_jax.model.rope import inverse_frequencies
+
+_COMPARED_BYTES = 16 << 20
 
 
 class Source(Protocol):
@@ -80,19 +85,47 @@ class HuggingFaceSource:
         if missing:
             others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise InputError(f"{self.folder}: tensor {missing[0]!r} is missing{others}")
-        for name in self.files:
-            if name not in expected and not self._ignored(name):
-                raise InputError(
-                    f"{self.files[name].file}: unexpected tensor {name!r}; config.json describes "
-                    "no such tensor"
-                )
         for name, shape in expected.items():
             self.files.check(name, shape)
+        for name in self.files:
+            if name not in expected:
+                self._check_implied(name)
 
-    def _ignored(self, name: str) -> bool:
-        """Buffers of old exports, and the head where it is the embedding."""
-        tied = self.config.tie_embeddings and name == "lm_head.weight"
-        return tied or name.endswith(".rotary_emb.inv_freq")
+    def _check_implied(self, name: str) -> None:
+        """Refuse a tensor without a place among the parameters, unless it repeats what is known.
+
+        Raises:
+            InputError: it is no tensor of this model, or has other values than the model.
+        """
+        file, stored = self.files[name].file, self.files.read
+        if name in self._fused:
+            raise InputError(
+                f"{file}: tensor {name!r} is there twice: {self._fused[name].name!r} holds it, too"
+            )
+        embedding = "model.embed_tokens.weight"
+        if self.config.tie_embeddings and name == "lm_head.weight":
+            self.files.check(name, self.placements[embedding].shape)
+            if not _same_values(stored(name), stored(embedding)):
+                raise InputError(
+                    f"{file}: tensor {name!r} differs from {embedding!r}, which is the head by "
+                    "tie_word_embeddings: true of config.json; expected equal ones, or false there"
+                )
+        elif _is_rotary_buffer(name, self.config.num_layers):
+            rope, dim = self.config.rope, self.config.qk_rope_head_dim
+            self.files.check(name, (dim // 2,))
+            # Old exports have those before any extension of the context, too.
+            known = (inverse_frequencies(r, dim) for r in (rope, RopeConfig(rope.theta)))
+            found = stored(name)
+            close = max(1e-5, 2 * float(ml_dtypes.finfo(found.dtype).eps))
+            if not any(np.allclose(found.astype(np.float32), k, close, 1e-7) for k in known):
+                raise InputError(
+                    f"{file}: tensor {name!r} differs from what rope_theta and the like of "
+                    "config.json say; expected the same frequencies, or none"
+                )
+        else:
+            raise InputError(
+                f"{file}: unexpected tensor {name!r}; config.json describes no such tensor"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,6 +196,24 @@ class HuggingFaceSource:
             assign_transposed(target, self.tensor(name, part[::-1]))
         else:
             target[...] = self.tensor(name, part)
+
+
+def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two matrices hold the same numbers, in whatever type; a few rows at a time."""
+    step = max(_COMPARED_BYTES // (4 * one.shape[1]), 1)
+    return all(
+        np.array_equal(
+            one[begin : begin + step].astype(np.float32),
+            other[begin : begin + step].astype(np.float32),
+        )
+        for begin in range(0, len(one), step)
+    )
+
+
+def _is_rotary_buffer(name: str, num_layers: int) -> bool:
+    """Whether a name is that of the frequencies that old exports keep in every layer."""
+    match = re.fullmatch(r"model\.(?:layers\.(\d{1,9})\.self_attn\.)?rotary_emb\.inv_freq", name)
+    return match is not None and int(match[1] or 0) < num_layers
 
 
 def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]:

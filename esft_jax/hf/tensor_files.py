@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import POINTER_BYTES, check_file, check_not_pointer, read_json, visible
 
 # Names in safetensors headers of the types that weights may have.
 DTYPES = {
@@ -65,10 +65,10 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
-    @cached_property
+    @property
     def files(self) -> list[Path]:
         """The files that hold the tensors, in the order of their names."""
-        return sorted(self._index[0])
+        return sorted({info.file for info in self.values()})
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise an `InputError` unless the tensor exists with this shape and a known type."""
@@ -96,54 +96,110 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise InputError(f"{info.file}: tensor {name!r} cannot be read: {error}") from None
         return np.asarray(stored[index])
 
-    @cached_property
-    def _index(self) -> tuple[dict[Path, list[str] | None], Path | None]:
-        """Tensor names by file (None: all that the file has), and the index that says so."""
-        indices = sorted(self.folder.glob("*.safetensors.index.json"))
-        if indices:
-            raw = parse_json(read_text(indices[0]), str(indices[0]))
-            weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-            if not isinstance(weight_map, dict):
-                raise InputError(f"{indices[0]}: expected a JSON object with the key 'weight_map'")
-            by_file: dict[Path, list[str] | None] = {}
-            for name, file in weight_map.items():
-                # A path would lead out of the folder.
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise InputError(f"{indices[0]}: weight_map: {name}: {file!r} is no file name")
-                names = by_file.setdefault(self.folder / file, [])
-                assert names is not None
-                names.append(name)
-            return by_file, indices[0]
-        files = sorted(self.folder.glob("*.safetensors"))
-        if len(files) > 1:
+    def check_finite(self) -> None:
+        """Read all tensors, and raise an `InputError` that names one with a NaN or an infinity."""
+        for name, info in self.items():
+            self.check(name, info.shape)
+            if not is_finite(self.read(name)):
+                raise InputError(
+                    f"{info.file}: tensor {name!r} has values that are not finite numbers"
+                )
+
+    def _headers(self) -> Iterator[tuple[str, TensorInfo]]:
+        """What is known of each tensor: one file has it.
+
+        Like `transformers`, all tensors of a listed shard count.
+        """
+        files, listed, index = self._chosen()
+        holds: dict[str, Path] = {}
+        for path in files:
+            header, begin = _read_header(path)
+            for name in sorted(header):
+                if listed is not None and listed.get(name) != path.name:
+                    place = f"lists it in {listed[name]}" if name in listed else "does not list it"
+                    raise InputError(f"{path}: has tensor {name!r}; {index} {place}")
+                stored, holds[name] = header[name], path
+                shape, offset = tuple(stored["shape"]), begin + stored["data_offsets"][0]
+                yield name, TensorInfo(path, stored["dtype"], shape, offset)
+        for name, file in (listed or {}).items():
+            if name not in holds:
+                raise InputError(
+                    f"{self.folder / file}: tensor {name!r} is missing; {index} lists it here"
+                )
+        # Other files may be of another tool, but none may say something else of these tensors.
+        for path in visible(self.folder, "*.safetensors"):
+            if path not in files:
+                again = sorted(holds.keys() & _read_header(path)[0])
+                if again:
+                    raise InputError(
+                        f"{path}: has tensor {again[0]!r}, as {holds[again[0]]} has; expected "
+                        "every tensor in one file"
+                    )
+
+    def _chosen(self) -> tuple[list[Path], dict[str, str] | None, Path | None]:
+        """The files that count, and the index with its list of tensors, if there is one."""
+        files = visible(self.folder, "*.safetensors")
+        indices = visible(self.folder, "*.safetensors.index.json")
+        index = _only(indices, self.folder / "model.safetensors.index.json")
+        if index is not None:
+            listed = _read_index(index)
+            shards = [self.folder / file for file in sorted(set(listed.values()))]
+            for path in shards:
+                if not path.exists():
+                    raise InputError(f"{path}: missing shard; {index} lists it")
+            return shards, listed, index
+        file = _only(files, self.folder / "model.safetensors")
+        if file is not None:
+            return [file], None, None
+        if files:
             raise InputError(
                 f"{self.folder}: {len(files)} safetensors files without an index; expected "
                 "model.safetensors.index.json"
             )
-        if not files:
-            pickled = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")]
-            found = f"only {pickled[0].name}; pickled weights are not read, " if pickled else ""
-            raise InputError(f"{self.folder}: no weights: {found}expected model.safetensors")
-        return {files[0]: None}, None
+        pickled = [*visible(self.folder, "*.bin"), *visible(self.folder, "*.pt")]
+        found = f"only {pickled[0].name}; pickled weights are not read, " if pickled else ""
+        raise InputError(f"{self.folder}: no weights: {found}expected model.safetensors")
 
-    def _headers(self) -> Iterator[tuple[str, TensorInfo]]:
-        by_file, index = self._index
-        for path, expected in by_file.items():
-            if not path.is_file():
-                raise InputError(f"{path}: missing shard; {index} lists it")
-            header, begin = _read_header(path)
-            absent = sorted(set(expected or ()) - set(header))
-            if absent:
-                raise InputError(f"{path}: tensor {absent[0]!r} is missing; {index} lists it here")
-            for name in sorted(header) if expected is None else expected:
-                stored = header[name]
-                shape, offset = tuple(stored["shape"]), begin + stored["data_offsets"][0]
-                yield name, TensorInfo(path, stored["dtype"], shape, offset)
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Whether a tensor has neither NaN nor infinities, by their exponents.
+
+    NumPy knows no such function for bfloat16 that is as fast.
+    """
+    info = ml_dtypes.finfo(tensor.dtype)
+    bits = np.dtype(f"u{tensor.itemsize}")
+    ones = bits.type(((1 << info.nexp) - 1) << info.nmant)  # an exponent of NaN and infinity
+    # In parts, so that no copy of a large tensor is made.
+    parts = np.array_split(tensor.view(bits).reshape(-1), max(tensor.nbytes >> 20, 1))
+    return not any(((part & ones) == ones).any() for part in parts)
+
+
+def _only(paths: list[Path], usual: Path) -> Path | None:
+    """The one of several files that counts: the one of the usual name, if there is a choice."""
+    if usual in paths:
+        return usual
+    return paths[0] if len(paths) == 1 else None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """File of each tensor."""
+    raw = read_json(path)
+    listed = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{path}: expected a JSON object with the key 'weight_map'")
+    for name, file in listed.items():
+        # A path would lead out of the folder.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(f"{path}: weight_map: {name}: {file!r} is no file name")
+    return listed
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """What the header says of each tensor, and where the data begins."""
+    check_file(path)
     try:
+        with path.open("rb") as file:
+            check_not_pointer(path, file.read(POINTER_BYTES))
         # The library checks the header, and that the file is as long as it says. It would map the
         # whole file for as long as it is open.
         with safe_open(path, framework="numpy"), path.open("rb") as file:

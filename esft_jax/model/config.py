@@ -4,13 +4,16 @@ The router is described by its mathematics (score function, group limit, renorma
 never by a model's name, so that another family is a new reader here and nothing else.
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import read_json
 
 GroupLimit = Literal["none", "max"]
 
@@ -122,13 +125,24 @@ class ModelConfig:
         """Factor on query-key products before the softmax."""
         return self.qk_head_dim**-0.5 * self.rope.softmax_scale
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides what a model of given weights computes.
+
+        Both spellings of a `config.json` give the same. Limits and initialisation do not count.
+        """
+        content = dataclasses.asdict(self)
+        for key in ("max_positions", "init_std"):
+            del content[key]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     @classmethod
     def load(cls, folder: str | Path) -> "ModelConfig":
         """Read `config.json` of a Hugging Face folder."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: not found; expected a Hugging Face model folder")
-        raw = parse_json(read_text(path), str(path))
+        raw = read_json(path)
         if not isinstance(raw, dict):
             raise InputError(f"{path}: expected a JSON object")
         try:
@@ -155,7 +169,7 @@ class ModelConfig:
             ("scoring_func", "softmax"),
         ):
             _require({key: supported, **raw}, key, supported)
-        renormalise = bool(raw.get("norm_topk_prob") or False)
+        renormalise = _flag(raw, "norm_topk_prob")
         top_k = _integer(raw, "num_experts_per_tok")
         config = cls(
             vocab_size=_integer(raw, "vocab_size"),
@@ -175,7 +189,7 @@ class ModelConfig:
             v_head_dim=_integer(raw, "v_head_dim"),
             max_positions=_integer(raw, "max_position_embeddings"),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(raw, "tie_word_embeddings"),
             router=RouterConfig(
                 num_experts=_integer(raw, "n_routed_experts"),
                 top_k=top_k,
@@ -233,6 +247,14 @@ def _number(raw: dict[str, Any], key: str, default: float | None = None, above: 
     return float(value)
 
 
+def _flag(raw: dict[str, Any], key: str) -> bool:
+    """Null stands for false."""
+    value: Any = raw.get(key)
+    if not isinstance(value, bool | None):
+        raise InputError(f"{key}: {value!r}; expected true or false")
+    return bool(value)
+
+
 def _group_limit(raw: dict[str, Any]) -> dict[str, Any]:
     method = raw.get("topk_method") or "greedy"
     if method == "greedy":
@@ -247,13 +269,27 @@ def _group_limit(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(raw: dict[str, Any]) -> RopeConfig:
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    found = [_rope_of(raw, name) for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    if len(found) > 1 and found[0] != found[1]:
+        raise InputError(
+            "rope_scaling: says something else than rope_parameters; expected one of them, or both "
+            "alike"
+        )
+    return found[0] if found else _rope_of(raw, "rope_scaling")
+
+
+def _rope_of(raw: dict[str, Any], name: str) -> RopeConfig:
+    """What one of the spellings says, with `rope_theta` inside or beside it."""
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise InputError(f"{name}: {parameters!r}; expected an object")
     given = raw | parameters
     if given.get("partial_rotary_factor") is not None:
         _require(given, "partial_rotary_factor", 1.0)
+    for key, other in (("rope_theta", raw), ("rope_type", {"rope_type": parameters.get("type")})):
+        inside, beside = parameters.get(key), other.get(key)
+        if inside is not None and beside is not None and inside != beside:
+            raise InputError(f"{name}.{key}: {inside!r} and {beside!r}; expected one value")
     theta = _number(given, "rope_theta", 10000.0, above=1)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":

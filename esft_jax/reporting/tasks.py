@@ -17,6 +17,7 @@ from esft_jax.experts.scores import (
     round_scores,
 )
 from esft_jax.experts.select import chosen_mask, rank_and_take
+from esft_jax.hf.identity import check_same_base
 from esft_jax.reporting import analysis
 from esft_jax.training.run_folder import RunFolder
 
@@ -100,6 +101,7 @@ def read_tasks(
     ]
     first = tasks[0]
     for task in tasks[1:]:
+        check_same_base(task.scores.provenance, first.scores.provenance, task.source, "measured on")
         if task.scores.layers != first.scores.layers or task.scores.token.shape != (
             first.scores.token.shape
         ):

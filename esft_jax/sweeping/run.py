@@ -20,7 +20,7 @@ from esft_jax.evaluation.run import (
     evaluate_result,
     run_evaluation,
 )
-from esft_jax.files import write_text_atomic
+from esft_jax.files import visible, write_text_atomic
 from esft_jax.sweeping.config import (
     BASE,
     Cell,
@@ -142,7 +142,7 @@ def run_cell(
             trained=result.trained,
             total=result.total,
             experts=None if result.experts is None else result.experts.num_experts_selected,
-            stored_bytes=sum(file.stat().st_size for file in result.result.glob("*.safetensors")),
+            stored_bytes=sum(f.stat().st_size for f in visible(result.result, "*.safetensors")),
             step_bytes=result.step_bytes,
             step_seconds=None if result.timing.step is None else result.timing.step.p50,
             seconds=sum(result.timing.spent.values()),

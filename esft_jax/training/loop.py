@@ -49,6 +49,7 @@ from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.setup import (
     Setup,
+    check_scored_on,
     create_run,
     load_pretrained,
     low_rank_updates,
@@ -167,6 +168,7 @@ def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) 
     """The experts that were given, or newly scored and selected ones; kept in the run folder."""
     experts, select = setup.experts, setup.config.select
     if experts is not None:
+        check_scored_on(setup, base)
         say(f"experts: {experts.num_experts_selected} given")
     else:
         scores = measure_scores(setup, base)
@@ -258,8 +260,11 @@ class _Run:
         experts = self.trains.experts if isinstance(self.trains, LoRA) else self.trains
         return {
             "base_fingerprint": self.source.fingerprint if self.source else None,
+            **self.setup.identity,
             "experts": experts and {str(k): list(v) for k, v in experts.experts.items()},
             "data_sha256": self.train_set.stats.sha256,
+            # They choose the best step.
+            "valid_sha256": {name: s.stats.sha256 for name, s in self.valid_sets.items()},
         }
 
     def train(self, stopped: Callable[[], int | None]) -> _Outcome:
@@ -435,6 +440,7 @@ class _Run:
         manifest = {
             "base_model": config.model,
             "base_fingerprint": self.source.fingerprint,
+            **self.setup.identity,
             "scores_sha256": _file_hash(self.folder.scores / "scores.json") if measured else None,
             "data_sha256": self.train_set.stats.sha256,
             "select": None if given else dataclasses.asdict(config.select),

@@ -7,7 +7,8 @@ from typing import Any
 
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
-from esft_jax.files import check_writable, read_text, write_text_atomic
+from esft_jax.files import check_no_links, check_writable, read_text, visible, write_text_atomic
+from esft_jax.hf.folder import check_way
 
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
@@ -67,6 +68,7 @@ class RunFolder:
             InputError: naming the folder, and the first setting that differs.
         """
         check_writable(self.path, "output")
+        self.check_way()
         if not self.path.exists():
             return
         if not self.config.exists():
@@ -74,7 +76,7 @@ class RunFolder:
             ours = {self.scores, self.evaluation}
             if config.expert_cfg is not None and self.expert_cfg.exists():
                 ours |= {self.expert_cfg} if self.expert_cfg.samefile(config.expert_cfg) else set()
-            if not ours.issuperset(self.path.iterdir()):
+            if not ours.issuperset(visible(self.path)):
                 raise InputError(
                     f"output: {self.path} is not empty and holds no run; expected a new folder"
                 )
@@ -94,6 +96,18 @@ class RunFolder:
                     f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
+
+    def check_way(self) -> None:
+        """Refuse links, which lead writing out of the folder, and what is no older result.
+
+        Raises:
+            InputError: naming the link or file.
+        """
+        for path in vars(self).values():
+            if path != self.path:  # which may be a link itself
+                check_no_links(path)
+        for result in (self.adapter, self.model):
+            check_way(result, replace=True)
 
     def create(self, config: RunConfig) -> None:
         """Make the folder and write the resolved configuration."""

@@ -1,6 +1,7 @@
 """What a run needs before any compute: checks, data, model, experts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -24,8 +25,9 @@ from esft_jax.experts.choose import check_select, choose_experts, load_tasks
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
-from esft_jax.experts.scores import ExpertScores
+from esft_jax.experts.scores import SCORES_FILE, ExpertScores
 from esft_jax.files import seen
+from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.mesh import (
     EXPERT,
@@ -68,6 +70,14 @@ class Setup:
     valid_sets: dict[str, PackedDataset]
     score_set: PackedDataset | None
     experts: ExpertConfig | None
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what the base is besides its weights, see `hf.identity.PARTS`."""
+        return {
+            "config_fingerprint": self.model_config.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.folder, self.tokenizer),
+        }
 
 
 def open_setup(config: RunConfig) -> Setup:
@@ -280,11 +290,33 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     provenance = {
         "model": config.model,
         "base_fingerprint": base.fingerprint,
+        **setup.identity,
         "data_sha256": dataset.stats.sha256,
         "sequence_length": dataset.sequence_length,
         "seed": config.seed,
     }
     return score_experts(base.model, batches, provenance)
+
+
+def check_scored_on(setup: Setup, base: LoadedBase) -> None:
+    """Check that the experts to train were chosen by scores of this base.
+
+    Raises:
+        InputError: naming the scores, and what of the base differs.
+    """
+    config, run = setup.config, setup.run
+    if config.expert_cfg is not None:
+        return
+    # Without given ones, those that the run measured before it was interrupted.
+    named = config.select.scores or (
+        [str(run.scores)] if (run.scores / SCORES_FILE).exists() else []
+    )
+    if config.select.groups_from is not None:
+        named = [*named, config.select.groups_from]
+    here = {"base_fingerprint": base.fingerprint, **setup.identity}
+    for path, task in zip(named, load_tasks(named, setup.model_config), strict=True):
+        if isinstance(task, ExpertScores):
+            check_same_base(task.provenance, here, path, "measured on")
 
 
 def load_pretrained(setup: Setup) -> LoadedBase:

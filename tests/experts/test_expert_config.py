@@ -1,9 +1,12 @@
+import json
 import re
+import time
 
 import pytest
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.select import combine_experts
 
 
 @pytest.mark.parametrize("task", ["intent", "law"])
@@ -90,3 +93,19 @@ def test_other_modules_alone_are_a_selection():
     ExpertConfig({}, shared_experts=True).validate([1, 2], 4)
     ExpertConfig({}, non_expert_modules=True).validate([1, 2], 4)
     ExpertConfig({2: (3,)}).validate([1, 2], 4)
+
+
+def test_many_ids_are_refused_at_once(tmp_path):
+    path = tmp_path / "expert_cfg.json"
+    ids = [*range(100_000), 99_999]
+    path.write_text(json.dumps({"experts": {"1": ids}}))
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match=r"experts.1: expert 99999 is listed twice"):
+        ExpertConfig.load(path)
+    path.write_text(json.dumps({"experts": {"1": [str(ids), *ids]}}))
+    with pytest.raises(InputError) as error:
+        ExpertConfig.load(path)
+    assert len(str(error.value)) < 500
+    one = ExpertConfig({1: tuple(range(100_000))})
+    assert combine_experts([one, one], "intersection") == one
+    assert time.perf_counter() - begin < 10

@@ -70,3 +70,40 @@ def test_damaged_files_are_named(tmp_path) -> None:
     RoutingLog(log.layers, 200, log.expert_ids, log.gates, log.starts).save(tmp_path)
     with pytest.raises(InputError, match="do not fit together"):
         load_routing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("expert_ids", lambda a: a.astype(np.int64) - 300, "arrays do not fit together"),
+        ("expert_ids", lambda a: a.astype(np.float32), "expert_ids: float32 of shape"),
+        ("gates", lambda a: a * np.float16("nan"), "arrays do not fit together"),
+        ("starts", lambda a: a[:0], "arrays do not fit together"),
+        ("starts", lambda a: a[::-1].astype(np.uint64), "arrays do not fit together"),
+        ("layers", lambda a: a[None], r"layers: int32 of shape \[1, 2\]"),
+        ("num_experts", lambda a: a[None], r"num_experts: int32 of shape \[1\]"),
+        ("tokens", lambda a: a.astype("U"), "tokens: <U"),
+        ("gates", lambda a: None, "gates is missing"),
+    ],
+)
+def test_arrays_of_other_kinds_are_named(tmp_path, name, change, message) -> None:
+    make_log().save(tmp_path)
+    with np.load(tmp_path / ROUTING_FILE) as file:
+        arrays = dict(file)
+    changed = change(arrays[name])
+    arrays = {k: v for k, v in arrays.items() if k != name}
+    np.savez(tmp_path / ROUTING_FILE, **arrays, **({} if changed is None else {name: changed}))
+    with pytest.raises(InputError, match=message):
+        load_routing(tmp_path)
+
+
+def test_any_byte_of_the_file_may_be_damaged(tmp_path) -> None:
+    make_log().save(tmp_path)
+    path = tmp_path / ROUTING_FILE
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            load_routing(tmp_path)
+        except InputError as error:
+            assert "routing.npz: " in str(error)

@@ -175,3 +175,25 @@ def test_other_json_is_refused(tmp_path):
     (tmp_path / "c.json").write_text('{"experts": {}}')
     with pytest.raises(InputError, match="expected a JSON object with the keys token_scores"):
         load_scores(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("together", "message"),
+    [
+        ([[[1.5, 0], [0, 1]]], "chosen_together.*0.0.0: is 1.5; expected"),
+        ([[["1", 0], [0, 1]]], "chosen_together.*0.0.0: is '1'; expected"),
+        ([[[True, 0], [0, 1]]], "chosen_together.*0.0.0: is True; expected"),
+        ([[[1, 0], [0]]], "chosen_together: expected whole numbers"),
+        ([[[2**70, 0], [0, 1]]], "chosen_together: expected whole numbers"),
+    ],
+)
+def test_counts_are_whole_numbers(tmp_path, together, message):
+    content = {
+        "layers": [1],
+        "token_scores": [[0.5, 0.5]],
+        "gate_scores": [[0.5, 0.5]],
+        "chosen_together": together,
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        load_scores(tmp_path)

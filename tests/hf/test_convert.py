@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +103,12 @@ def test_a_chunk_is_one_tensor_or_a_part_of_it(tiny, tmp_path, monkeypatch):
     convert_checkpoint(tiny[1], tmp_path / "whole")
     chunks = [p for p in (tmp_path / "whole" / "params").glob("*/c/**/*") if p.is_file()]
     assert len([p for p in chunks if "__lock" not in p.name]) == len(files)
+    whole = load_model(tmp_path / "whole")
     monkeypatch.setattr(converted, "_MAX_CHUNK_BYTES", 1000)
     convert_checkpoint(tiny[1], tmp_path / "split")
     chunks = [p for p in (tmp_path / "split" / "params").glob("*/c/**/*") if p.is_file()]
     assert max(p.stat().st_size for p in chunks) <= 1004  # 1000 and a checksum
-    assert_same(load_model(tmp_path / "whole"), load_model(tmp_path / "split"))
+    assert_same(whole, load_model(tmp_path / "split"))
 
 
 class Killed(BaseException):
@@ -189,7 +192,7 @@ def test_damage_is_noticed(tiny, tmp_path):
     with pytest.raises(InputError, match=r"experts.down: cannot be read: .*c/1/2/0/0.* missing"):
         load_model(folder)
     (down / "zarr.json").unlink()
-    with pytest.raises(InputError, match=r"experts.down: missing or damaged"):
+    with pytest.raises(InputError, match=r"experts.down/zarr.json: cannot be read: No such"):
         load_model(folder)
 
 
@@ -198,7 +201,7 @@ def test_damage_is_noticed(tiny, tmp_path):
     [
         ("[]", "manifest.json: key 'format': expected"),
         ('{"format": "x"}', "manifest.json: key 'format': expected"),
-        (json.dumps({"format": converted.FORMAT}), "manifest.json: key 'fingerprint' is missing"),
+        (json.dumps({"format": converted.FORMAT}), "manifest.json: source: is .*; Field required"),
         ("{", "manifest.json: not valid JSON"),
     ],
 )
@@ -207,3 +210,97 @@ def test_bad_manifests(tiny, tmp_path, text, message):
     (tmp_path / "c" / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=message):
         load_model(tmp_path / "c")
+
+
+def edit(key, change):
+    def damage(folder):
+        path = folder / "params" / "moe_blocks.moe.experts.down" / "zarr.json"
+        metadata = json.loads(path.read_text())
+        metadata[key] = change(metadata[key])
+        path.write_text(json.dumps(metadata))
+
+    return damage
+
+
+def block_chunk(folder):
+    chunk = folder / "params" / "moe_blocks.moe.experts.down" / "c" / "1" / "2" / "0" / "0"
+    chunk.unlink()
+    os.mkfifo(chunk)
+
+
+def edit_manifest(**changes):
+    def damage(folder):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            edit("fill_value", lambda _: 0),
+            "experts.down/zarr.json: fill_value: is 0; expected what",
+        ),
+        (edit("codecs", lambda codecs: codecs[:1]), "zarr.json: codecs: is .*; expected what the"),
+        (
+            edit("codecs", lambda codecs: [{"name": "bytes", "configuration": {"endian": "big"}}]),
+            "zarr.json: codecs: is",
+        ),
+        (edit("data_type", lambda _: "int32"), "data_type: 'int32'; manifest.json says float32"),
+        (edit("data_type", lambda _: ["float32"]), r"data_type: \['float32'\]; manifest.json says"),
+        (edit("chunk_grid", lambda g: g | {"name": "other"}), "zarr.json: chunk_grid: is"),
+        (edit("shape", lambda s: [s[0] + 1, *s[1:]]), r"shape \[3, 8, .* expects \[2, 8, "),
+        (block_chunk, "c/1/2/0/0: is no regular file; expected a file"),
+        (edit_manifest(fingerprint=3), "manifest.json: fingerprint: is 3; expected a valid string"),
+        (edit_manifest(dtypes=["I8"]), "manifest.json: dtypes.0: is 'I8'; expected 'BF16'"),
+        (edit_manifest(more=1), "manifest.json: more: is 1"),
+    ],
+)
+def test_what_the_conversion_did_not_write_is_named(converted_tiny, tmp_path, damage, message):
+    folder = shutil.copytree(converted_tiny, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"tensor": "x"}', "conversion.jsonl:2: sha256: is .*; expected|Field required"),
+        (b'{"tensor": "x", "sha256": 5}', "conversion.jsonl:2: sha256: is 5; expected a valid"),
+        (b'{"tensor": "lm_head.weight", "sha256": "x"}', "conversion.jsonl:2: sha256: is 'x'"),
+        (b'{"tensor": "x", "sha256": "%s"}' % (b"0" * 64), "jsonl:2: tensor: 'x' is none of"),
+        (b"[]", r"conversion.jsonl:2: is \[\]"),
+        (b"{", "conversion.jsonl:2: not valid JSON"),
+        (b'"\xff"', "conversion.jsonl:2: byte 1 of the line is not UTF-8"),
+        (b'{"source": null}', "conversion.jsonl:2: source: is None"),
+    ],
+)
+def test_a_broken_journal_is_named(tiny, unfinished, line, message):
+    journal = unfinished / "conversion.jsonl"
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([first, line, b"\n", *rest]))
+    before = content(unfinished)
+    with pytest.raises(InputError, match=message):
+        convert_checkpoint(tiny[1], unfinished)
+    assert content(unfinished) == before
+
+
+def test_links_and_hidden_files_at_the_target(tiny, converted_tiny, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(InputError, match="link: is a link; expected a new or empty folder"):
+        convert_checkpoint(tiny[1], tmp_path / "link")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / ".DS_Store").touch()
+    convert_checkpoint(tiny[1], tmp_path / "target")
+    assert content(tmp_path / "target") == content(converted_tiny) | {".DS_Store": b""}
+
+
+def test_a_link_in_an_unfinished_conversion(tiny, unfinished, tmp_path):
+    shutil.move(unfinished / "params", tmp_path / "elsewhere")
+    (unfinished / "params").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="target/params: is a link"):
+        convert_checkpoint(tiny[1], unfinished)

@@ -26,7 +26,7 @@ def count(*args):
     rename(*args)
 
 with new_folder(Path(sys.argv[1]), replace=True) as folder:
-    (folder / "killed").touch()
+    (folder / "killed.safetensors").touch()
     os.rename = os.replace = count
 """
 
@@ -39,7 +39,7 @@ def kill(target, renames):
 
 def write(target, name):
     with new_folder(target, replace=True) as folder:
-        (folder / name).touch()
+        (folder / f"{name}.safetensors").touch()
 
 
 def fail(target):
@@ -55,7 +55,7 @@ def fail_with(code):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name.removesuffix(".safetensors") for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_older_folder_stays_where_a_new_one_cannot_be_placed(target, monkeypa
     rename = Path.rename
 
     def refuse(self, to):
-        if (self / "new").exists() and to == target:
+        if (self / "new.safetensors").exists() and to == target:
             fail_with(errno.EACCES)()
         return rename(self, to)
 
@@ -130,7 +130,44 @@ def test_of_two_writers_the_later_one_wins(target):
     write(target, "old")
     refused = pytest.raises(InputError, match="adapter: another process writes it")
     with refused, new_folder(target, replace=True) as first:
-        (first / "first").touch()
+        (first / "first.safetensors").touch()
         write(target, "second")
     assert names(target) == ["second"]
     assert names(target.parent) == ["adapter"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_is_never_followed(target, replace):
+    write(target.with_name("other"), "model")
+    target.symlink_to("other")
+    refused = pytest.raises(InputError, match="adapter: is a link; expected a new folder")
+    with refused, new_folder(target, replace=replace):
+        pytest.fail("a folder to write")
+    assert names(target.with_name("other")) == ["model"] and target.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "a.safetensors/", "expert_cfg.json.txt"])
+def test_only_an_older_result_gives_way(target, name):
+    write(target, "model")
+    (target / name).mkdir() if name.endswith("/") else (target / name).touch()
+    refused = pytest.raises(InputError, match=f"adapter/{name.strip('/')}: is no part of a result")
+    with refused, new_folder(target, replace=True):
+        pytest.fail("a folder to write")
+    assert len(names(target)) == 2
+
+
+def test_what_appears_meanwhile_is_not_replaced(target):
+    with pytest.raises(InputError, match="adapter: exists"), new_folder(target) as folder:
+        (folder / "model.safetensors").touch()
+        target.mkdir()
+        (target / "model.safetensors").write_text("another")
+    assert (target / "model.safetensors").read_text() == "another"
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_hidden_files_are_in_nobodys_way_and_stay(target, replace):
+    (target / ".git").mkdir(parents=True)
+    (target / ".DS_Store").touch()
+    with new_folder(target, replace=replace) as folder:
+        (folder / "model.safetensors").touch()
+    assert names(target) == [".DS_Store", ".git", "model"]

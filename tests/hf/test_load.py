@@ -1,16 +1,22 @@
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from safetensors.torch import save_file
 
 from esft_jax.errors import InputError
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import make_mesh, param_shardings
-from esft_jax.model import Transformer
+from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model.config import RopeConfig
+from esft_jax.model.rope import inverse_frequencies
 from tests.hf.checkpoints import (
     assert_same,
     leaves,
@@ -96,17 +102,78 @@ def test_the_fingerprint_ignores_shards_and_sees_every_value(tiny, tmp_path):
     assert load_base(rewrite(folder, tmp_path / "touched", touch)).fingerprint != expected
 
 
-def test_a_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
-    model = torch_model(tie_word_embeddings=True)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_tied_head_and_rotary_buffers_are_tolerated(tmp_path, stored):
+    model = torch_model(tie_word_embeddings=True).to(stored)
     folder = save(model, tmp_path / "tied")
+    rope = ModelConfig.load(folder).rope
 
     def add(tensors):
-        tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"]
+        plain, yarn = inverse_frequencies(RopeConfig(), 8), inverse_frequencies(rope, 8)
+        tensors["lm_head.weight"] = model.lm_head.weight.detach().float()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.tensor(plain).to(stored)
+        tensors["model.rotary_emb.inv_freq"] = torch.tensor(yarn).to(stored)
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     more = rewrite(folder, tmp_path / "more", add)
     assert load_base(more).fingerprint == load_base(folder).fingerprint
+
+
+BUFFER = "model.layers.2.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("lm_head.weight", torch.zeros_like, "differs from 'model.embed_tokens.weight'"),
+        ("lm_head.weight", lambda e: e * (1 + 1e-6), "differs from 'model.embed_tokens.weight'"),
+        ("lm_head.weight", lambda e: e[:-1], r"'lm_head.weight' has shape \[95, 32\]"),
+        (BUFFER, lambda e: e[0, :4], "differs from what rope_theta"),
+        (BUFFER, lambda e: 1e6 ** (-torch.arange(0, 8, 2) / 8), "differs from what rope_theta"),
+        (BUFFER.replace("2", "7"), lambda e: e[0, :4], "unexpected tensor"),
+        ("model.layers.3.mlp.gate.weight", lambda e: e[:8], "unexpected tensor"),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", lambda e: e[0, :8], "unexpected tenso"),
+    ],
+)
+def test_what_says_something_else_than_the_model_is_named(tmp_path, name, make, message):
+    folder = save(torch_model(tie_word_embeddings=True), tmp_path / "tied")
+
+    def add(tensors):
+        extra = make(tensors["model.embed_tokens.weight"].clone())
+        return tensors | {name: extra.clone().contiguous()}
+
+    bad = rewrite(folder, tmp_path / "bad", add)
+    with pytest.raises(InputError, match=message):
+        load_model(bad)
+
+
+def test_experts_fused_and_one_by_one_are_named(tiny, tmp_path):
+    model, folder = tiny
+    fused = "model.layers.1.mlp.experts.down_proj"
+
+    def add(tensors):
+        return tensors | {fused: model.state_dict()[fused].clone()}
+
+    twice = r"experts.\d.down_proj.weight' is there twice: 'model.layers.1.mlp.experts.down_proj'"
+    with pytest.raises(InputError, match=twice):
+        load_model(rewrite(folder, tmp_path / "both", add))
+
+
+def test_hidden_files_are_nobodys(tiny, tmp_path):
+    folder = rewrite(tiny[1], tmp_path / "copy", lambda tensors: tensors)
+    for name in ("._model.safetensors", "._model.safetensors.index.json", ".DS_Store"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    assert_same(load_model(folder), load_model(tiny[1]))
+
+
+def test_of_several_files_the_usual_one_counts(tiny, tmp_path):
+    """As for `transformers`; others are of another tool, if they say nothing of its tensors."""
+    folder = rewrite(tiny[1], tmp_path / "copy", lambda tensors: tensors)
+    save_file({"layers.0.wq": torch.zeros(2)}, folder / "consolidated.safetensors")
+    assert_same(load_model(folder), load_model(tiny[1]))
+    shutil.copy(folder / "model.safetensors", folder / "best.safetensors")
+    with pytest.raises(InputError, match="best.safetensors: has tensor 'lm_head.weight', as"):
+        load_model(folder)
 
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
@@ -164,6 +231,36 @@ def misplace(folder):
     path.write_text(json.dumps(index))
 
 
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def unlist(folder):
+    edit_index(folder, lambda listed: listed.pop("model.norm.weight"))
+
+
+def invent(folder):
+    edit_index(folder, lambda listed: listed.update(x="model-00001-of-00003.safetensors"))
+
+
+def replace_second(folder):
+    path = next(folder.glob("model-00002*"))
+    path.unlink()
+    return path
+
+
+def block(folder):
+    os.mkfifo(replace_second(folder))
+
+
+def point(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    replace_second(folder).write_text(pointer)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -175,7 +272,15 @@ def misplace(folder):
         (flip_header, "model-00002-of-00003.safetensors: damaged or truncated safetensors"),
         (pickle_only, "only pytorch_model.bin; pickled weights are not read"),
         (point_outside, "index.json: weight_map: model.norm.weight: '../x.safetensors' is no file"),
-        (misplace, "tensor 'model.norm.weight' is missing; .*index.json lists it here"),
+        (misplace, "00003.safetensors: has tensor 'model.norm.weight'; .*lists it in model-00001"),
+        (unlist, "has tensor 'model.norm.weight'; .*index.json does not list it"),
+        (invent, "00001-of-00003.safetensors: tensor 'x' is missing; .*index.json lists it here"),
+        (
+            lambda f: shutil.copy(next(f.glob("model-00002*")), f / "old.safetensors"),
+            "old.safetensors: has tensor '.*', as .*-00002-of-00003.safetensors has; expected",
+        ),
+        (block, "model-00002-of-00003.safetensors: is no regular file; expected a file"),
+        (point, "model-00002-of-00003.safetensors: is a git-lfs pointer"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "3 safetensors files without"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text("{"),

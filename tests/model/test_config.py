@@ -40,6 +40,14 @@ def yarn(**changes):
         (yarn(truncate=False), "truncate: False is not supported; expected True"),
         (yarn(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false'; expected true or false"),
+        ({"norm_topk_prob": 0}, "norm_topk_prob: 0; expected true or false"),
+        ({"rope_theta": 5e5}, "rope_parameters.rope_theta: 10000.0 and 500000.0; expected one"),
+        (yarn(type="linear"), "rope_parameters.rope_type: 'yarn' and 'linear'; expected one value"),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN, "factor": 8}},
+            "rope_scaling: says something else than rope_parameters",
+        ),
     ],
 )
 def test_senseless_values_are_named(changes, message):
@@ -53,3 +61,23 @@ def test_values_without_effect_are_read():
     assert ModelConfig.from_hugging_face(RAW | same) == config
     assert ModelConfig.from_hugging_face(RAW | {"partial_rotary_factor": None}) == config
     assert ModelConfig.from_hugging_face(RAW | {"n_shared_experts": None}).num_shared_experts == 0
+
+
+def test_the_fingerprint_is_of_what_a_model_computes():
+    config = ModelConfig.from_hugging_face(RAW)
+    old = {key: value for key, value in YARN.items() if key not in ("rope_type", "rope_theta")}
+    spelled = {"rope_parameters": None, "rope_scaling": old | {"type": "yarn"}, "rope_theta": 1e4}
+    for same in (
+        spelled,
+        {"rope_scaling": YARN | {"type": "yarn"}},
+        {"initializer_range": 0.5, "max_position_embeddings": 8192, "torch_dtype": "float16"},
+    ):
+        assert ModelConfig.from_hugging_face(RAW | same).fingerprint == config.fingerprint
+    for other in (
+        {"rms_norm_eps": 1e-5},
+        {"norm_topk_prob": True},
+        {"num_experts_per_tok": 3},
+        yarn(rope_theta=10001.0),
+        yarn(mscale=0.5),
+    ):
+        assert ModelConfig.from_hugging_face(RAW | other).fingerprint != config.fingerprint

@@ -199,3 +199,23 @@ def test_released_logs(esft_reference: Path, tmp_path: Path) -> None:
         assert round(float(overlap[task, task]["shared_top_k"]), 2) == shared
         assert float(overlap[task, task]["chance"]) == 6 * 6 / 64
     assert float(overlap["intent", "law"]["shared_top_k"]) < 1
+
+
+def test_files_of_others_stay(scored: list[Path], tmp_path: Path) -> None:
+    for name in ("data/mine.csv", "data/._experts.csv", "data/words.csv", "figures/mine.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    summary = scored[0] / "summary.json"
+    assert main([f"t={summary}", "--experts-per-token", "2", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "data" / "mine.csv").exists() and (tmp_path / "figures/mine.png").exists()
+    assert (tmp_path / "data" / "._experts.csv").exists()
+    assert not (tmp_path / "data" / "words.csv").exists()  # of an earlier report
+
+
+def test_a_link_does_not_lead_out(scored: list[Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(tmp_path / "elsewhere")
+    assert main([str(scored[0]), "--output", str(tmp_path / "out")]) == 2
+    assert "out/data: is a link" in capsys.readouterr().err
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -1,0 +1,64 @@
+"""What a run, its scores and its adapter are bound to: all that makes a base model what it is.
+
+Weights alone do not: `config.json` says what is computed with them, the tokenizer and its chat
+template what their tokens mean.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+from esft_jax.files import read_json
+
+# Key in manifests, provenance and facts, and what it is the hash of.
+PARTS = {
+    "base_fingerprint": "weights",
+    "config_fingerprint": "config.json",
+    "tokenizer_fingerprint": "tokenizer or chat template",
+}
+
+
+def tokenizer_fingerprint(folder: Path, tokenizer: Tokenizer) -> str:
+    """Hash of all that decides which tokens a text has, and what a chat looks like.
+
+    It does not depend on how the files are laid out, nor on the version of the library.
+
+    Args:
+        folder: where the tokenizer was loaded from.
+    """
+    definition = read_json(folder / "tokenizer.json")
+    content = {
+        "definition": {
+            key: value for key, value in definition.items() if key not in ("truncation", "padding")
+        },
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "begins_with_bos": tokenizer.begins_with_bos,
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_base(
+    recorded: Mapping[str, Any], base: Mapping[str, Any], where: str, what: str
+) -> None:
+    """Compare what two records say of their base models, as far as both say it.
+
+    Args:
+        where: what the message begins with: the file of the first record.
+        what: was done with its base, such as "trained on".
+
+    Raises:
+        InputError: they differ; names the part.
+    """
+    for key, part in PARTS.items():
+        before, now = recorded.get(key), base.get(key)
+        if before is not None and now is not None and before != now:
+            raise InputError(
+                f"{where}: {key}: {what} another base: its {part} had the hash "
+                f"{str(before)[:12]}..., here it is {str(now)[:12]}..."
+            )
