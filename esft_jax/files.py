@@ -21,6 +21,7 @@ from esft_jax.errors import InputError, one_line
 Value = TypeVar("Value")
 
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
