@@ -48,7 +48,7 @@ class Score:
     """What one task or domain gave.
 
     Attributes:
-        metric: name of the metric; None if nothing was completed.
+        metric: label of the metric (`Metric.label`); None if nothing was completed.
         value: the metric, in percent.
         rows: completions.
         failures: those that a judge gave no readable score; they are not in `value`.
@@ -163,7 +163,7 @@ def _cases(
         }
         if rows:
             facts |= {
-                "metric": metric,
+                "metric": METRICS[metric].label([row.answers for row in rows]),
                 "judge": judge.model if judge and METRICS[metric].rubric else None,
                 "max_new_tokens": max_new_tokens,
                 "temperature": evaluation.temperature,
