@@ -41,8 +41,11 @@ def _known_metric(name: str) -> str:
 
 
 def _case_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "task":
-        raise ValueError(f"expected a name of letters, digits, '.-_', not 'task', got {name!r}")
+    # With a hash, it has to be the name of a folder.
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,59}", name) or name == "task":
+        raise ValueError(
+            f"expected a name of at most 60 letters, digits, '.-_', not 'task', got {name!r}"
+        )
     return name
 
 

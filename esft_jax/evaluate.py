@@ -10,7 +10,7 @@ from rich.console import Console
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, kept_evaluation, run_evaluation
-from esft_jax.training.run_folder import RunFolder
+from esft_jax.hf.adapter import load_adapter
 
 
 @command
@@ -30,9 +30,17 @@ def main(argv: Sequence[str] | None) -> None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
     console = Console()
     print_measures(console, report, before)
-    console.print(f"written to {report.folder}, {report.seconds:.0f} s", soft_wrap=True)
+    plain = {"soft_wrap": True, "markup": False, "highlight": False}
+    trained = None if args.adapter is None else load_adapter(args.adapter).run_dtype
+    if trained is not None and trained != config.dtype:
+        console.print(
+            f"dtype: evaluated in {config.dtype}; the adapter's run had {trained}", **plain
+        )
+    if report.kept:
+        console.print(f"taken over from an earlier evaluation: {', '.join(report.kept)}", **plain)
+    console.print(f"written to {report.folder}, {report.seconds:.0f} s", **plain)
     if before is not None:
-        write_comparison(RunFolder(config.output).comparison, report, before)
+        console.print(f"comparison: {write_comparison(report, before)}", **plain)
 
 
 if __name__ == "__main__":

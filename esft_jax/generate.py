@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
 from esft_jax.cli import command
 from esft_jax.data.tokenizer import Message, Tokenizer
 from esft_jax.evaluation.generate import (
@@ -16,6 +14,7 @@ from esft_jax.evaluation.generate import (
 )
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.hf.load import local_folder
+from esft_jax.hf.manifest import RUN_DTYPES
 from esft_jax.model.config import ModelConfig
 
 
@@ -52,9 +51,9 @@ def main(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="bfloat16",
-        help="of weights and computation (default: bfloat16)",
+        choices=RUN_DTYPES,
+        help="of weights and computation (default: as the adapter's run; of a base alone, what its "
+        "config.json names, else bfloat16)",
     )
     args = parser.parse_args(argv)
     check_options(args.max_new_tokens, args.temperature, args.top_p, batch_size=1)
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None) -> None:
     else:
         prompt = tokenizer.encode_prompt([Message(role="user", content=args.prompt)])
     check_length("prompt", len(prompt), args.max_new_tokens, shape.max_positions)
-    base = load_tuned(args.model, args.adapter, jnp.dtype(args.dtype), mesh=None)
+    base = load_tuned(args.model, args.adapter, args.dtype, mesh=None)
     (answer,) = generate_tokens(
         base.model,
         [prompt],

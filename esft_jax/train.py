@@ -12,7 +12,12 @@ from rich.table import Table
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
-from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
+from esft_jax.evaluation.run import (
+    EvaluationReport,
+    check_evaluation,
+    evaluate_result,
+    run_evaluation,
+)
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
@@ -47,7 +52,7 @@ def _train(config: RunConfig, console: Console) -> None:
     create_run(setup)
     before = None
     if inputs is not None and config.init == "pretrained":
-        before = run_evaluation(config, None, inputs, reuse=True)
+        before = run_evaluation(config, None, inputs)
     result = run_training(setup, say=console.print)
     if result.result is None:
         console.print(
@@ -58,10 +63,16 @@ def _train(config: RunConfig, console: Console) -> None:
         after = evaluate_result(config, result.result, inputs)
         print_measures(console, after, before)
         if before is not None:
-            on_first_process(
-                lambda: write_comparison(setup.run.comparison, after, before), "comparison"
-            )
+            _write_comparison(console, after, before)
     _print_summary(console, result)
+
+
+def _write_comparison(console: Console, after: EvaluationReport, before: EvaluationReport) -> None:
+    def write() -> None:
+        path = write_comparison(after, before)
+        console.print(f"comparison: {path}", soft_wrap=True, markup=False, highlight=False)
+
+    on_first_process(write, "comparison")
 
 
 def _print_summary(console: Console, result: RunResult) -> None:
