@@ -30,17 +30,16 @@ def main(argv: Sequence[str] | None) -> None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
     console = Console()
     print_measures(console, report, before)
-    plain = {"soft_wrap": True, "markup": False, "highlight": False}
+    lines = []
     trained = None if args.adapter is None else load_adapter(args.adapter).run_dtype
     if trained is not None and trained != config.dtype:
-        console.print(
-            f"dtype: evaluated in {config.dtype}; the adapter's run had {trained}", **plain
-        )
+        lines.append(f"dtype: evaluated in {config.dtype}; the adapter's run had {trained}")
     if report.kept:
-        console.print(f"taken over from an earlier evaluation: {', '.join(report.kept)}", **plain)
-    console.print(f"written to {report.folder}, {report.seconds:.0f} s", **plain)
+        lines.append(f"taken over from an earlier evaluation: {', '.join(report.kept)}")
+    lines.append(f"written to {report.folder}, {report.seconds:.0f} s")
     if before is not None:
-        console.print(f"comparison: {write_comparison(report, before)}", **plain)
+        lines.append(f"comparison: {write_comparison(report, before)}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

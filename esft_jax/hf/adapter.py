@@ -116,9 +116,9 @@ class Adapter:
     @property
     def run_dtype(self) -> np.dtype | None:
         """The type that its run computed in; where no manifest says it, that of its tensors."""
-        stored = {self.tensors.dtype(name) for name in self.tensors}
-        only = stored.pop() if len(stored) == 1 else None
-        return run_dtype(self.manifest) or (only if only in map(jnp.dtype, RUN_DTYPES) else None)
+        stored = {self.tensors.dtype(name).name for name in self.tensors}
+        only = [jnp.dtype(name) for name in RUN_DTYPES if stored == {name}]
+        return run_dtype(self.manifest) or (only[0] if only else None)
 
     @property
     def names(self) -> list[str]:

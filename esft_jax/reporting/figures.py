@@ -258,7 +258,7 @@ def _threshold(findings: Findings) -> Figure:
             full = findings.costs.full.operations
             operations = [row.cost.operations / full for row in rows if row.cost is not None]
             panels[1].plot(p, operations, **_line(i))
-    thresholds = {c.selection.top_p for c in findings.choices} - {None}
+    thresholds = {c.selection.top_p for c in findings.choices if c.selection.top_p is not None}
     for axes in panels:
         for top_p in thresholds:
             axes.axvline(top_p, color="#999", lw=0.9)
