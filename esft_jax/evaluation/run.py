@@ -434,6 +434,7 @@ def _target(
 
 def _adapter_sha256(folder: Path) -> str:
     """Of its tensors, and of what scales them if they are factors."""
+    load_adapter(folder)  # says best what is wrong with it
     return _sha256([*TensorFiles(folder).files, folder / ADAPTER_CONFIG])
 
 

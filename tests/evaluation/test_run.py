@@ -222,12 +222,12 @@ def test_scores_depend_on_all_that_is_read(
         run_evaluation(overridden, adapter.parent)
         return list(done)
 
-    adapter.write_text('{"lora_alpha": 1}')
+    adapter.write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     everything = evaluated()
     assert evaluated() == []
     assert evaluated("evaluation.others.text.format=chat") == ["text"]
     evaluated()
-    adapter.write_text('{"lora_alpha": 2}')
+    adapter.write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
     assert evaluated() == everything
     (model / "chat_template.jinja").write_text("!" + DEFAULT_TEMPLATE)
     assert evaluated() == everything
@@ -239,6 +239,12 @@ def test_scores_depend_on_all_that_is_read(
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"new": 1}))
     assert evaluated() == everything
+
+
+def test_an_adapter_that_is_missing_is_named(config: Path, tmp_path: Path, done: list[str]) -> None:
+    (tmp_path / "run" / "evaluation" / "adapter-0").mkdir(parents=True)
+    with pytest.raises(InputError, match="nowhere: no such folder; expected an adapter"):
+        run_evaluation(load_config(config), "nowhere")
 
 
 def test_an_evaluation_replaces_no_other_one(config: Path, tmp_path: Path, done: list[str]) -> None:
