@@ -112,8 +112,8 @@ def test_before_and_after_training(
     assert "before" in printed and "after" in printed and "change" in printed
 
     # The same figures as without a run.
-    tokenizer, files = Tokenizer.load(base), [str(tmp_path / "text.jsonl")]
-    dataset = build_dataset(files, tokenizer, format="text", sequence_length=32)
+    tokenizer, heldout = Tokenizer.load(base), [str(tmp_path / "text.jsonl")]
+    dataset = build_dataset(heldout, tokenizer, format="text", sequence_length=32)
     loss = heldout_loss(load_model(base), dataset, 8)
     assert before["text"]["heldout"]["nats_per_token"] == pytest.approx(loss.nats_per_token)
     assert before["text"]["heldout"]["bits_per_byte"] == pytest.approx(loss.bits_per_byte)
