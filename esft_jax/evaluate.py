@@ -9,8 +9,8 @@ from esft_jax.cli import Parser, add_config_arguments, command, open_config, opt
 from esft_jax.config import LocalPath
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, kept_evaluation, run_evaluation
+from esft_jax.hf.adapter import load_adapter
 from esft_jax.terminal import Terminal
-from esft_jax.training.run_folder import RunFolder
 
 
 @command
@@ -37,9 +37,17 @@ def main(argv: Sequence[str]) -> None:
     for name, held_out in inputs.describe().items():
         console.say(f"held out, {name}: {held_out}")
     print_measures(console, report, before)
-    console.say(f"written to {report.folder}, {report.seconds:.0f} s")
+    lines = []
+    trained = None if args.adapter is None else load_adapter(args.adapter).run_dtype
+    if trained is not None and trained != config.dtype:
+        lines.append(f"dtype: evaluated in {config.dtype}; the adapter's run had {trained}")
+    if report.kept:
+        lines.append(f"taken over from an earlier evaluation: {', '.join(report.kept)}")
+    lines.append(f"written to {report.folder}, {report.seconds:.0f} s")
     if before is not None:
-        write_comparison(RunFolder(config.output).comparison, report, before)
+        lines.append(f"comparison: {write_comparison(report, before)}")
+    for line in lines:
+        console.say(line)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import LocalPath
 from esft_jax.hf.export import export_model
+from esft_jax.hf.manifest import RUN_DTYPES
 from esft_jax.mesh import use_cpu_only
 
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        help="type of all weights (default: each keeps the type it is stored in)",
+        choices=RUN_DTYPES,
+        help="type of all weights (default: the smallest that loses nothing of base and adapter)",
     )
     args = parser.parse_args(argv)
     use_cpu_only()

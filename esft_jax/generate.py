@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.evaluation.generate import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.hf.load import local_folder
+from esft_jax.hf.manifest import RUN_DTYPES
 from esft_jax.model.config import ModelConfig
 
 
@@ -61,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="bfloat16",
-        help="of weights and computation (default: bfloat16)",
+        choices=RUN_DTYPES,
+        help="of weights and computation (default: as the adapter's run; of a base alone, what its "
+        "config.json names, else bfloat16)",
     )
     args = parser.parse_args(argv)
     folder = local_folder(args.model)
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     encode = tokenizer.encode_text if args.raw else tokenizer.encode_user
     prompt = encode(args.prompt)
     check_length("prompt", len(prompt), args.max_new_tokens, shape.max_positions)
-    base = load_tuned(args.model, args.adapter, jnp.dtype(args.dtype), mesh=None)
+    base = load_tuned(args.model, args.adapter, args.dtype, mesh=None)
     (answer,) = generate_tokens(
         base.model,
         [prompt],

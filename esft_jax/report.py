@@ -15,7 +15,6 @@ from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, Share
 from esft_jax.errors import InputError
 from esft_jax.experts.scores import SCORE_METHODS
-from esft_jax.experts.select import DEFAULT_TOP_P
 from esft_jax.files import (
     check_no_links,
     check_writable,
@@ -31,7 +30,7 @@ from esft_jax.reporting.figures import draw_figures, to_png, to_svg
 from esft_jax.reporting.findings import Findings, answers, find
 from esft_jax.reporting.page import render_page
 from esft_jax.reporting.tables import tables, to_csv
-from esft_jax.reporting.tasks import read_tasks
+from esft_jax.reporting.tasks import Named, read_arguments, read_tasks
 from esft_jax.reporting.vocabulary import load_tokenizer
 from esft_jax.sweeping.table import MethodRow
 from esft_jax.sweeping.table import to_csv as methods_csv
@@ -42,6 +41,8 @@ PAGE = "report.html"
 _OURS = re.compile(
     r"concentration|experts(-\d+)?|layers|methods|overlap|sample-size|threshold|words"
 )
+
+_MODEL_FILES = ("config.json", "tokenizer*", "special_tokens*")
 
 
 @command
@@ -58,25 +59,27 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--output", required=True, type=option(LocalPath), metavar="FOLDER", help="where to write"
     )
-    parser.add_argument("--method", choices=SCORE_METHODS, default="token", help="(default: token)")
+    parser.add_argument(
+        "--method", choices=SCORE_METHODS, help="(default: as the run did, else token)"
+    )
     parser.add_argument(
         "--top-p",
         type=option(Share),
         metavar="P",
-        help="threshold, as of `select` (default: as there)",
+        help="threshold, as of `select` (default: the experts that the run trained, else as there)",
     )
     parser.add_argument(
         "--model",
         type=option(LocalPath),
         metavar="FOLDER",
-        help="the model's config.json adds costs, its tokenizer adds words; no weights are read",
+        help="the model's config.json adds costs, its tokenizer adds words; no weights are read "
+        "(default: that of the runs)",
     )
     parser.add_argument(
         "--sequence-length",
         type=option(Count),
-        default=4096,
         metavar="TOKENS",
-        help="of a row in training, for its operations (default: 4096)",
+        help="of a row in training, for its operations (default: that of the runs, else 4096)",
     )
     parser.add_argument(
         "--experts-per-token",
@@ -93,15 +96,17 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
 
-    top_p = DEFAULT_TOP_P[args.method] if args.top_p is None else args.top_p
-    costs = tokenizer = None
-    if args.model is not None:
-        folder = local_folder(args.model, ("config.json", "tokenizer*", "special_tokens*"))
-        costs = CostModel(ModelConfig.load(folder), args.sequence_length)
-        tokenizer = load_tokenizer(folder)
+    arguments = read_arguments(args.scores)
+    model, costs, tokenizer = args.model, None, None
+    if model is None:
+        model = _model_of_runs(arguments)
+    if model is not None:
+        folder = local_folder(model, _MODEL_FILES)
+        length = args.sequence_length or _length_of_runs(arguments)
+        costs, tokenizer = CostModel(ModelConfig.load(folder), length), load_tokenizer(folder)
     router = None if costs is None else costs.config.router
     tasks = read_tasks(
-        args.scores,
+        arguments,
         args.experts_per_token if router is None else router.top_k,
         None if router is None else router.num_experts,
     )
@@ -120,13 +125,49 @@ def main(argv: Sequence[str]) -> None:
     for part in ("data", "figures"):
         check_no_links(Path(args.output) / part)
     compared = () if args.sweep is None else read_comparison(args.sweep)
-    findings = find(tasks, args.method, top_p, top_k, costs, tokenizer)
+    findings = find(tasks, args.method, args.top_p, top_k, costs, tokenizer, model)
     write_report(findings, Path(args.output), compared)
     terminal = Terminal()
     print_summary(findings, terminal)
     if compared:
         terminal.say(verdict(compared))
     terminal.say(f"report: {Path(args.output) / PAGE}")
+
+
+def _model_of_runs(arguments: Sequence[Named]) -> str | None:
+    """The model of all runs; None without any, or where it is not there any more.
+
+    Raises:
+        InputError: they have different ones.
+    """
+    found: list[tuple[Named, str, ModelConfig]] = []
+    for named in arguments:
+        if named.run is None:
+            continue
+        name = named.run.config.model
+        try:
+            folder = local_folder(name, _MODEL_FILES)
+        except InputError as error:
+            print(
+                f"{named.path}: the run's model is not there ({error}): without --model, no costs "
+                "and no words",
+                file=sys.stderr,
+            )
+            continue
+        found.append((named, name, ModelConfig.load(folder)))
+    for named, name, shape in found:
+        first, other, expected = found[0]
+        if shape != expected:
+            raise InputError(
+                f"{named.path}: a run of {name}, another model than {other} of {first.path}; "
+                "expected runs of one model"
+            )
+    return found[0][1] if found else None
+
+
+def _length_of_runs(arguments: Sequence[Named]) -> int:
+    lengths = {named.run.config.data.sequence_length for named in arguments if named.run}
+    return lengths.pop() if len(lengths) == 1 else 4096
 
 
 def write_report(findings: Findings, folder: Path, compared: Sequence[MethodRow] = ()) -> None:

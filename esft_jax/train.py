@@ -10,7 +10,13 @@ from rich.table import Table
 from esft_jax.cli import Parser, add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
-from esft_jax.evaluation.run import OWN, check_evaluation, evaluate_result, run_evaluation
+from esft_jax.evaluation.run import (
+    OWN,
+    EvaluationReport,
+    check_evaluation,
+    evaluate_result,
+    run_evaluation,
+)
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.terminal import Terminal
@@ -50,7 +56,7 @@ def _train(config: RunConfig, console: Terminal) -> None:
                 console.print(f"held out, {name}: {held_out}")
     before = None
     if inputs is not None and config.init == "pretrained":
-        before = run_evaluation(config, None, inputs, reuse=True)
+        before = run_evaluation(config, None, inputs)
     result = run_training(setup, say=console.say)
     if result.result is None:
         console.say(f"Stopped at step {result.step} and saved; the same command continues the run.")
@@ -59,10 +65,16 @@ def _train(config: RunConfig, console: Terminal) -> None:
         after = evaluate_result(config, result.result, inputs)
         print_measures(console, after, before)
         if before is not None:
-            on_first_process(
-                lambda: write_comparison(setup.run.comparison, after, before), "comparison"
-            )
+            _write_comparison(console, after, before)
     _print_summary(console, result)
+
+
+def _write_comparison(console: Terminal, after: EvaluationReport, before: EvaluationReport) -> None:
+    def write() -> None:
+        path = write_comparison(after, before)
+        console.say(f"comparison: {path}")
+
+    on_first_process(write, "comparison")
 
 
 def _print_summary(console: Terminal, result: RunResult) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from esft_jax import evaluate, generate
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
 from esft_jax.evaluation import run as evaluation
 from esft_jax.evaluation.generate import generate_text, generate_tokens
 from esft_jax.evaluation.metrics import read_completions
@@ -65,6 +66,11 @@ def adapter(model_folder, tmp_path):
     return tmp_path / "adapter"
 
 
+def only(run, pattern):
+    (path,) = (run / "evaluation").glob(pattern)
+    return path
+
+
 def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     path, run = config
     assert evaluate.main(["--config", str(path)]) == 0
@@ -72,8 +78,8 @@ def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     assert "exact_match, %" in printed
     assert "held-out loss, nats per token" in printed
     assert "change" not in printed  # nothing to compare with
-    base = run / "evaluation" / "base"
-    assert f"written to {base}" in printed
+    base = only(run, "base-*/task-*")
+    assert f"written to {base.parent}" in printed
     completions = read_completions(base / "completions.jsonl")
     assert [completion.prompt for completion in completions] == [row["prompt"] for row in ROWS[:2]]
     assert completions[1].raw_answers == ("5", "five")
@@ -83,18 +89,18 @@ def test_evaluates_the_base_and_an_adapter(config, adapter, capsys):
     assert len(scores["data_sha256"]) == 2
     assert scores["heldout"]["tokens"] > 1
 
-    assert not (run / "evaluation" / "comparison.json").exists()
+    assert not list(run.rglob("comparison*"))
 
     assert evaluate.main(["--config", str(path), "--adapter", str(adapter)]) == 0
     printed = capsys.readouterr().out
-    tuned = run / "evaluation" / "adapter"
+    tuned = only(run, "adapter-*/task-*")
     tuned_scores = json.loads((tuned / "scores.json").read_text())
     assert tuned_scores["adapter"] == str(adapter)
     assert tuned_scores["heldout"]["nats_per_token"] != scores["heldout"]["nats_per_token"]
     assert len(read_completions(tuned / "completions.jsonl")) == 2
     assert json.loads((base / "scores.json").read_text()) == scores
 
-    comparison = json.loads((run / "evaluation" / "comparison.json").read_text())
+    comparison = json.loads(only(run, "comparison-*.json").read_text())
     losses = [report["heldout"]["nats_per_token"] for report in (scores, tuned_scores)]
     (loss,) = (m for m in comparison["measures"] if "nats" in m["measure"])
     assert (loss["name"], loss["before"], loss["after"]) == ("task", *losses)
@@ -110,9 +116,9 @@ def test_the_result_of_full_training_does_not_replace_the_base(config, model_fol
     shutil.copytree(model_folder, run / "model")
     arguments = ["--config", str(path), f"model={run / 'model'}", "data.valid=[]"]
     assert evaluate.main(arguments) == 0
-    scores = json.loads((run / "evaluation" / "model" / "scores.json").read_text())
+    scores = json.loads(only(run, "model-*/task-*/scores.json").read_text())
     assert scores["heldout"] is None
-    assert not (run / "evaluation" / "base").exists()
+    assert not list(run.glob("evaluation/base-*"))
 
 
 def test_what_is_lost_of_held_out_data_is_said(config, capsys):
@@ -198,6 +204,63 @@ def test_generates_for_a_rendered_prompt_up_to_any_stop_token(model_folder, tmp_
     stop = next(number for number in range(1, 6) if ids[number] not in ids[:number])
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[stop]]}))
     assert generated("2 + 2 =") == tokenizer.decode(ids[:stop]) + "\n"
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """The types that models are loaded in; none is."""
+    found = []
+
+    class Loaded(Exception):
+        pass
+
+    def load(path, dtype, mesh):
+        found.append(jnp.dtype(dtype).name)
+        raise Loaded
+
+    monkeypatch.setattr(evaluation, "load_base", load)
+
+    def of(model, adapter, dtype=None):
+        with pytest.raises(Loaded):
+            evaluation.load_tuned(model, adapter, dtype, None)
+        return found[-1]
+
+    return of
+
+
+def test_answers_in_the_type_of_the_run(model_folder, adapter, tmp_path, dtypes):
+    manifest = json.loads((adapter / "manifest.json").read_text())
+
+    def say(**content):
+        (adapter / "manifest.json").write_text(json.dumps(manifest | content))
+
+    half = shutil.copytree(model_folder, tmp_path / "half")
+    raw = json.loads((half / "config.json").read_text())
+    del raw["dtype"]
+    for named, expected in (("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32",) * 2):
+        (half / "config.json").write_text(json.dumps(raw | {"torch_dtype": named}))
+        assert dtypes(half, None) == expected
+    assert dtypes(model_folder, None) == "float32"
+    assert dtypes(model_folder, None, "bfloat16") == "bfloat16"
+    assert dtypes(model_folder, adapter) == "float32"  # as its tensors are stored
+    say(dtype="bfloat16")
+    assert dtypes(model_folder, adapter) == "bfloat16"
+    assert dtypes(model_folder, adapter, "float32") == "float32"
+    (half / "config.json").write_text(json.dumps(raw | {"torch_dtype": "bfloat16"}))
+    say(dtype="float32")
+    assert dtypes(half, adapter) == "float32"
+    say(dtype="float64")
+    with pytest.raises(InputError, match="manifest.json: dtype: is 'float64'; expected float32"):
+        dtypes(half, adapter)
+
+
+def test_evaluate_says_that_the_adapter_was_trained_in_another_type(config, adapter, capsys):
+    arguments = ["--config", str(config[0]), "--adapter", str(adapter), "data.valid=[]"]
+    assert evaluate.main(arguments) == 0
+    assert "dtype" not in capsys.readouterr().out
+    assert evaluate.main([*arguments, "dtype=bfloat16"]) == 0
+    said = "dtype: evaluated in bfloat16; the adapter's run had float32"
+    assert said in capsys.readouterr().out
 
 
 def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys, monkeypatch):

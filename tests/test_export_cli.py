@@ -22,8 +22,10 @@ def test_exports(tmp_path, capsys):
     capsys.readouterr()
     arguments = ["--base", str(base), "--adapter", str(adapter), "--to", str(target)]
     assert main(arguments) == 0
-    assert f"written to {target}" in capsys.readouterr().out
     found, before = TensorFiles(target), TensorFiles(base)
+    printed = capsys.readouterr().out
+    assert f"written to {target}" in printed
+    assert f"all {len(found)} tensors in float32, 3 cast from bfloat16" in printed
     assert set(found) == set(before)
     for name in found:
         np.testing.assert_array_equal(found.read(name), tensors.get(name, before.read(name)))

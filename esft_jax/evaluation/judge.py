@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import MetricResult
-from esft_jax.files import parse_json, read_text, write_text_atomic
+from esft_jax.files import checked, read_json, write_text_atomic
 
 VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "JUDGE_MODEL")
 
@@ -28,7 +29,7 @@ _RETRIES = 6
 _TIMEOUT = 120.0  # seconds
 
 # What the library, or reading what it returns, raises where a reply is no chat completion.
-_MALFORMED = (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError)
+_MALFORMED = (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeError)
 
 _SCORE = re.compile(r"Score: (10|[0-9])")
 _INSTRUCTIONS = """\
@@ -40,6 +41,15 @@ sentences what decides. Then end with a line of its own, `Score: N`, N being a w
 (of no use) to 10 (as good as the references)."""
 
 Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A reply, and what it replies to."""
+
+    model: str
+    messages: Messages
+    reply: str
 
 
 class Judge:
@@ -91,8 +101,8 @@ class Judge:
         A reply without exactly one score, in its last line, gives that prediction no score.
 
         Raises:
-            InputError: the endpoint refuses or cannot be reached, or no reply had a score. What was
-                asked before is kept.
+            InputError: the endpoint refuses or cannot be reached, no reply had a score, or a kept
+                one is damaged. What was asked before is kept.
         """
         if jax.process_index() != 0:
             return MetricResult(float("nan"), [None] * len(predictions))
@@ -113,9 +123,15 @@ class Judge:
     def _replies(self, asked: Sequence[Messages]) -> dict[Path, str]:
         by_file = {self._cached(messages): messages for messages in asked}
         replies, missing = {}, []
-        for path in by_file:
+        for path, messages in by_file.items():
             if path.exists():
-                replies[path] = parse_json(read_text(path), str(path))["reply"]
+                kept = checked(_Kept, read_json(path), str(path))
+                if (kept.model, kept.messages) != (self.model, messages):
+                    raise InputError(
+                        f"{path}: holds the reply to another question than its name says; expected "
+                        "the file as it was written, or none"
+                    )
+                replies[path] = kept.reply
             else:
                 missing.append(path)
         # A bar on terminals only.
@@ -144,6 +160,7 @@ class Judge:
             reply = answer.choices[0].message.content
             if not isinstance(reply, str | None):
                 raise TypeError
+            (reply or "").encode()  # half of a surrogate pair is no text
         except self._failed as error:
             # An error may repeat what was sent.
             reason = " ".join(str(error).split()).replace(self._key, "***")[:300]
@@ -152,7 +169,7 @@ class Judge:
             raise InputError(
                 f"judge {self.model} (OPENAI_BASE_URL): the reply is no chat completion"
             ) from None
-        content = {"model": self.model, "messages": messages, "reply": reply or ""}
+        content = asdict(_Kept(self.model, messages, reply or ""))
         write_text_atomic(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
         return reply or ""
 

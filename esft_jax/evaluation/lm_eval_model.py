@@ -5,7 +5,6 @@ from collections import defaultdict
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -20,6 +19,7 @@ from esft_jax.evaluation.likelihood import continuation_likelihoods
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.files import local_path
 from esft_jax.hf.load import local_folder
+from esft_jax.hf.manifest import RUN_DTYPES
 from esft_jax.mesh import make_mesh, split_cpu
 
 # What tasks may set beside `until` and the number of tokens.
@@ -35,7 +35,7 @@ class EsftJaxLM(TemplateLM):
     Args:
         pretrained: Hugging Face folder, hub name, or folder written by `convert`.
         adapter: folder of an adapter.
-        dtype: of weights and computation, `bfloat16` or `float32`.
+        dtype: of weights and computation, `bfloat16` or `float32`; default: see `load_tuned`.
         batch_size: requests computed together, over all devices.
         max_length: tokens of context and continuation; default: the model's limit.
         add_bos_token: BOS before contexts; default: as the tokenizer does by itself (key
@@ -53,7 +53,7 @@ class EsftJaxLM(TemplateLM):
         self,
         pretrained: str,
         adapter: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         batch_size: int | str = 16,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -68,7 +68,7 @@ class EsftJaxLM(TemplateLM):
         super().__init__()
         if unknown:
             raise InputError(f"model_args: {sorted(unknown)[0]}: no argument of this model")
-        if dtype not in ("bfloat16", "float32"):
+        if dtype not in (None, *RUN_DTYPES):
             raise InputError(f"model_args: dtype: {dtype!r}; expected bfloat16 or float32")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: {batch_size!r}; expected a number of requests")
@@ -80,7 +80,7 @@ class EsftJaxLM(TemplateLM):
         mesh = make_mesh(data, expert)
         if jax.process_count() > 1:
             raise InputError("the harness runs in one process; expected no other ones")
-        self._model = load_tuned(pretrained, adapter, jnp.dtype(dtype), mesh).model
+        self._model = load_tuned(pretrained, adapter, dtype, mesh).model
         self._tokens.check_vocabulary(self._model.config.vocab_size)
         limit = self._model.config.max_positions
         if max_length is not None and not 1 < max_length <= limit:

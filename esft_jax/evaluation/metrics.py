@@ -7,19 +7,33 @@ percent for the whole set. Some are computed here, some by a judge model (`judge
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+from unicodedata import normalize
 
-from sacrebleu.metrics.bleu import BLEU
+import regex
+from pydantic import Field
+from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 from sacrebleu.metrics.chrf import CHRF
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text, write_text_atomic
+from esft_jax.files import checked, read_json_lines, write_text_atomic
 
 Predictions = Sequence[str]
 References = Sequence[Sequence[str]]
+
+# Letters of scripts that put no spaces between words, each with its marks.
+_UNSPACED = "".join(
+    rf"\p{{{script}}}"
+    for script in (
+        *("Han", "Bopomofo", "Hiragana", "Katakana", "Yi", "Thai", "Lao", "Khmer", "Myanmar"),
+        *("Tibetan", "Tai_Le", "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Javanese", "Balinese"),
+    )
+)
+_CHARACTER = rf"(?V1)[[{_UNSPACED}]&&\p{{L}}]\p{{M}}*"
+_has_unspaced = regex.compile(_CHARACTER).search
+_has_unspaced_but_han = regex.compile(rf"(?V1)[[{_UNSPACED}]&&\p{{L}}--\p{{Han}}]").search
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,23 @@ class Metric:
             judge model scores.
         fault: what makes an answer useless to this metric, or None.
         rubric: what the judge model is to look at.
+        tokens: what the metric counts, where that follows from the answers. Raises an `InputError`
+            if all of them together are of no use.
     """
 
     name: str
     compute: Callable[[Predictions, References], MetricResult] | None
     fault: Callable[[str], str | None] = lambda answer: None
     rubric: str | None = None
+    tokens: Callable[[References], str] | None = None
+
+    def label(self, references: References) -> str:
+        """The name, and what is counted: two figures compare only under the same label.
+
+        Raises:
+            InputError: this metric says nothing about such answers.
+        """
+        return self.name if self.tokens is None else f"{self.name} ({self.tokens(references)})"
 
     def check(self, answers: Sequence[str], where: str) -> None:
         """Check the accepted answers of the example at `where`.
@@ -72,8 +97,10 @@ class Metric:
     def score(self, predictions: Predictions, references: References) -> MetricResult:
         """Score predictions against one or more accepted answers each.
 
+        Texts that Unicode calls equivalent, such as é in one or in two characters, are equal.
+
         Raises:
-            InputError: There is nothing to score; see also `check`.
+            InputError: There is nothing to score; see also `check` and `label`.
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} examples")
@@ -82,7 +109,10 @@ class Metric:
         for index, answers in enumerate(references):
             self.check(answers, f"example {index}")
         assert self.compute is not None, "a judge model scores"
-        return self.compute(predictions, references)
+        return self.compute(
+            [normalize("NFC", prediction) for prediction in predictions],
+            [[normalize("NFC", answer) for answer in answers] for answers in references],
+        )
 
 
 def _intent(predictions: Predictions, references: References) -> MetricResult:
@@ -107,6 +137,10 @@ def _no_text(answer: str) -> str | None:
     return None if answer.strip() else "has no text"
 
 
+def _no_words(answer: str) -> str | None:
+    return None if _WordTokenizer().tokenize(answer) else "has no words"
+
+
 def _canonical_json(text: str) -> str | None:
     """One spelling for all JSON texts that count as equal; None if `text` is not JSON."""
     try:
@@ -117,11 +151,12 @@ def _canonical_json(text: str) -> str | None:
 
 def _canonical(value: Any) -> str:
     if isinstance(value, dict):
-        members = (f"{json.dumps(key)}: {_canonical(item)}" for key, item in value.items())
+        members = (f"{_canonical(key)}: {_canonical(item)}" for key, item in value.items())
         return "{" + ", ".join(sorted(members)) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(sorted(map(_canonical, value))) + "]"
-    return json.dumps(value)
+    # Once more, since escapes hide what they stand for.
+    return json.dumps(normalize("NFC", value) if isinstance(value, str) else value)
 
 
 def _exact_match(predictions: Predictions, references: References) -> MetricResult:
@@ -138,8 +173,46 @@ def _chrf(predictions: Predictions, references: References) -> MetricResult:
 
 
 def _bleu(predictions: Predictions, references: References) -> MetricResult:
-    """BLEU of sacrebleu (13a tokens); single sentences with the orders they are long enough for."""
-    return _sacrebleu(BLEU(), BLEU(effective_order=True), predictions, references)
+    """BLEU of sacrebleu; single sentences with the orders they are long enough for."""
+    name = _bleu_tokens(references)
+    if name != "13a":  # sacrebleu's `zh` overlooks rare Chinese characters
+        predictions = [_split(prediction) for prediction in predictions]
+        references = [[_split(answer) for answer in answers] for answers in references]
+    tokenizer = name.removesuffix("+char")
+    return _sacrebleu(
+        BLEU(tokenize=tokenizer),
+        BLEU(tokenize=tokenizer, effective_order=True),
+        predictions,
+        references,
+    )
+
+
+def _bleu_tokens(references: References) -> str:
+    """What BLEU counts: `13a` or `zh`, as sacrebleu calls them, or `zh+char`.
+
+    `13a` goes by spaces, so answers in a script without any would be one word each. `zh` is the
+    same with Chinese characters as single tokens; `zh+char` with those of other such scripts too.
+    All answers have one of them, so that a set of several languages has one BLEU.
+
+    Raises:
+        InputError: no answer has four tokens, so that BLEU is 0 whatever is predicted.
+    """
+    answers = [normalize("NFC", answer) for each in references for answer in each]
+    name = "13a"
+    if any(map(_has_unspaced, answers)):
+        name = "zh+char" if any(map(_has_unspaced_but_han, answers)) else "zh"
+    tokenize = BLEU(tokenize=name.removesuffix("+char")).tokenizer
+    longest = max((len(tokenize(_split(answer)).split()) for answer in answers), default=0)
+    if longest < MAX_NGRAM_ORDER:
+        raise InputError(
+            f"bleu: the longest answer has {longest} tokens ({name}), and BLEU counts sequences of "
+            f"{MAX_NGRAM_ORDER}; expected a longer answer, or metric chrf or exact_match"
+        )
+    return name
+
+
+def _split(text: str) -> str:
+    return regex.sub(f"({_CHARACTER})", r" \1 ", text)
 
 
 def _sacrebleu(
@@ -161,15 +234,18 @@ def _sacrebleu(
 
 
 class _WordTokenizer:
-    """Lower-case words and numbers in any script, Han characters one by one.
+    """Lower-case words and numbers in any script; one by one, the characters of scripts that put no
+    spaces between words, and symbols such as emoji.
 
     On ASCII text this equals rouge-score's own tokenizer, which drops every other letter.
     """
 
-    _token = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+")
+    _token = regex.compile(
+        rf"{_CHARACTER}|[[\p{{L}}\p{{N}}\p{{M}}]--[[{_UNSPACED}]&&\p{{L}}]]+|\p{{So}}"
+    )
 
     def tokenize(self, text: str) -> list[str]:
-        return self._token.findall(text.lower())
+        return self._token.findall(normalize("NFC", text.lower()))
 
 
 def _rouge_l(predictions: Predictions, references: References) -> MetricResult:
@@ -216,8 +292,8 @@ METRICS: dict[str, Metric] = {
         Metric("intent", _intent, _not_json),
         Metric("exact_match", _exact_match),
         Metric("chrf", _chrf, _no_text),
-        Metric("bleu", _bleu, _no_text),
-        Metric("rouge_l", _rouge_l),
+        Metric("bleu", _bleu, _no_text, tokens=_bleu_tokens),
+        Metric("rouge_l", _rouge_l, _no_words),
         Metric("judge_summary", None, _no_text, _SUMMARY),
         Metric("judge_law", None, _no_text, _LAW),
         Metric("judge_translation", None, _no_text, _TRANSLATION),
@@ -256,26 +332,26 @@ def write_completions(path: str | os.PathLike[str], completions: Iterable[Comple
     write_text_atomic(path, "".join(lines))
 
 
+@dataclass(frozen=True)
+class _Example:
+    prompt: str
+    raw_prediction: str
+    raw_answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    example: _Example
+    score: Annotated[float, Field(ge=0, le=1)] | None
+
+
 def read_completions(path: str | os.PathLike[str]) -> list[Completion]:
     """Read a completions file; `InputError` names the file, line and key that is wrong."""
     completions = []
-    # Not splitlines: it also splits at separators that JSON strings may hold unescaped.
-    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
-        where = f"{path}:{number}"
-        row = parse_json(line, where)
-        try:
-            example, score = row["example"], row["score"]
-            prompt, prediction = example["prompt"], example["raw_prediction"]
-            answers = example["raw_answers"]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{where}: expected example (prompt, raw_prediction, raw_answers) and score"
-            ) from error
-        texts = [prompt, prediction, *answers] if isinstance(answers, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{where}: example: expected texts, and raw_answers a list of texts")
-        if score is not None and (not isinstance(score, int | float) or isinstance(score, bool)):
-            raise InputError(f"{where}: score: {score!r} is no number")
-        score = None if score is None else float(score)
-        completions.append(Completion(prompt, prediction, tuple(answers), score))
+    for where, value in read_json_lines(path):
+        row = checked(_Row, value, where)
+        example = row.example
+        completions.append(
+            Completion(example.prompt, example.raw_prediction, example.raw_answers, row.score)
+        )
     return completions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from esft_jax.evaluation.run import EvaluationReport, Score
+from esft_jax.evaluation.run import EvaluationReport, Score, short_hash
 from esft_jax.files import write_text_atomic
 from esft_jax.terminal import Terminal
 
@@ -76,10 +76,18 @@ def print_measures(
                 )
 
 
-def write_comparison(path: Path, after: EvaluationReport, before: EvaluationReport) -> None:
-    """Write all figures before and after, and their change, as JSON."""
+def write_comparison(after: EvaluationReport, before: EvaluationReport) -> Path:
+    """Write all figures before and after, and their change, as JSON beside what they are of.
+
+    Returns:
+        the file, `comparison-HASH.json`. As for scores, the hash is of all that it depends on.
+    """
+    names = {name: folder.name for name, folder in after.folders.items()}
+    sides = {"before": before.folder.name, "after": after.folder.name}
+    path = after.folder.parent / f"comparison-{short_hash([sides, names])}.json"
     rows = [
         dataclasses.asdict(found) | {"change": found.change} for found in measures(after, before)
     ]
-    content = {"before": before.folder.name, "after": after.folder.name, "measures": rows}
+    content = sides | {"folders": names, "measures": rows}
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")
+    return path

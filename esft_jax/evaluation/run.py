@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import reprlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,15 +13,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from esft_jax.config import EvaluationConfig, OtherConfig, RunConfig
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
-from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from esft_jax.errors import InputError
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError, RunFailed
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, write_completions
 from esft_jax.evaluation.tasks import (
@@ -30,11 +34,13 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
-from esft_jax.files import check_writable, parse_json, read_text, visible, write_text_atomic
+from esft_jax.files import check_writable, checked, read_json, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.hf.lora import ADAPTER_CONFIG
+from esft_jax.hf.manifest import RUN_DTYPES
+from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import any_process, make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -43,13 +49,15 @@ from esft_jax.training.run_folder import RunFolder
 # The run's own task, among the names of `evaluation.others`.
 OWN = "task"
 
+_SCORES, _COMPLETIONS = "scores.json", "completions.jsonl"
+
 
 @dataclass(frozen=True)
 class Score:
     """What one task or domain gave.
 
     Attributes:
-        metric: name of the metric; None if nothing was completed.
+        metric: label of the metric (`Metric.label`); None if nothing was completed.
         value: the metric, in percent.
         rows: completions.
         failures: those that a judge gave no readable score; they are not in `value`.
@@ -58,8 +66,8 @@ class Score:
 
     metric: str | None
     value: float | None
-    rows: int
-    failures: int
+    rows: NonNegativeInt
+    failures: NonNegativeInt
     heldout: HeldoutLoss | None
 
 
@@ -69,16 +77,23 @@ class EvaluationReport:
 
     Attributes:
         scores: by name; the run's own task, if it has one, is `OWN` and comes first.
+        kept: names of those that an earlier evaluation found.
         seconds: spent, loading included.
         base_fingerprint: of the model without its adapter.
-        folder: holds `scores.json` and `completions.jsonl`, and a folder of these for each of the
-            others.
+        folders: by name, where `scores.json` and `completions.jsonl` lie. They are in one folder,
+            that of the evaluated weights.
     """
 
     scores: dict[str, Score]
+    kept: tuple[str, ...]
     seconds: float
     base_fingerprint: str
-    folder: Path
+    folders: dict[str, Path]
+
+    @property
+    def folder(self) -> Path:
+        """What was found of these weights, with these settings or others."""
+        return next(iter(self.folders.values())).parent
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,19 @@ class EvaluationInputs:
         }
 
 
+@dataclass(frozen=True)
+class _Target:
+    """The weights to evaluate, and where their scores lie.
+
+    Attributes:
+        facts: what scores depend on besides data and settings; not where it lies.
+        folders: by name of the case; see `run_evaluation`.
+    """
+
+    facts: dict[str, Any]
+    folders: dict[str, Path]
+
+
 def check_evaluation(config: RunConfig) -> EvaluationInputs:
     """Read everything but weights, and check that it fits together.
 
@@ -141,7 +169,6 @@ def _cases(
     config: RunConfig, folder: Path, shape: ModelConfig, tokenizer: Tokenizer, judge: Judge | None
 ) -> Iterator[tuple[str, Case]]:
     evaluation, data = config.evaluation, config.data
-    tokenizer_sha256 = _sha256(folder / name for name in TOKENIZER_FILES)
 
     def case(
         task: str | None,
@@ -163,7 +190,6 @@ def _cases(
                 seed=config.seed,
             )
         facts: dict[str, Any] = {
-            "tokenizer_sha256": tokenizer_sha256,
             "rows": len(rows),
             "seed": config.seed,
             "sequence_length": data.sequence_length if valid else None,
@@ -174,7 +200,7 @@ def _cases(
         }
         if rows:
             facts |= {
-                "metric": metric,
+                "metric": METRICS[metric].label([row.answers for row in rows]),
                 "judge": judge.model if judge and METRICS[metric].rubric else None,
                 "max_new_tokens": max_new_tokens,
                 "temperature": evaluation.temperature,
@@ -208,52 +234,51 @@ def run_evaluation(
     config: RunConfig,
     adapter: str | Path | None = None,
     inputs: EvaluationInputs | None = None,
-    *,
-    reuse: bool = False,
 ) -> EvaluationReport:
     """Evaluate a configuration's model, alone or with an adapter, on all that it names.
 
-    Writes `completions.jsonl` (the reference's format) and `scores.json` to
-    `{output}/evaluation/{base,adapter,model}`, and those of `evaluation.others` to folders of their
-    names in it; `model` is the run's own result of full training.
+    Writes `scores.json` and `completions.jsonl` (the reference's format) of each task or domain to
+    `{output}/evaluation/{WEIGHTS}/{NAME}`. Both folders have the hash of what the scores depend on
+    in their names, so that no evaluation replaces another one: WEIGHTS is `base-HASH`,
+    `adapter-HASH`, or `model-HASH` for the run's own result of full training; NAME is `task-HASH`
+    or that of one of `evaluation.others`. A score that is there already is taken over.
 
     Args:
         inputs: what `check_evaluation` returned; default: calls it.
-        reuse: take over scores of the same weights on the same data with the same settings.
 
     Raises:
-        InputError: model, adapter or data do not fit the configuration; before any compute.
+        InputError: model, adapter or data do not fit the configuration, or kept scores are damaged;
+            before any compute.
+        RunFailed: a held-out loss is not finite.
     """
     begin = time.perf_counter()
     inputs = inputs or check_evaluation(config)
-    target = _result_folder(config, adapter)
-    scores: dict[str, Score | None] = dict.fromkeys(inputs.cases)
-    fingerprint = None
-    if reuse and any(_scores_file(target, name).exists() for name in scores):
-        fingerprint = open_source(config.model).fingerprint
-        scores = _kept_scores(target, inputs, _model_facts(config, adapter, fingerprint))
+    target, scores = None, dict[str, Score | None](dict.fromkeys(inputs.cases))
+    earlier = RunFolder(config.output).evaluation.glob(f"{_kind(config, adapter)}-*")
+    if any_process(any(earlier)):
+        target = _target(config, adapter, inputs, open_source(config.model).fingerprint)
+        scores = _kept_scores(target, inputs)
     # Where processes see different files, all of them compute.
     scores = {name: None if any_process(not score) else score for name, score in scores.items()}
-    if None in scores.values():
+    kept = tuple(name for name, score in scores.items() if score is not None)
+    if len(kept) < len(scores):
         base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
-        if jax.process_index() == 0:  # it speaks of scores that give way
-            RunFolder(config.output).comparison.unlink(missing_ok=True)
-        fingerprint = fingerprint or base.fingerprint
-        facts = _model_facts(config, adapter, fingerprint)
+        target = target or _target(config, adapter, inputs, base.fingerprint)
+        names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
         for name in [name for name, score in scores.items() if score is None]:
-            folder = _scores_file(target, name).parent
+            facts, folder = names | target.facts, target.folders[name]
             scores[name] = _evaluate(config, base.model, inputs, name, folder, facts)
     done = {name: score for name, score in scores.items() if score is not None}
-    assert fingerprint is not None, "there is a case, and its score is kept or new"
-    return EvaluationReport(done, time.perf_counter() - begin, fingerprint, target)
+    assert target is not None, "there is a case, and its score is kept or new"
+    return _report(target, done, kept, time.perf_counter() - begin)
 
 
 def evaluate_result(config: RunConfig, result: Path, inputs: EvaluationInputs) -> EvaluationReport:
     """Evaluate what a run has left behind: its model (`method: full`), or its adapter."""
     if config.method == "full":
         trained = dataclasses.replace(config, model=str(result))
-        return run_evaluation(trained, None, inputs, reuse=True)
-    return run_evaluation(config, result, inputs, reuse=True)
+        return run_evaluation(trained, None, inputs)
+    return run_evaluation(config, result, inputs)
 
 
 def kept_evaluation(
@@ -265,26 +290,35 @@ def kept_evaluation(
     Args:
         fingerprint: of the base.
     """
-    target = _result_folder(config, None)
-    scores = _kept_scores(target, inputs, _model_facts(config, None, fingerprint))
+    target = _target(config, None, inputs, fingerprint)
+    scores = _kept_scores(target, inputs)
     found = {name: score for name, score in scores.items() if score is not None}
-    return EvaluationReport(found, 0.0, fingerprint, target) if len(found) == len(scores) else None
+    return _report(target, found, tuple(found)) if len(found) == len(scores) else None
 
 
-def _kept_scores(
-    target: Path, inputs: EvaluationInputs, facts: Mapping[str, Any]
-) -> dict[str, Score | None]:
+def _kept_scores(target: _Target, inputs: EvaluationInputs) -> dict[str, Score | None]:
     """Scores of the same weights on the same data with the same settings, where there are any."""
     return {
-        name: _kept(_scores_file(target, name), {**facts, **case.facts})
+        name: _kept(target.folders[name] / _SCORES, case, target.facts | case.facts)
         for name, case in inputs.cases.items()
     }
 
 
+def _report(
+    target: _Target, scores: dict[str, Score], kept: tuple[str, ...], seconds: float = 0.0
+) -> EvaluationReport:
+    fingerprint = target.facts["base_fingerprint"]
+    return EvaluationReport(scores, kept, seconds, fingerprint, target.folders)
+
+
 def load_tuned(
-    model: str | Path, adapter: str | Path | None, dtype: DTypeLike, mesh: Mesh | None
+    model: str | Path, adapter: str | Path | None, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> LoadedBase:
     """A model with an adapter merged into it, if there is one.
+
+    Args:
+        dtype: of weights and computation; default: that of the adapter's run, else what the model's
+            `config.json` names if it is float32 or bfloat16, else bfloat16.
 
     Raises:
         InputError: see `load_base` and `apply_adapter`.
@@ -296,10 +330,19 @@ def load_tuned(
         if "tokenizer_fingerprint" in (opened.manifest or {}):
             tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
         opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
-    base = load_base(model, dtype, mesh)
+        dtype = dtype or opened.run_dtype
+    base = load_base(model, dtype or _named_dtype(model), mesh)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
     return base
+
+
+def _named_dtype(model: str | Path) -> np.dtype:
+    """The type in which a model's `config.json` wants to be loaded, if we compute in it."""
+    path = local_folder(model) / "config.json"
+    raw = read_json(path)
+    named = raw.get("dtype") or raw.get("torch_dtype")  # the new and the old key
+    return jnp.dtype(named if named in RUN_DTYPES else jnp.bfloat16)
 
 
 def _evaluate(
@@ -339,47 +382,72 @@ def _evaluate(
         0 if result is None else result.failures,
         heldout,
     )
+    if heldout is not None and not math.isfinite(heldout.nats_per_token):
+        raise RunFailed(
+            f"evaluation of {name}: the held-out loss is {heldout.nats_per_token}; expected a "
+            "finite number, as of weights that are finite"
+        )
     if jax.process_index() == 0:
-        target, completions = folder / "scores.json", folder / "completions.jsonl"
-        for old in (target, completions):
-            old.unlink(missing_ok=True)  # never beside what belongs to another score
+        target = folder / _SCORES
+        target.unlink(missing_ok=True)  # it comes last
         if result is not None:
-            write_completions(completions, result.completions)
+            write_completions(folder / _COMPLETIONS, result.completions)
         content = dataclasses.asdict(score) | {"seconds": time.perf_counter() - begin}
         content |= {**facts, **case.facts}
         write_text_atomic(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return score
 
 
-def _kept(path: Path, facts: Mapping[str, Any]) -> Score | None:
-    """The score in a file, if there is one and it depends on just these facts."""
+def _kept(path: Path, case: Case, facts: Mapping[str, Any]) -> Score | None:
+    """The score in a file, if there is one.
+
+    Raises:
+        InputError: the file is not as it was written.
+    """
     if not path.exists():
         return None
-    content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict) or any(content.get(k) != v for k, v in facts.items()):
-        return None
-    try:
-        score = {field.name: content[field.name] for field in dataclasses.fields(Score)}
-        heldout = score.pop("heldout")
-        return Score(**score, heldout=None if heldout is None else HeldoutLoss(**heldout))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: {error}; expected scores as `evaluate` writes them") from error
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, as it was written")
+    for key, expected in facts.items():
+        if content.get(key) != expected:
+            raise InputError(
+                f"{path}: {key}: is {reprlib.repr(content.get(key))}, where the folder's name "
+                f"stands for {reprlib.repr(expected)}; expected the file as it was written, or none"
+            )
+    fields = {field.name for field in dataclasses.fields(Score)}
+    kept = {key: value for key, value in content.items() if key in fields}
+    score = checked(Score, kept, str(path))
+    for key, needed in (("value", bool(case.rows)), ("heldout", case.heldout is not None)):
+        if (getattr(score, key) is not None) != needed:
+            found = reprlib.repr(content[key])
+            raise InputError(f"{path}: {key}: is {found}; expected {'one' if needed else 'none'}")
+    return score
 
 
-def _model_facts(config: RunConfig, adapter: str | Path | None, fingerprint: str) -> dict[str, Any]:
-    return {
-        "model": config.model,
+def _target(
+    config: RunConfig, adapter: str | Path | None, inputs: EvaluationInputs, fingerprint: str
+) -> _Target:
+    model = local_folder(config.model)
+    facts = {
         "base_fingerprint": fingerprint,
-        "config_fingerprint": ModelConfig.load(local_folder(config.model)).fingerprint,
-        "adapter": None if adapter is None else str(adapter),
+        "config_fingerprint": ModelConfig.load(model).fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(model, inputs.tokenizer),
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
     }
+    weights = f"{_kind(config, adapter)}-{short_hash(facts)}"
+    folder = RunFolder(config.output).evaluation / weights
+    folders = {
+        name: folder / f"{name}-{short_hash(case.facts)}" for name, case in inputs.cases.items()
+    }
+    return _Target(facts, folders)
 
 
 def _adapter_sha256(folder: Path) -> str:
     """Of its tensors, and of what scales them if they are factors."""
-    return _sha256([*visible(folder, "*.safetensors"), folder / ADAPTER_CONFIG])
+    load_adapter(folder)  # says best what is wrong with it
+    return _sha256([*TensorFiles(folder).files, folder / ADAPTER_CONFIG])
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -391,14 +459,13 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _result_folder(config: RunConfig, adapter: str | Path | None) -> Path:
+def _kind(config: RunConfig, adapter: str | Path | None) -> str:
     run = RunFolder(config.output)
     if adapter is not None:
-        name = run.adapter.name
-    else:
-        name = run.model.name if Path(config.model) == run.model else "base"
-    return run.evaluation / name
+        return run.adapter.name
+    return run.model.name if Path(config.model) == run.model else "base"
 
 
-def _scores_file(target: Path, name: str) -> Path:
-    return (target if name == OWN else target / name) / "scores.json"
+def short_hash(facts: object) -> str:
+    """Of JSON values; for the names of files that depend on them."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -58,7 +58,7 @@ class EvaluationResult:
     """Completions of a task.
 
     Attributes:
-        metric: its name.
+        metric: its label, see `Metric.label`.
         value: the metric over all of them, in percent.
         failures: completions that the judge gave no readable score; they are not in `value`.
     """
@@ -155,10 +155,15 @@ def check_task(
     """The prompts' token ids, once all of them fit the model and all answers the metric.
 
     Raises:
-        InputError: naming the row.
+        InputError: naming the row, or the file.
     """
+    chosen = METRICS[metric]
     for row in rows:
-        METRICS[metric].check(row.answers, row.where)
+        chosen.check(row.answers, row.where)
+    try:
+        chosen.label([row.answers for row in rows]) if rows else None
+    except InputError as error:
+        raise InputError(f"{rows[0].where.rpartition(':')[0]}: {error}") from None
     prompts = [row.encode(tokenizer) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
         check_length(f"{row.where}: prompt", len(prompt), max_new_tokens, max_positions)
@@ -202,7 +207,7 @@ def evaluate_task(
         Completion(row.prompt, text, row.answers, score)
         for row, text, score in zip(rows, texts, result.per_example, strict=True)
     ]
-    return EvaluationResult(metric, result.aggregate, result.failures, completions)
+    return EvaluationResult(chosen.label(answers), result.aggregate, result.failures, completions)
 
 
 def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) -> HeldoutLoss:

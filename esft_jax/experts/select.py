@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Num
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
@@ -70,14 +70,10 @@ def select_experts(
             raise InputError(f"top_p: {top_p} is out of range; expected a number in (0, 1]")
         taken = chosen_mask(grouped / _UNIT, top_p)
     elif top_k is not None:
-        order = np.argsort(-grouped, axis=1, kind="stable")
-        taken = np.zeros(grouped.shape, bool)
-        np.put_along_axis(taken, order[:, : top_k // size], True, axis=1)
+        taken = top_k_mask(grouped, top_k // size)
     else:
         assert max_experts is not None
-        best = np.argsort(-grouped, axis=None, kind="stable")[: max_experts // size]
-        taken = np.zeros(grouped.shape, bool)
-        taken.flat[best] = True
+        taken = best_mask(grouped, max_experts // size)
     experts = {}
     for layer, row, members, chosen in zip(scores.layers, units, groups, taken, strict=True):
         ids = np.sort(members[chosen].reshape(-1))
@@ -108,6 +104,20 @@ def chosen_mask(scores: Float[np.ndarray, "*N E"], top_p: float) -> Bool[np.ndar
     mask = np.zeros(scores.shape, bool)
     np.put_along_axis(mask, order, taken, axis=-1)
     return mask
+
+
+def top_k_mask(scores: Num[np.ndarray, "*N E"], k: int) -> Bool[np.ndarray, "*N E"]:
+    """The k best of each layer."""
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order[..., :k], True, axis=-1)
+    return mask
+
+
+def best_mask(scores: Num[np.ndarray, "*N L E"], count: int) -> Bool[np.ndarray, "*N L E"]:
+    """The best of all layers together."""
+    flat = scores.reshape(*scores.shape[:-2], -1)
+    return top_k_mask(flat, count).reshape(scores.shape)
 
 
 def random_experts(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +23,7 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
-from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
+from esft_jax.hf.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
 from esft_jax.hf.model_tensors import ModelTensors, model_tensors
 from esft_jax.hf.names import (
     EXPERTS,
@@ -125,6 +126,13 @@ class Adapter:
             "tokenizer_fingerprint": tokenizer_fingerprint,
         }
         check_base(self.folder, self.manifest, base)
+
+    @property
+    def run_dtype(self) -> np.dtype | None:
+        """The type that its run computed in; where no manifest says it, that of its tensors."""
+        stored = {self.tensors.dtype(name).name for name in self.tensors}
+        only = [jnp.dtype(name) for name in RUN_DTYPES if stored == {name}]
+        return run_dtype(self.manifest) or (only[0] if only else None)
 
     @property
     def names(self) -> list[str]:

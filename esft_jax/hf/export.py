@@ -1,7 +1,8 @@
 """Full models in Hugging Face layout, which `transformers` and the published code both load."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from esft_jax.hf.adapter import load_adapter
 from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
 from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import open_source
+from esft_jax.hf.lora import LoRAAdapter
 from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
@@ -34,29 +36,28 @@ def export_model(
     adapter: str | Path | None,
     target: str | Path,
     dtype: DTypeLike | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
-    A few tensors are in memory at a time. Unless `dtype` is given, tensors keep their types: those
-    of an adapter of experts are not cast to the base's, and `config.json` names the widest type, so
-    that nothing is lost on loading. Low-rank updates are added in float32, then stored in the type
-    of the base.
+    A few tensors are in memory at a time. All weights are written in one type, which `config.json`
+    names: readers load all in that type anyway. Unless `dtype` is given it is the smallest that
+    loses nothing of the base or of the adapter's run. Low-rank updates are added in float32.
 
     Args:
         base: Hugging Face folder, hub name, or converted checkpoint.
         adapter: adapter folder, or None for the base alone.
         target: folder to write, new or empty.
-        dtype: type to cast all weights to.
+        dtype: type of all weights.
+        say: receives a line that says the type, and what was cast to it.
 
     Raises:
         InputError: bad input, or an adapter of another base; nothing is written then.
     """
     target, source = Path(target), open_source(base)
     make_way(target)
-    specs = {
-        name: TensorSpec(source.dtype(name), place.shape)
-        for name, place in source.placements.items()
-    }
+    stored = {name: source.dtype(name) for name in source.placements}
+    wanted = dict(stored)
     loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
@@ -68,12 +69,13 @@ def export_model(
         if bound:  # the fingerprint may take reading the whole base
             loaded.check(source.config, source.fingerprint)
         changed = set(loaded.names)
-        for name in changed:
-            spec = specs[name]
-            specs[name] = TensorSpec(loaded.dtype(name, spec.dtype), spec.shape)
-
-    if dtype is not None:
-        specs = {name: TensorSpec(jnp.dtype(dtype), spec.shape) for name, spec in specs.items()}
+        wanted |= {name: loaded.dtype(name, stored[name]) for name in changed}
+        if isinstance(loaded, LoRAAdapter):
+            stored |= dict.fromkeys(changed, np.dtype(np.float32))  # the sums
+        else:
+            stored |= {name: wanted[name] for name in changed}
+    common = common_dtype(wanted.values()) if dtype is None else jnp.dtype(dtype)
+    specs = {name: TensorSpec(common, place.shape) for name, place in source.placements.items()}
 
     def merged(name: str) -> np.ndarray:
         if loaded is not None and name in changed:
@@ -84,6 +86,10 @@ def export_model(
 
     arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)
     _write_model(target, source.folder, specs, arriving, replace=False)
+    cast = Counter(kind.name for kind in stored.values() if kind != common)
+    parts = [f"all {len(specs):,} tensors in {common.name}"]
+    parts += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
+    say(", ".join(parts))
 
 
 def save_model(
@@ -154,8 +160,8 @@ def _write_model(
     replace: bool,
 ) -> None:
     path = template / "config.json"
-    widest = common_dtype(spec.dtype for spec in specs.values())
-    config = exported_config(read_json(path), widest)
+    (dtype,) = {spec.dtype for spec in specs.values()}
+    config = exported_config(read_json(path), dtype)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

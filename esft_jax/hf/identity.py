@@ -37,6 +37,7 @@ def tokenizer_fingerprint(folder: Path, tokenizer: Tokenizer) -> str:
         },
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
+        "stop_ids": sorted(tokenizer.stop_ids),
         "begins_with_bos": tokenizer.begins_with_bos,
         "chat_template": tokenizer.chat_template,
     }

@@ -17,10 +17,10 @@ from esft_jax.errors import InputError
 from esft_jax.experts.lora import LoRA
 from esft_jax.files import checked, read_json
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
-from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest
+from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest, run_dtype
 from esft_jax.hf.model_tensors import ModelTensors
 from esft_jax.hf.names import tensor_placements
-from esft_jax.hf.tensor_files import TensorFiles
+from esft_jax.hf.tensor_files import TensorFiles, common_dtype
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -71,6 +71,14 @@ class LoRAAdapter:
     rank: int
     scale: float
     manifest: dict[str, Any] | None
+
+    @property
+    def run_dtype(self) -> np.dtype | None:
+        """The type that its run computed in; None if we did not write it, or did not say it yet.
+
+        The factors say nothing: they are float32 in any case.
+        """
+        return run_dtype(self.manifest)
 
     @property
     def names(self) -> list[str]:
@@ -127,8 +135,8 @@ class LoRAAdapter:
         check_base(self.folder, self.manifest, base)
 
     def dtype(self, name: str, base: np.dtype) -> np.dtype:
-        """Type of the sum of base and update: that of the base."""
-        return base
+        """Type to keep the sum of base and update in: the wider of the base's and the run's."""
+        return common_dtype(filter(None, (base, self.run_dtype)))
 
     def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
         """A matrix of the base with its update, float32."""

@@ -4,18 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json
 from esft_jax.hf.identity import PARTS, check_same_base
 
 MANIFEST = "manifest.json"
 
+# Types that runs compute in.
+RUN_DTYPES = ("float32", "bfloat16")
+
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an adapter; None for those of others.
 
     Raises:
-        InputError: it names no base.
+        InputError: it names no base, or a type that no run has.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -26,7 +32,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     for key in PARTS:
         if key in manifest:
             checked(str, manifest[key], f"{path}: {key}")
+    dtype = manifest.get("dtype", RUN_DTYPES[0])
+    if dtype not in RUN_DTYPES:
+        raise InputError(f"{path}: dtype: is {dtype!r}; expected {' or '.join(RUN_DTYPES)}")
     return manifest
+
+
+def run_dtype(manifest: dict[str, Any] | None) -> np.dtype | None:
+    """The type that the run computed in; None where its manifest does not say."""
+    return jnp.dtype(manifest["dtype"]) if manifest and "dtype" in manifest else None
 
 
 def check_base(folder: Path, manifest: dict[str, Any] | None, base: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
 from esft_jax.experts.routing_log import RoutingLog
-from esft_jax.experts.select import chosen_mask
+from esft_jax.reporting.selection import Rule
 
 _OFF_SIZE = 0.25  # samples are whole sequences, which may miss the size that is asked for so far
 
@@ -114,7 +114,7 @@ class SampleSize:
 def sample_sizes(
     sums: Float[np.ndarray, "N L E"],
     lengths: Int[np.ndarray, " N"],
-    top_p: float,
+    rule: Rule,
     k: int,
     *,
     draws: int = 200,
@@ -125,6 +125,7 @@ def sample_sizes(
     Args:
         sums: scores of each sequence, summed over its tokens.
         lengths: tokens of each sequence.
+        rule: from scores to experts.
         draws: pairs of samples without a common sequence, for each size.
     """
     rng = np.random.default_rng(seed)
@@ -142,7 +143,7 @@ def sample_sizes(
             if any(abs(lengths[part].sum() / tokens - 1) > _OFF_SIZE for part in parts):
                 continue
             first, second = (sums[part].sum(axis=0) / lengths[part].sum() for part in parts)
-            agreements.append(agreement(chosen_mask(first, top_p), chosen_mask(second, top_p)))
+            agreements.append(agreement(rule(first), rule(second)))
             shared.append(shared_top_k(first, second, k).mean())
         if len(agreements) >= draws / 2:
             found.append(SampleSize(tokens, _percentiles(agreements), _percentiles(shared)))
@@ -157,7 +158,7 @@ def _percentiles(values: list) -> tuple[float, float, float]:
 def resampled_choices(
     sums: Float[np.ndarray, "N L E"],
     lengths: Int[np.ndarray, " N"],
-    top_p: float,
+    rule: Rule,
     *,
     draws: int = 200,
     seed: int = 0,
@@ -166,7 +167,7 @@ def resampled_choices(
     size, *shape = sums.shape
     times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), draws)
     scores = (times @ sums.reshape(size, -1)) / (times @ lengths)[:, None]
-    return chosen_mask(scores.reshape(draws, *shape), top_p)
+    return rule(scores.reshape(draws, *shape))
 
 
 def words(

@@ -1,5 +1,6 @@
 """What it costs to train a choice of experts."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +9,8 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.partition import TUNED, label
+from esft_jax.hf.names import tensor_placements
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.planning.operations import model_operations
@@ -50,16 +53,32 @@ class CostModel:
         parameters = sum(int(np.prod(leaf.shape)) for leaf in leaves)
         self.full = Cost(parameters, model_operations(config, None, length))
 
-    def of(self, chosen: Bool[np.ndarray, "L E"], token: Float[np.ndarray, "L E"]) -> Cost:
-        """Of the routed experts in a mask, which serve what their token scores say."""
+    def of(
+        self,
+        chosen: Bool[np.ndarray, "L E"],
+        token: Float[np.ndarray, "L E"],
+        *,
+        shared_experts: bool = False,
+        non_expert_modules: bool = False,
+    ) -> Cost:
+        """Of the routed experts in a mask, which serve what their token scores say, and of what is
+        trained besides.
+        """
         layers = self.config.moe_layers
         experts = ExpertConfig(
             {
                 layer: tuple(np.flatnonzero(row).tolist())
                 for layer, row in zip(layers, chosen, strict=True)
-            }
+            },
+            shared_experts,
+            non_expert_modules,
         )
         served = dict(zip(layers, (token * chosen).sum(axis=1).tolist(), strict=True))
         one = 3 * self.config.hidden_size * self.config.expert_width
+        besides = sum(
+            math.prod(place.shape)
+            for place in tensor_placements(self.config).values()
+            if label(place.path, experts) == TUNED
+        )
         operations = model_operations(self.config, experts, self.length, served)
-        return Cost(int(chosen.sum()) * one, operations)
+        return Cost(int(chosen.sum()) * one + besides, operations)

@@ -109,7 +109,7 @@ def _marked(index: int) -> dict[str, Any]:
 def _experts(findings: Findings, index: int) -> Figure:
     """Every expert of every layer; the chosen ones are framed."""
     choice = findings.choices[index]
-    scores = choice.task.scores.of(findings.method)
+    scores = choice.scores
     times_even = scores / scores.mean(axis=1, keepdims=True)
     layers, experts = scores.shape
     figure, (axes,) = _new(0.9 + 0.125 * max(layers, 8))
@@ -194,20 +194,18 @@ def _overlap(findings: Findings) -> Figure:
 def _layers(findings: Findings) -> Figure:
     figure, panels = _new(0.6 + 1.3 * len(findings.choices), len(findings.choices), sharex=True)
     places = np.arange(len(findings.layers))
-    top = max(int(choice.counts.max()) for choice in findings.choices)
+    top = max(max(int(c.counts.max()), c.even_count) for c in findings.choices)
     for i, (axes, choice) in enumerate(zip(panels, findings.choices, strict=True)):
         axes.bar(places, choice.counts, color=_line(i)["color"], width=0.75)
         for place, count in enumerate(choice.counts.tolist()):
             if len(places) <= 30:
                 axes.text(place, count, str(count), ha="center", va="bottom", fontsize=7)
-        axes.axhline(findings.even_count, color="#555", lw=0.9, ls=":")
-        axes.set(
-            ylabel="experts", title=choice.task.name, ylim=(0, 1.15 * max(top, findings.even_count))
-        )
+        axes.axhline(choice.even_count, color="#555", lw=0.9, ls=":")
+        axes.set(ylabel="experts", title=choice.task.name, ylim=(0, 1.15 * top))
         axes.grid(axis="x", visible=False)
     panels[0].annotate(
         "needed if routing were even",
-        (len(findings.layers) - 0.5, findings.even_count),
+        (len(findings.layers) - 0.5, findings.choices[0].even_count),
         ha="right",
         va="top",
         color="#444",
@@ -260,18 +258,22 @@ def _threshold(findings: Findings) -> Figure:
             full = findings.costs.full.operations
             operations = [row.cost.operations / full for row in rows if row.cost is not None]
             panels[1].plot(p, operations, **_line(i))
+    thresholds = {c.selection.top_p for c in findings.choices if c.selection.top_p is not None}
     for axes in panels:
-        axes.axvline(findings.top_p, color="#999", lw=0.9)
+        for top_p in thresholds:
+            axes.axvline(top_p, color="#999", lw=0.9)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylim(0, 1)
     panels[0].set_title("Routed experts that are trained")
-    if findings.method == "token":
+    methods = sorted({c.selection.method for c in findings.choices})
+    if "token" in methods:
         panels[0].plot([0, 1], [0, 1], color="#555", lw=0.9, ls=":", label="even routing")
-    panels[0].annotate(f" p = {findings.top_p:g}", (findings.top_p, 0.93), color="#444")
+    for top_p in thresholds:
+        panels[0].annotate(f" p = {top_p:g}", (top_p, 0.93), color="#444")
     panels[0].legend(loc="lower right")
     if has_costs:
         panels[1].set_title("Operations per token, of full fine-tuning")
-    panels[-1].set_xlabel(f"threshold p ({findings.method} score)")
+    panels[-1].set_xlabel(f"threshold p ({' or '.join(methods)} score)")
     return figure
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
@@ -12,6 +12,7 @@ from esft_jax.experts.scores import ScoreMethod
 from esft_jax.experts.select import chosen_mask
 from esft_jax.reporting import analysis
 from esft_jax.reporting.cost import Cost, CostModel
+from esft_jax.reporting.selection import find_selection
 from esft_jax.reporting.tasks import Choice, Task, choose
 from esft_jax.reporting.vocabulary import Word, rank_words
 
@@ -44,11 +45,10 @@ class Findings:
         overlap: see `analysis.overlap`, for the tasks whose routing is known; None without.
         thresholds: for each task, by ascending p.
         costs: None where the model's `config.json` is not known.
+        model: whose it is.
         words: for each task, see `rank_words`.
     """
 
-    method: ScoreMethod
-    top_p: float
     top_k: int
     layers: tuple[int, ...]
     num_experts: int
@@ -56,6 +56,7 @@ class Findings:
     overlap: Float64[np.ndarray, "Q Q"] | None
     thresholds: list[list[Threshold]]
     costs: CostModel | None
+    model: str | None
     words: list[list[Word] | None]
 
     @property
@@ -68,68 +69,75 @@ class Findings:
         """Top-K experts that two unrelated samples share."""
         return analysis.chance_shared(self.top_k, self.num_experts)
 
-    @property
-    def even_count(self) -> int:
-        """Experts per layer that p would take if all had the same score."""
-        mass = 1.0
-        if self.method == "gate":
-            mass = np.mean([c.task.scores.gate.sum(axis=1).mean() for c in self.choices]).item()
-        needed = np.ceil(round(self.top_p / mass * self.num_experts, 6))
-        return int(min(needed, self.num_experts))
-
 
 def find(
     tasks: Sequence[Task],
-    method: ScoreMethod,
-    top_p: float,
+    method: ScoreMethod | None,
+    top_p: float | None,
     top_k: int,
     costs: CostModel | None = None,
     tokenizer: Tokenizer | None = None,
+    model: str | None = None,
 ) -> Findings:
     """Ask every question of every task.
 
+    Args:
+        method, top_p: see `find_selection`.
+        costs, tokenizer, model: see `Findings`.
+
     Raises:
-        InputError: the model of `costs` has other layers or experts.
+        InputError: the model of `costs`, or the experts of a run, do not fit the scores.
     """
     scores = tasks[0].scores
     if costs is not None:
-        model = costs.config
-        if (model.moe_layers, model.router.num_experts) != (scores.layers, scores.num_experts):
+        shape = costs.config.moe_layers, costs.config.router.num_experts
+        if shape != (scores.layers, scores.num_experts):
             raise InputError(
                 f"{tasks[0].source}: scores of {len(scores.layers)} layers with"
-                f" {scores.num_experts} experts; the model has {len(model.moe_layers)} with"
-                f" {model.router.num_experts}"
+                f" {scores.num_experts} experts; the model has {len(shape[0])} with {shape[1]}"
             )
-    choices = [choose(task, method, top_p, top_k) for task in tasks]
+    choices = [
+        choose(task, find_selection(task.scores, task.run, method, top_p), top_k) for task in tasks
+    ]
     halves = [choice.halves for choice in choices if choice.halves is not None]
     return Findings(
-        method=method,
-        top_p=top_p,
         top_k=top_k,
         layers=scores.layers,
         num_experts=scores.num_experts,
         choices=choices,
         overlap=analysis.overlap(halves, top_k) if halves else None,
-        thresholds=[_thresholds(task, method, top_p, costs) for task in tasks],
+        thresholds=[_thresholds(choice, costs) for choice in choices],
         costs=costs,
+        model=model,
         words=[rank_words(choice.task.log, choice.chosen, tokenizer) for choice in choices],
     )
 
 
-def _thresholds(
-    task: Task, method: ScoreMethod, top_p: float, costs: CostModel | None
-) -> list[Threshold]:
+def _thresholds(choice: Choice, costs: CostModel | None) -> list[Threshold]:
     # Beyond the smallest mass of a layer, p takes the whole layer.
-    end = float(task.scores.of(method).sum(axis=1).min())
+    end = float(choice.scores.sum(axis=1).min())
     step = 0.05 if end > 0.6 else 0.02
-    grid = {round(p, 4) for p in np.arange(step, end + 1e-6, step).tolist()} | {top_p}
-    rows = []
+    grid = {round(p, 4) for p in np.arange(step, end + 1e-6, step).tolist()}
+    if choice.selection.top_p is not None:
+        grid.add(choice.selection.top_p)
+    rows, token = [], choice.task.scores.token
     for p in sorted(p for p in grid if p <= 1):
-        chosen = chosen_mask(task.scores.of(method), p)
-        cost = None if costs is None else costs.of(chosen, task.scores.token)
-        served = float((task.scores.token * chosen).sum(axis=1).mean())
+        chosen = chosen_mask(choice.scores, p)
+        cost = None if costs is None else cost_of(choice, costs, chosen)
+        served = float((token * chosen).sum(axis=1).mean())
         rows.append(Threshold(p, int(chosen.sum()), float(chosen.mean()), served, cost))
     return rows
+
+
+def cost_of(choice: Choice, costs: CostModel, chosen: Bool[np.ndarray, "L E"]) -> Cost:
+    """Of some routed experts, and of what a task's run trains besides."""
+    experts = choice.selection.experts
+    return costs.of(
+        chosen,
+        choice.task.scores.token,
+        shared_experts=experts.shared_experts,
+        non_expert_modules=experts.non_expert_modules,
+    )
 
 
 @dataclass(frozen=True)
@@ -148,10 +156,10 @@ def answers(findings: Findings, index: int) -> Answers:
     choice = findings.choices[index]
     counts, total = choice.counts, choice.chosen.size
     share = choice.chosen.mean()
-    served, even = choice.served.mean(), findings.even_count
+    served, even = choice.served.mean(), choice.even_count
     fewer = even / counts.mean()
     fit = (
-        f"The task reaches p = {findings.top_p:g} with {share:.1%} of the experts. If they were"
+        f"The task reaches p = {choice.reached:.3g} with {share:.1%} of the experts. If they were"
         f" all used alike, it would take {even / findings.num_experts:.1%}: {fewer:.1f} times as"
         " many."
     )
@@ -161,8 +169,8 @@ def answers(findings: Findings, index: int) -> Answers:
         fit += " The routing is concentrated, which is what ESFT makes use of."
     which = (
         f"{counts.sum()} of {total:,} experts, {_span(counts.min(), counts.max())} in a layer; they"
-        " are framed and listed below."
-    )
+        f" are framed and listed below. {choice.selection.note}"
+    ).rstrip()
     mass = analysis.top_k_mass(choice.shares, findings.top_k).mean()
     why = (
         f"They serve {served:.1%} of the task's assignments, {served / share:.1f} times their"
@@ -176,6 +184,11 @@ def answers(findings: Findings, index: int) -> Answers:
 
 def sure(choice: Choice) -> str:
     """How far the sample carries the choice, and what to do about it."""
+    if choice.selection.rule is None:
+        return (
+            "Not known: the scores of this task alone do not say why these experts were chosen"
+            f" ({choice.selection.words}), so they cannot be chosen again from other samples."
+        )
     if choice.certainty is None or choice.count_range is None:
         return (
             "Not known: these scores came without the routing of single tokens, or with too few"
@@ -218,7 +231,7 @@ def _cost(findings: Findings, index: int) -> str:
             " bytes and operations."
         )
     choice, full = findings.choices[index], findings.costs.full
-    cost = findings.costs.of(choice.chosen, choice.task.scores.token)
+    cost = cost_of(choice, findings.costs, choice.chosen)
     share = cost.parameters / full.parameters
     return (
         f"{count_text(cost.parameters)} parameters are trained, {share:.1%} of the model:"

@@ -11,14 +11,12 @@ from esft_jax.errors import InputError
 from esft_jax.experts.routing_log import RoutingLog, load_routing
 from esft_jax.experts.scores import (
     ExpertScores,
-    ScoreMethod,
     as_wide,
     load_scores,
-    round_scores,
 )
-from esft_jax.experts.select import chosen_mask, rank_and_take
 from esft_jax.hf.identity import check_same_base
 from esft_jax.reporting import analysis
+from esft_jax.reporting.selection import Run, Selection, find_run
 from esft_jax.training.run_folder import RunFolder
 
 MIN_SEQUENCES = 8  # of fewer, resamples say nothing
@@ -26,19 +24,21 @@ MIN_SEQUENCES = 8  # of fewer, resamples say nothing
 
 @dataclass(frozen=True)
 class Task:
-    """Scores of one task, and its routing where it was kept."""
+    """Scores of one task, its routing where it was kept, and the run they are of."""
 
     name: str
     source: str
     scores: ExpertScores
     log: RoutingLog | None
+    run: Run | None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one method and threshold make of a task.
+    """The chosen experts of a task.
 
     Attributes:
+        selection: how they were chosen.
         ranked: by layer, the chosen ids in descending score.
         served: share of each layer's assignments that the chosen experts serve.
         gate: gate mass of the chosen experts.
@@ -50,6 +50,7 @@ class Choice:
     """
 
     task: Task
+    selection: Selection
     chosen: Bool[np.ndarray, "L E"]
     ranked: tuple[tuple[int, ...], ...]
     shares: Float64[np.ndarray, "L E"]
@@ -62,15 +63,62 @@ class Choice:
     halves: tuple[Float[np.ndarray, "L E"], Float[np.ndarray, "L E"]] | None
 
     @property
+    def scores(self) -> Float64[np.ndarray, "L E"]:
+        """The scores that the choice goes by."""
+        return self.task.scores.of(self.selection.method)
+
+    @property
+    def reached(self) -> float:
+        """What a layer's chosen scores sum to: the threshold, or without one the mean of it."""
+        if self.selection.top_p is not None:
+            return self.selection.top_p
+        return float((self.scores * self.chosen).sum(axis=1).mean())
+
+    @property
+    def even_count(self) -> int:
+        """Experts per layer that would reach as much if all had the same score."""
+        mass = float(self.scores.sum(axis=1).mean())
+        num_experts = self.scores.shape[1]
+        return int(min(np.ceil(round(self.reached / mass * num_experts, 6)), num_experts))
+
+    @property
     def counts(self) -> Int64[np.ndarray, " L"]:
         """Chosen experts of each layer."""
         return self.chosen.sum(axis=1)
 
 
+@dataclass(frozen=True)
+class Named:
+    """An argument of the command: a task's name, where its scores are, and the run in there."""
+
+    name: str
+    path: Path
+    run: Run | None
+
+
+def read_arguments(arguments: Sequence[str]) -> list[Named]:
+    """Read `[NAME=]PATH` arguments.
+
+    Raises:
+        InputError: naming the argument, or the file of a run that is wrong.
+    """
+    found: list[Named] = []
+    for argument in arguments:
+        name, given, text = argument.partition("=")
+        given = "" if Path(argument).exists() else given  # a path may have a "=", too
+        path = Path(text if given else argument)
+        if not given:
+            name = _name(path.absolute())
+        if not name or any(other.name == name for other in found):
+            raise InputError(f"{argument}: {name!r} names no new task; expected NAME=PATH")
+        found.append(Named(name, path, find_run(path)))
+    return found
+
+
 def read_tasks(
-    arguments: Sequence[str], experts_per_token: int, num_experts: int | None = None
+    arguments: Sequence[Named], experts_per_token: int, num_experts: int | None = None
 ) -> list[Task]:
-    """Read `[NAME=]PATH` arguments: a run folder, or what `load_scores` reads.
+    """Read the scores of run folders, or what `load_scores` reads.
 
     Args:
         experts_per_token: of routing logs, which do not say it.
@@ -80,20 +128,17 @@ def read_tasks(
         InputError: naming the argument or file that is wrong.
     """
     tasks: list[Task] = []
-    for argument in arguments:
-        name, found, text = argument.partition("=")
-        found = "" if Path(argument).exists() else found  # a path may have a "=", too
-        path = Path(text if found else argument)
-        folder = RunFolder(path).scores if RunFolder(path).scores.is_dir() else path
-        if not found:
-            name = _name(path.absolute())
-        if not name or any(task.name == name for task in tasks):
-            raise InputError(f"{argument}: {name!r} names no new task; expected NAME=PATH")
+    for named in arguments:
+        folder = named.path
+        if named.run is not None:
+            folder = named.run.scores
+        elif RunFolder(folder).scores.is_dir():
+            folder = RunFolder(folder).scores
         scores = load_scores(folder, experts_per_token=experts_per_token)
         log = load_routing(folder) if scores.routing is None else None
         if log is not None and (log.layers, log.num_experts) != (scores.layers, scores.num_experts):
             raise InputError(f"{folder}: scores and routing are of different models")
-        tasks.append(Task(name, str(path), scores, log))
+        tasks.append(Task(named.name, str(named.path), scores, log, named.run))
     wide = as_wide([task.scores for task in tasks], num_experts)
     tasks = [
         replace(task, scores=scores, log=task.log or scores.routing)
@@ -110,6 +155,13 @@ def read_tasks(
                 f" experts, but {first.source} has {first.scores.token.shape[0]} of"
                 f" {first.scores.num_experts}; expected scores of one model"
             )
+    bases: dict[str, str] = {}
+    for task in tasks:
+        if fingerprint := task.scores.provenance.get("base_fingerprint"):
+            bases.setdefault(str(fingerprint), task.source)
+    if len(bases) > 1:
+        one, other, *_ = bases.values()
+        raise InputError(f"{other}: scores of another base than {one}; expected one model")
     return tasks
 
 
@@ -119,12 +171,10 @@ def _name(path: Path) -> str:
     return path.stem if path.is_file() else path.name
 
 
-def choose(task: Task, method: ScoreMethod, top_p: float, top_k: int) -> Choice:
+def choose(task: Task, selection: Selection, top_k: int) -> Choice:
     """All that is asked about one task."""
-    scores, log = task.scores, task.log
-    values = round_scores(scores.of(method))  # as `select_experts` does
-    order, taken = rank_and_take(values, top_p)
-    chosen = chosen_mask(values, top_p)
+    scores, log, rule = task.scores, task.log, selection.rule
+    chosen = selection.chosen(scores)
     met = certainty = count_range = halves = None
     sizes: list[analysis.SampleSize] = []
     if log is not None:
@@ -132,18 +182,19 @@ def choose(task: Task, method: ScoreMethod, top_p: float, top_k: int) -> Choice:
     if log is not None and log.num_sequences >= 2:
         counts, gates = log.sequence_sums()
         halves = analysis.alternate_halves(gates)
-        if log.num_sequences >= MIN_SEQUENCES:
-            sums = gates if method == "gate" else counts / log.top_k
+        if rule is not None and log.num_sequences >= MIN_SEQUENCES:
+            sums = gates if selection.method == "gate" else counts / log.top_k
             lengths = np.diff(log.starts)
-            resampled = analysis.resampled_choices(sums, lengths, top_p)
+            resampled = analysis.resampled_choices(sums, lengths, rule)
             certainty = resampled.mean(axis=0)
             low, high = np.percentile(resampled.sum(axis=(1, 2)), (5, 95)).round()
             count_range = int(low), int(high)
-            sizes = analysis.sample_sizes(sums, lengths, top_p, top_k)
+            sizes = analysis.sample_sizes(sums, lengths, rule, top_k)
     return Choice(
         task=task,
+        selection=selection,
         chosen=chosen,
-        ranked=tuple(tuple(ids[mask].tolist()) for ids, mask in zip(order, taken, strict=True)),
+        ranked=tuple(selection.experts.experts.get(layer, ()) for layer in scores.layers),
         shares=analysis.gate_shares(scores.gate),
         served=(scores.token * chosen).sum(axis=1),
         gate=(scores.gate * chosen).sum(axis=1),

@@ -441,6 +441,7 @@ class _Run:
             "base_model": config.model,
             "base_fingerprint": self.source.fingerprint,
             **self.setup.identity,
+            "dtype": config.dtype,
             "scores_sha256": _file_hash(self.folder.scores / "scores.json") if measured else None,
             "data_sha256": self.train_set.stats.sha256,
             "select": None if given else dataclasses.asdict(config.select),

@@ -42,7 +42,7 @@ class RunFolder:
     skipped/           for every skipped update, the examples of its batch
     adapter/           the result of `esft`, the trained experts, or of `lora`, the factors
     model/             the result of `full`: a Hugging Face folder
-    evaluation/        completions and scores by `evaluate`; `comparison.json`: before and after
+    evaluation/        completions, scores and comparisons, in folders by what they depend on
     """
 
     def __init__(self, path: str | Path):
@@ -59,7 +59,6 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
-        self.comparison = self.evaluation / "comparison.json"
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that holds something else, or a run with other settings.

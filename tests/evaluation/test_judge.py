@@ -157,6 +157,7 @@ def test_replies_without_exactly_one_score_are_counted(
         b'{"choices": [{"message": {"content": "\xff"}}]}',
         b"[]",
         b'{"choices": {}}',
+        "\ud800 Score: 7",
         [{"type": "text", "text": "Score: 7"}],
         7,
     ],
@@ -189,6 +190,35 @@ def test_nothing_is_asked_twice(judge: Judge, server: Server, tmp_path: Path) ->
     judge.score("Look at the length.", PROMPTS[:1], ANSWERS[:1], REFERENCES[:1])
     judge.score(RUBRIC, PROMPTS[:1], ["new"], REFERENCES[:1])
     assert len(server.requests) == 3 + 3 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda kept: [], "is []; expected an object"),
+        (lambda kept: {"reply": 5}, "model: "),
+        (lambda kept: kept | {"reply": 5}, "reply: is 5; expected a valid string"),
+        (lambda kept: kept | {"reply": None}, "reply: is None; expected a valid string"),
+        (lambda kept: kept | {"messages": {}}, "messages: is {}; expected a valid array"),
+        (lambda kept: kept | {"score": 7}, "score: "),
+        (lambda kept: kept | {"model": "other"}, "holds the reply to another question"),
+        (lambda kept: kept | {"messages": []}, "holds the reply to another question"),
+        (lambda kept: kept | {"reply": float("nan")}, "reply: is nan; expected a finite number"),
+    ],
+)
+def test_a_damaged_reply_is_named(
+    judge: Judge, server: Server, tmp_path: Path, damage: Any, message: str
+) -> None:
+    grade(judge)
+    path = sorted((tmp_path / "judge").iterdir())[0]
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(InputError) as caught:
+        grade(judge)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    path.write_bytes(b"\xff")
+    with pytest.raises(InputError, match="byte 0 is not UTF-8 text"):
+        grade(judge)
+    assert len(server.requests) == 3
 
 
 def test_the_same_answer_is_asked_about_once(judge: Judge, server: Server) -> None:

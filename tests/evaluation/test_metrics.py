@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS, Completion, read_completions, write_completions
@@ -117,6 +118,88 @@ def test_rouge_l_counts_other_scripts():
     ]
 
 
+# A sentence, and the same with another place in it.
+LANGUAGES = {
+    "Chinese": ("我今天要去北京参加会议，明天回来。", "我今天要去上海参加会议，明天回来。"),
+    "rare Chinese": ("𠀀𠀁𠀂𠀃𠀄𠀅𠀆", "𠀀𠀁𠀂𠀃𠀄𠀅𠀇"),
+    "Japanese": ("私は今日、東京の学校に行きます。", "私は今日、大阪の学校に行きます。"),
+    "Thai": ("วันนี้ฉันจะไปโรงเรียนที่กรุงเทพ", "วันนี้ฉันจะไปโรงเรียนที่ภูเก็ต"),
+    "Khmer": ("ថ្ងៃនេះខ្ញុំទៅសាលារៀន", "ថ្ងៃនេះខ្ញុំទៅផ្សារ"),
+    "Burmese": ("ဒီနေ့ကျောင်းကိုသွားမယ်", "ဒီနေ့ဈေးကိုသွားမယ်"),
+    "Arabic": ("أنا ذاهب اليوم إلى مدرسة في القاهرة", "أنا ذاهب اليوم إلى مدرسة في دمشق"),
+    "Hindi": ("मैं आज दिल्ली के स्कूल जा रहा हूँ", "मैं आज मुंबई के स्कूल जा रहा हूँ"),
+    "Russian": ("Сегодня я иду в школу в Москве", "Сегодня я иду в школу в Казани"),
+    "Greek": ("Σήμερα πηγαίνω στο σχολείο της Αθήνας", "Σήμερα πηγαίνω στο σχολείο της Πάτρας"),
+    "Korean": (
+        "나는 오늘 서울에 있는 학교에 걸어서 갑니다",
+        "나는 오늘 부산에 있는 학교에 걸어서 갑니다",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf", "rouge_l"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_script_counts(language, name):
+    answer, other = LANGUAGES[language]
+    assert METRICS[name].score([answer], [[answer]]).aggregate == pytest.approx(100)
+    near = METRICS[name].score([other], [[answer]])
+    assert 30 < near.aggregate < 95
+    assert 0.3 < near.per_example[0] < 0.95
+
+
+def test_bleu_of_chinese_is_that_of_sacrebleu():
+    answer, other = (
+        "他说：“我今天要去北京”，对吗？OK，3.5元。",
+        "他说：“我明天去北京”，对吧？OK，3.5元。",
+    )
+    expected = BLEU(tokenize="zh").corpus_score([other], [[answer]]).score
+    assert METRICS["bleu"].score([other], [[answer]]).aggregate == pytest.approx(expected)
+
+
+def test_bleu_says_what_it_counts():
+    english, other = "The cat sat on the mat.", "A dog sat on the mat, too."
+    chinese, japanese = LANGUAGES["Chinese"][0], LANGUAGES["Japanese"][0]
+    for answers, label in (
+        ([english], "bleu (13a)"),
+        ([english, chinese], "bleu (zh)"),
+        ([english, chinese, japanese], "bleu (zh+char)"),
+    ):
+        assert METRICS["bleu"].label([[answer] for answer in answers]) == label
+    assert METRICS["chrf"].label([[chinese]]) == "chrf"
+    # Without such answers it is the usual figure, whatever is predicted; with some, English counts
+    # as before.
+    usual = BLEU().corpus_score([other, chinese], [[english, english]]).score
+    found = METRICS["bleu"].score([other, chinese], [[english], [english]])
+    assert found.aggregate == pytest.approx(usual)
+    mixed = METRICS["bleu"].score([other, japanese], [[english], [japanese]])
+    assert mixed.per_example[0] == pytest.approx(found.per_example[0])
+
+
+@pytest.mark.parametrize("answers", [[["yes"], ["no"]], [["播放", "放"]], [["😀😀😀😀"]]])
+def test_bleu_of_answers_that_are_too_short_is_refused(answers):
+    """It is 0 whatever is predicted."""
+    with pytest.raises(InputError, match=r"bleu: the longest answer has \d tokens .*expected a l"):
+        METRICS["bleu"].score([each[0] for each in answers], answers)
+
+
+def test_marks_belong_to_their_letters():
+    """Hindi "day" and "gift" differ in a vowel, which is a mark."""
+    assert METRICS["rouge_l"].score(["दान"], [["दिन"]]).per_example == [0]
+
+
+def test_emoji_are_words():
+    assert METRICS["rouge_l"].score(["😀😃"], [["😀 😁"]]).per_example == [pytest.approx(0.5)]
+    with pytest.raises(InputError, match="example 0: an answer has no words, which rouge_l needs"):
+        METRICS["rouge_l"].score(["?"], [["?!"]])
+
+
+@pytest.mark.parametrize("name", ["exact_match", "intent", "chrf", "bleu", "rouge_l"])
+def test_equivalent_texts_are_equal(name):
+    composed, decomposed = '"d\u00e9j\u00e0 vu"', '"de\u0301ja\u0300 vu"'
+    assert METRICS[name].score([composed], [[decomposed]]).per_example == [1]
+    assert METRICS["intent"].score(['"\\u0065\\u0301"'], [['"\u00e9"']]).per_example == [1]
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_nothing_to_score(name):
     with pytest.raises(InputError, match=f"{name}: no examples"):
@@ -154,19 +237,30 @@ def test_completions_round_trip(tmp_path):
     ("line", "message"),
     [
         ('{"example": ', "not valid JSON"),
-        ("[]", "expected example (prompt"),
-        ('{"example": {"prompt": "a", "raw_prediction": "b"}, "score": 1}', "expected example"),
+        ("[]", "is []; expected an object"),
+        (
+            '{"example": {"prompt": "a", "raw_prediction": "b"}, "score": 1}',
+            "example.raw_answers: ",
+        ),
         (
             '{"example": {"prompt": 1, "raw_prediction": "b", "raw_answers": []}, "score": 1}',
-            "example: expected texts",
+            "example.prompt: is 1; expected a valid string",
         ),
         (
             '{"example": {"prompt": "a", "raw_prediction": "b", "raw_answers": "c"}, "score": 1}',
-            "example: expected texts",
+            "example.raw_answers: is 'c'; expected a valid array",
         ),
         (
             '{"example": {"prompt": "a", "raw_prediction": "b", "raw_answers": []}, "score": "1"}',
-            "score: '1' is no number",
+            "score: is '1'; expected a valid number",
+        ),
+        *(
+            (
+                '{"example": {"prompt": "a", "raw_prediction": "b", "raw_answers": []}, '
+                f'"score": {score}}}',
+                "score: is ",
+            )
+            for score in ("NaN", "1e999", "true", "70", "-1")
         ),
     ],
 )

@@ -9,7 +9,7 @@ import transformers
 
 from esft_jax.errors import InputError
 from esft_jax.hf import export as export_module
-from esft_jax.hf.adapter import apply_adapter, load_adapter, save_adapter
+from esft_jax.hf.adapter import apply_adapter, load_adapter, model_tensors, save_adapter
 from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.export import export_model, exported_config, save_model
 from esft_jax.hf.load import load_base, load_model
@@ -86,39 +86,54 @@ def test_without_an_adapter_the_base_comes_back(tiny, tmp_path):
     assert load_base(tmp_path / "export").fingerprint == load_base(tiny[1]).fingerprint
 
 
-def test_tensors_keep_their_types_and_the_config_names_the_widest(tiny, adapter, tmp_path):
+def test_all_weights_have_the_smallest_type_that_loses_nothing(tiny, adapter, tmp_path, capsys):
     half = save(torch_model().bfloat16(), tmp_path / "half")
     adapter_of_half = tmp_path / "adapter"
     base = load_base(half, jnp.float32)
-    save_trained(adapter_of_half, base)
+    trained = save_trained(adapter_of_half, base)
+    capsys.readouterr()
     export_model(half, adapter_of_half, tmp_path / "export")
-    types = {name: info.dtype for name, info in TensorFiles(tmp_path / "export").items()}
-    assert {name for name, dtype in types.items() if dtype == "F32"} == set(NAMES)
-    assert set(types.values()) == {"BF16", "F32"}
+    files = TensorFiles(tmp_path / "export")
+    assert {info.dtype for info in files.values()} == {"F32"}
+    assert capsys.readouterr().out == (
+        f"all {len(files)} tensors in float32, {len(files) - len(NAMES)} cast from bfloat16\n"
+    )
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
+    stored = dict(model_tensors(trained, list(files), jnp.float32))
+    for name in files:  # nothing is lost
+        np.testing.assert_array_equal(files.read(name), stored[name])
     assert from_pretrained(tmp_path / "export").dtype == torch.float32
     export_model(half, None, tmp_path / "plain")
+    assert capsys.readouterr().out == f"all {len(files)} tensors in bfloat16\n"
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_base(tmp_path / "plain").fingerprint == load_base(half).fingerprint
 
 
 def test_a_float16_base_takes_a_bfloat16_adapter(tmp_path):
     half = save(torch_model().half(), tmp_path / "half")
     save_trained(tmp_path / "adapter", load_base(half, jnp.bfloat16))
-    export_model(half, tmp_path / "adapter", tmp_path / "export")
-    assert {info.dtype for info in TensorFiles(tmp_path / "export").values()} == {"F16", "BF16"}
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["dtype"] == "float32"  # the smallest that holds both
+    said = []
+    export_model(half, tmp_path / "adapter", tmp_path / "export", say=said.append)
+    files = TensorFiles(tmp_path / "export")
+    assert {info.dtype for info in files.values()} == {"F32"}  # the smallest that holds both
+    number = len(files) - len(NAMES)
+    assert said == [
+        f"all {len(files)} tensors in float32, {len(NAMES)} cast from bfloat16, "
+        f"{number} cast from float16"
+    ]
 
 
 def test_all_weights_are_cast_on_request(tiny, adapter, tmp_path):
     export_model(tiny[1], adapter, tmp_path / "kept")
-    export_model(tiny[1], adapter, tmp_path / "cast", "bfloat16")
+    said = []
+    export_model(tiny[1], adapter, tmp_path / "cast", "bfloat16", said.append)
     kept, cast = TensorFiles(tmp_path / "kept"), TensorFiles(tmp_path / "cast")
     for name in kept:
         assert cast[name].dtype == "BF16"
         np.testing.assert_array_equal(cast.read(name), kept.read(name).astype(jnp.bfloat16))
     assert json.loads((tmp_path / "cast/config.json").read_text())["dtype"] == "bfloat16"
+    assert said == [f"all {len(kept)} tensors in bfloat16, {len(kept)} cast from float32"]
 
 
 def test_the_tokenizer_comes_along_and_foreign_files_stay(tiny, tmp_path):

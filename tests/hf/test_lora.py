@@ -20,6 +20,7 @@ from esft_jax.hf.export import export_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.lora import save_lora
 from esft_jax.hf.names import tensor_placements
+from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import make_mesh, param_shardings
 from tests.hf.checkpoints import assert_same, leaves, logits, torch_logits, torch_model
 from tests.yardstick import torch
@@ -228,6 +229,29 @@ def test_merged_weights_are_base_and_update(tiny, adapters, tmp_path, kind):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     export_model(tiny[1], folder, tmp_path / "exported")
     assert_same(load_model(tmp_path / "exported"), base.model)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_an_export_keeps_what_the_run_computed_in(tiny, adapters, tmp_path, dtype):
+    """Sums in float32 of a base in bfloat16 are rounded, unless the run was in float32."""
+    folder = shutil.copytree(adapters / "all", tmp_path / "adapter")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    half = tmp_path / "half"
+    export_model(tiny[1], None, half, "bfloat16")
+    manifest |= {"base_fingerprint": load_base(half).fingerprint}
+    manifest |= {} if dtype is None else {"dtype": dtype}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = []
+    export_model(half, folder, tmp_path / "exported", say=said.append)
+    files, updates = TensorFiles(tmp_path / "exported"), len(manifest["updates"])
+    number = len(files)
+    if dtype == "float32":
+        line = f"all {number} tensors in float32, {number - updates} cast from bfloat16"
+        assert {info.dtype for info in files.values()} == {"F32"}
+    else:
+        line = f"all {number} tensors in bfloat16, {updates} cast from float32"
+        assert {info.dtype for info in files.values()} == {"BF16"}
+    assert said == [line]
 
 
 def test_a_mesh_writes_the_same_adapter(tiny, adapters, tmp_path):

@@ -1,5 +1,7 @@
 """Against cases small enough to count by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -79,26 +81,29 @@ def sequences(noise: float) -> np.ndarray:
     return 64 * drawn / drawn.sum(axis=-1, keepdims=True)
 
 
+RULE = partial(chosen_mask, top_p=0.5)
+
+
 def test_equal_sequences_always_agree() -> None:
     sums, lengths = sequences(0), np.full(40, 64)
-    sizes = analysis.sample_sizes(sums, lengths, 0.5, 4, draws=20)
+    sizes = analysis.sample_sizes(sums, lengths, RULE, 4, draws=20)
     assert [size.tokens for size in sizes] == [256, 512, 1024]  # 2560 tokens are two of 1024
     assert all(size.agreement == (1, 1, 1) and size.shared == (4, 4, 4) for size in sizes)
-    choices = analysis.resampled_choices(sums, lengths, 0.5, draws=20)
+    choices = analysis.resampled_choices(sums, lengths, RULE, draws=20)
     assert (choices == chosen_mask(sums[0] / 64, 0.5)).all()
 
 
 def test_noise_costs_agreement_and_tokens_bring_it_back() -> None:
     sums, lengths = sequences(1.5), np.full(40, 64)
-    sizes = analysis.sample_sizes(sums, lengths, 0.5, 4, draws=100)
+    sizes = analysis.sample_sizes(sums, lengths, RULE, 4, draws=100)
     small, large = sizes[0].agreement, sizes[-1].agreement
     assert small[1] < large[1] < 1
     assert small[0] < small[1] < small[2]
-    certainty = analysis.resampled_choices(sums, lengths, 0.5, draws=200).mean(axis=0)
+    certainty = analysis.resampled_choices(sums, lengths, RULE, draws=200).mean(axis=0)
     assert ((certainty > 0.05) & (certainty < 0.95)).any()
 
 
 def test_sequences_longer_than_a_size_leave_it_out() -> None:
     sums, lengths = 8 * sequences(0), np.full(40, 512)
-    sizes = analysis.sample_sizes(sums, lengths, 0.5, 4, draws=20)
+    sizes = analysis.sample_sizes(sums, lengths, RULE, 4, draws=20)
     assert [size.tokens for size in sizes] == [512, 1024, 2048, 4096, 8192]

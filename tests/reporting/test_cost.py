@@ -24,6 +24,10 @@ def test_costs_of_a_choice(base) -> None:
     assert cost.parameters == 2 * one
     assert (cost.adapter_bytes, cost.state_bytes) == (2 * 2 * one, 16 * 2 * one)
     assert cost.operations < costs.full.operations
+    # With everything, it is all but the other experts.
+    everything = costs.of(chosen, token, shared_experts=True, non_expert_modules=True)
+    assert everything.parameters == costs.full.parameters - (layers * experts - 2) * one
+    assert cost.operations < everything.operations < costs.full.operations
 
 
 def test_an_expert_is_charged_for_what_it_serves(base) -> None:

@@ -99,6 +99,7 @@ def test_adapter_holds_exactly_the_selected_experts_and_its_provenance(finished,
     manifest = json.loads((result.result / "manifest.json").read_text())
     assert manifest["base_fingerprint"] == load_base(base).fingerprint
     assert (manifest["select"]["top_p"], manifest["step"]) == (0.3, 4)
+    assert manifest["dtype"] == config.dtype
     assert manifest["scores_sha256"]
     assert list(manifest["data_sha256"]) == list(config.data.train)
 

@@ -65,7 +65,7 @@ def again(begun, tmp_path):
 def test_provenance_names_all_parts(begun):
     identity = open_setup(begun).identity
     for name in ("adapter/manifest.json", "scores/scores.json"):
-        content = json.loads(open(f"{begun.output}/{name}").read())
+        content = json.loads(Path(begun.output, name).read_text())
         found = content.get("provenance", content)
         assert found | identity == found and "base_fingerprint" in found
 
