@@ -2,9 +2,9 @@
 
 import codecs
 import contextlib
-import dataclasses
 import functools
 import json
+import math
 import os
 import reprlib
 import stat
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, is_typeddict
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -127,10 +127,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def read_json_lines(
+    path: str | os.PathLike[str], *, growing: bool = False
+) -> Iterator[tuple[str, Any]]:
     """The place, `path:line`, and the value of each line of a JSON Lines file; blank lines are none.
 
     A line is in memory at a time.
+
+    Args:
+        growing: what follows the last end of a line is left out: it is being written, or was when
+            its process was killed.
 
     Raises:
         InputError: as `read_text` does, and for the first line that is no JSON, by its number.
@@ -139,6 +145,8 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if growing and not line.endswith(b"\n"):
+                    return
                 if number == 1:
                     check_not_pointer(path, line)
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -184,13 +192,19 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     Args:
         kind: a type that pydantic knows; of a dataclass or `TypedDict`, all its keys are expected
             and no others.
+        value: what `parse_json` returned.
         where: what the message begins with: the file, and the line if there are several.
 
     Raises:
         InputError: naming the key, what was found and what was expected.
     """
     try:
-        return _adapter(kind).validate_python(value)
+        for keys, number in _numbers(value):
+            if not math.isfinite(number):
+                place = ": ".join([where, ".".join(keys)] if keys else [where])
+                raise InputError(f"{place}: is {number}; expected a finite number")
+        # Of Python's own values, pydantic's strict mode would take no dictionary for a dataclass.
+        return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))
@@ -198,12 +212,19 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
         raise InputError(
             f"{where}: {f'{key}: ' if key else ''}is {reprlib.repr(mistake['input'])}; {expected}"
         ) from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+
+
+def _numbers(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every floating-point number in a parsed value, with the keys that lead to it."""
+    if isinstance(value, float):
+        yield keys, value
+    items = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, list) else items:
+        yield from _numbers(item, (*keys, str(key)))
 
 
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or is_typeddict(kind)):
-        kind = pydantic.with_config(strict)(kind)
-        return pydantic.TypeAdapter(kind)
-    return pydantic.TypeAdapter(kind, config=strict)
+    return pydantic.TypeAdapter(kind)
