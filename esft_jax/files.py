@@ -130,9 +130,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_json_lines(
     path: str | os.PathLike[str], *, growing: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """The place, `path:line`, and the value of each line of a JSON Lines file; blank lines are none.
+    """The place, `path:line`, and the value of each line of a JSON Lines file.
 
-    A line is in memory at a time.
+    A line is in memory at a time; blank ones are none.
 
     Args:
         growing: what follows the last end of a line is left out: it is being written, or was when

@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None) -> None:
     sweep = load_sweep(args.config)
     split_cpu(run_config(sweep, base_cells(sweep)[0]).mesh.cpu_devices)
     from esft_jax.sweeping.run import run_sweep
-    from esft_jax.training.signals import exit_on_sigterm
+    from esft_jax.training.signals import exit_on_signals
 
     console = Console()
-    with exit_on_sigterm(console.print):
+    with exit_on_signals(console.print):
         record = run_sweep(sweep, console.print)
     if record is None:
         console.print("Stopped and saved; the same command continues the sweep.")

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,13 +13,18 @@ from rich.table import Table
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
-from esft_jax.evaluation.run import check_evaluation, evaluate_result, run_evaluation
+from esft_jax.evaluation.run import (
+    EvaluationInputs,
+    check_evaluation,
+    evaluate_result,
+    run_evaluation,
+)
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.mesh import on_first_process
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption
-from esft_jax.training.setup import create_run, open_setup
-from esft_jax.training.signals import exit_on_sigterm
+from esft_jax.training.setup import Setup, open_setup, own_run
+from esft_jax.training.signals import exit_on_signals
 
 
 @command
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     console = Console(quiet=jax.process_index() != 0)
-    with exit_on_sigterm(console.print):
+    with exit_on_signals(console.print):
         if args.preemption_notices:
             watch_preemption()
         _train(config, console)
@@ -44,8 +50,12 @@ def main(argv: Sequence[str] | None) -> None:
 def _train(config: RunConfig, console: Console) -> None:
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
-    create_run(setup)
-    before = None
+    with own_run(setup):
+        _run(setup, inputs, console)
+
+
+def _run(setup: Setup, inputs: EvaluationInputs | None, console: Console) -> None:
+    config, before = setup.config, None
     if inputs is not None and config.init == "pretrained":
         before = run_evaluation(config, None, inputs, reuse=True)
     result = run_training(setup, say=console.print)
@@ -53,6 +63,8 @@ def _train(config: RunConfig, console: Console) -> None:
         console.print(
             f"Stopped at step {result.step} and saved; the same command continues the run."
         )
+        if result.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
         return
     if inputs is not None:
         after = evaluate_result(config, result.result, inputs)

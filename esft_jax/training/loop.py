@@ -33,7 +33,6 @@ from esft_jax.hf.lora import save_lora
 from esft_jax.hf.source import Source
 from esft_jax.mesh import (
     EXPERT,
-    any_process,
     most_of_processes,
     on_first_process,
     place_batch,
@@ -49,10 +48,10 @@ from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.setup import (
     Setup,
-    create_run,
     load_pretrained,
     low_rank_updates,
     measure_scores,
+    own_run,
     random_model,
 )
 from esft_jax.training.signals import on_user_signal, stop_signal
@@ -76,6 +75,7 @@ class RunResult:
             not say.
         seconds: spent in this call.
         timing: of its steps, and of the run as a whole.
+        stopped_by: the signal that stopped it before its end, such as `signal.SIGINT`.
     """
 
     folder: Path
@@ -88,6 +88,7 @@ class RunResult:
     step_bytes: int | None
     seconds: float
     timing: RunTiming
+    stopped_by: int | None = None
 
 
 def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
@@ -98,12 +99,18 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         say: receives a line of text for every stage.
 
     Raises:
-        InputError: damaged weights, or a checkpoint of another run; before any training.
+        InputError: damaged weights, a checkpoint of another run, or another process that trains in
+            the folder; before any training.
+        Diverged: loss or parameters are not finite, or every update was skipped.
     """
     begin = time.perf_counter()
     for line in _describe_data(setup):
         say(line)
-    create_run(setup)
+    with own_run(setup):
+        return _train(setup, say, begin)
+
+
+def _train(setup: Setup, say: Callable[[str], None], begin: float) -> RunResult:
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     trained: Trained = None
     experts = loads = None
@@ -143,6 +150,7 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         run.step_bytes,
         time.perf_counter() - begin,
         outcome.timing,
+        outcome.stopped_by,
     )
 
 
@@ -211,12 +219,13 @@ def _describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) ->
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Where the loop ended: the parameters to keep, or None if a signal stopped it early."""
+    """Where the loop ended: the parameters to keep, or the signal that stopped it before."""
 
     step: int
     tuned: nnx.State | None
     valid_loss: float | None
     timing: RunTiming
+    stopped_by: int | None = None
 
 
 class _Run:
@@ -320,7 +329,7 @@ class _Run:
                 # Several processes agree where they would wait for each other anyway. At the last
                 # step there is nothing to stop, and the signal is left for what comes after.
                 ask = not last and (jax.process_count() == 1 or step % config.log_every == 0)
-                stop = ask and any_process(stopped() is not None)
+                stop = int(most_of_processes(stopped() or 0)) if ask else 0
                 if last or stop or step % config.save_every == 0:
                     # A resumed run counts them, and would not list them again.
                     self._check_skipped(step, jax.device_get(skipped))
@@ -329,7 +338,7 @@ class _Run:
                         position = Position(iterator.get_state(), self.best_loss, watch.spent)
                         self.checkpoints.save(step, self.state, position)
                     if stop:
-                        return _Outcome(step, None, loss, watch.timing())
+                        return _Outcome(step, None, loss, watch.timing(), stop)
         timing = watch.timing()
         if self.checkpoints.best_step is not None:
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))

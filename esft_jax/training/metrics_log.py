@@ -4,7 +4,6 @@ import json
 import math
 import resource
 import sys
-from pathlib import Path
 from types import TracebackType
 
 import jax
@@ -33,7 +32,7 @@ class MetricsLog:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        _drop_after(folder.metrics, start)
+        _drop_after(folder, start)
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         # disable=None: a bar on terminals only; elsewhere every logged step is a line.
@@ -88,9 +87,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        # What follows the last line break is a line that a crash cut off.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text_atomic(path, "".join(line + "\n" for line in kept))
+def _drop_after(folder: RunFolder, step: int) -> None:
+    if folder.metrics.exists():
+        kept = [json.dumps(line) for line in folder.logged() if line["step"] <= step]
+        write_text_atomic(folder.metrics, "".join(line + "\n" for line in kept))

@@ -1,5 +1,7 @@
 """What a run needs before any compute: checks, data, model, experts."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,20 +114,32 @@ def check_setup(
     return run, folder, model_config, mesh, given_experts(config, model_config)
 
 
-def create_run(setup: Setup) -> None:
-    """Make the run's folder, and check that every process sees it.
+@contextmanager
+def own_run(setup: Setup) -> Iterator[None]:
+    """Make the run's folder, which no other run changes until the end of the block.
+
+    Blocks for one setup may lie in each other.
 
     Raises:
-        InputError: it cannot be written to, or is not the same one for all.
+        InputError: it cannot be written to, is not the same one for all processes, or another run
+            is at work in it.
     """
     run = setup.run
-    on_first_process(lambda: run.create(setup.config), "run folder")
-    with on_all_processes("output"):
-        if not seen(run.config):
-            raise InputError(
-                f"output: process {jax.process_index()} does not see {run.config}; expected a "
-                "folder that all processes share"
-            )
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(run.owned())
+            run.check(setup.config)  # another run may have come between
+            run.create(setup.config)
+
+        on_first_process(begin, "run folder")
+        with on_all_processes("output"):
+            if not seen(run.config):
+                raise InputError(
+                    f"output: process {jax.process_index()} does not see {run.config}; expected a "
+                    "folder that all processes share"
+                )
+        yield
 
 
 def _data(
