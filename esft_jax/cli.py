@@ -35,8 +35,9 @@ def command(
 ) -> Callable[[Sequence[str] | None], int]:
     """Turn the body of a command into a `main` that returns an exit code: the body's, or 0.
 
-    Bad input is one line on stderr and code 2, a run that cannot go on is one line and code 1, an
-    interrupt is code 130; any other exception is a defect of ours and keeps its traceback.
+    Bad input is one line on stderr and code 2, a run that cannot go on, for lack of memory too, is
+    one line and code 1, an interrupt is code 130; any other exception is a defect of ours and keeps
+    its traceback.
     """
 
     @functools.wraps(main)
@@ -51,6 +52,14 @@ def command(
             return 1
         except KeyboardInterrupt:
             return 130
+        except Exception as error:
+            from esft_jax.memory import out_of_memory
+
+            failed = out_of_memory(error)
+            if failed is None:
+                raise
+            print(f"error: {failed}", file=sys.stderr)
+            return 1
 
     return run
 

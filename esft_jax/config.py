@@ -55,6 +55,8 @@ def _plain_name(name: str) -> str:
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+# Of an array, or of a loop that counts in int32.
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -89,7 +91,7 @@ class MeshConfig:
     expert: Count = 1
     replica: Count | None = None
     transport: Literal["all_gather", "ragged_all_to_all"] = "all_gather"
-    cpu_devices: Count | None = None
+    cpu_devices: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -144,9 +146,9 @@ class ScoreConfig:
         batch_size: Rows per forward pass, over all devices; rounded up to a multiple of them.
     """
 
-    samples: Count = 32
+    samples: Size = 32
     sequence_length: Annotated[int, Field(strict=True, ge=2)] = 4096
-    batch_size: Count = 4
+    batch_size: Size = 4
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -236,7 +238,7 @@ class LoRAConfig:
             not have is left out.
     """
 
-    rank: Count = 8
+    rank: Size = 8
     alpha: Positive = 16.0
     targets: Annotated[
         tuple[Annotated[Target, BeforeValidator(_known_target)], ...], Field(min_length=1)
@@ -264,9 +266,9 @@ class TrainConfig:
         verify_frozen: Check after training that every frozen weight kept its bits.
     """
 
-    steps: Count = 500
-    batch_size: Count = 32
-    micro_batches: Count = 1
+    steps: Size = 500
+    batch_size: Size = 32
+    micro_batches: Size = 1
     eval_every: Count = 100
     save_every: Count = 100
     log_every: Count = 10
@@ -319,7 +321,7 @@ class OtherConfig:
 
     data: Text | None = None
     metric: MetricName = "exact_match"
-    max_new_tokens: Count | None = None
+    max_new_tokens: Size | None = None
     valid: tuple[Text, ...] = ()
     format: Literal["chat", "text"] = "text"
 
@@ -342,8 +344,8 @@ class EvaluationConfig:
 
     data: Text | None = None
     metric: MetricName = "exact_match"
-    max_new_tokens: Count = 128
-    batch_size: Count = 16
+    max_new_tokens: Size = 128
+    batch_size: Size = 16
     temperature: NonNegative = 0.0
     top_p: Share = 1.0
     limit: Count | None = None

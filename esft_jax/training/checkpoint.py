@@ -27,11 +27,13 @@ class Position:
     Attributes:
         data: the data iterator's state, plain JSON.
         best_loss: lowest validation loss so far.
+        steps: that the run was to make, which its learning rate may depend on.
         spent: time, see `RunTiming`.
     """
 
     data: Any
     best_loss: float | None
+    steps: int
     spent: Spent
 
 
@@ -116,8 +118,8 @@ class Checkpoints:
         A best one of a later step goes.
 
         Raises:
-            InputError: the checkpoint belongs to other facts (base weights, experts, data), or is
-                damaged.
+            InputError: the checkpoint belongs to other facts (base weights, experts, data), is of
+                an older version, or is damaged.
         """
         step = self.last_step
         assert step is not None
@@ -129,11 +131,16 @@ class Checkpoints:
                     f"{self._last.directory}: checkpoint of step {step} has {key} = "
                     f"{position['facts'].get(key)!r}; this run has {value!r}"
                 )
+        names = [field.name for field in dataclasses.fields(Position)]
+        if missing := [name for name in names if name not in position]:
+            raise InputError(
+                f"{self._last.directory}: checkpoint of step {step} has no {missing[0]}; expected "
+                "one that this version wrote"
+            )
         state = self._state(self._last, abstract, position)
         if self.best_step is not None and self.best_step > step:
             # It is ahead of where the run goes on from. The best one before it is gone.
             self._best.delete(self.best_step)
-        names = [field.name for field in dataclasses.fields(Position)]
         return state, Position(**{name: position[name] for name in names})
 
     def restore_best(self, abstract: TrainState) -> Any:

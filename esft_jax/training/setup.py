@@ -29,6 +29,7 @@ from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import ExpertScores
 from esft_jax.files import seen
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
+from esft_jax.memory import check_fits
 from esft_jax.mesh import (
     EXPERT,
     device_multiple,
@@ -39,6 +40,8 @@ from esft_jax.mesh import (
 )
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.training.finite import check_base
+from esft_jax.training.program import batch_shapes
 from esft_jax.training.run_folder import RunFolder
 
 
@@ -109,6 +112,7 @@ def check_setup(
     model_config = ModelConfig.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
+    check_memory(config, model_config, mesh)
     if config.init == "pretrained":
         open_source(folder)  # finds what is missing or cut short by names and sizes
     return run, folder, model_config, mesh, given_experts(config, model_config)
@@ -228,6 +232,25 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             _check_rows("score", config.score.sequence_length, model)
 
 
+def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that a batch is not out of all proportion to the memory of a device.
+
+    What surely is in it at one time is counted: a batch, and the input of a layer. The compiler
+    knows the rest, when it has compiled the step.
+
+    Raises:
+        InputError: with the sizes.
+    """
+    train, length = config.train, config.data.sequence_length
+    rows = train.batch_size // mesh.size
+    arrays = sum(x.dtype.itemsize for x in batch_shapes(config, mesh).values() if x.ndim == 2)
+    width = model.hidden_size * jnp.dtype(config.dtype).itemsize
+    check_fits(
+        rows * length * arrays + rows // train.micro_batches * length * width,
+        f"train.batch_size: {train.batch_size} rows of {length} tokens take at least",
+    )
+
+
 def check_samples(config: RunConfig, model: ModelConfig, task_set: PackedDataset) -> None:
     """Check that the task's examples can be scored in rows of `score.sequence_length`.
 
@@ -274,12 +297,13 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     length = config.score.sequence_length
     if length != dataset.sequence_length:
         dataset = _packed(config, config.data.train, setup.tokenizer, length)
+    rows = sample_rows(dataset, config.score.samples, config.seed)
     batches = eval_batches(
         dataset,
-        device_multiple(config.score.batch_size, setup.mesh),
+        device_multiple(min(config.score.batch_size, len(rows)), setup.mesh),
         jax.process_index(),
         jax.process_count(),
-        rows=sample_rows(dataset, config.score.samples, config.seed),
+        rows=rows,
     )
     provenance = {
         "model": config.model,
@@ -292,8 +316,13 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
 
 
 def load_pretrained(setup: Setup) -> LoadedBase:
-    """The base model on the mesh."""
+    """The base model on the mesh.
+
+    Raises:
+        InputError: damaged weights, or some that are not finite.
+    """
     base = load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    check_base(base.model, setup.config.model)
     base.model.transport = setup.config.mesh.transport
     return base
 
