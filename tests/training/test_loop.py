@@ -200,6 +200,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
     monkeypatch.setattr(loop, "train_iterator", Interrupted)
     stopped = run(again)
     assert (stopped.step, stopped.result) == (3, None)
+    assert stopped.stopped_by == signal.SIGTERM
     assert not (tmp_path / "again" / "adapter").exists()
     monkeypatch.setattr(loop, "train_iterator", make_iterator)
     saved = stopped.timing.spent["steps"]
