@@ -93,6 +93,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert full.returncode == 2, full.stdout + full.stderr
     assert "No space left on device" in full.stderr.splitlines()[-1]
     assert complete() == before
+    # There is room for some lines and events; then a thread that writes a checkpoint fails, too.
+    with ballast.open("r+b") as file:
+        file.truncate(ballast.stat().st_size - 24 * 1024)
+    later = again()
+    assert later.returncode == 2, later.stdout + later.stderr
+    (line,) = later.stderr.splitlines()
+    assert line.startswith(f"error: {output}") and "No space left on device" in line
+    assert complete()[-1] >= before[-1]
     ballast.unlink()
     freed = again()
     assert freed.returncode == 0, freed.stdout + freed.stderr

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], rows: Rows | None):
+        self._quiet = ExitStack()
+        self._quiet.enter_context(_one_voice())
         self._facts, self._rows = facts, rows and [row and list(row) for row in rows]
         # Both may be writing the same step: processes that wait for each other must know for which.
         self._last, self._best = (
@@ -202,6 +206,32 @@ class Checkpoints:
             with _failed_writes(manager.directory):
                 manager.wait_until_finished()
             manager.close()
+        self._quiet.close()  # after a failure threads may still be at work
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Leave it to `_failed_writes` to say that a write failed.
+
+    Threads of Orbax log the same error, each with a traceback; those of tensorstore print another
+    one, for nobody waits any more for what they have written.
+    """
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(of_others)
+    sys.unraisablehook = print_others
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_others)
+        sys.unraisablehook = before
 
 
 @contextmanager
