@@ -198,13 +198,14 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     Raises:
         InputError: naming the key, what was found and what was expected.
     """
+    hashable: Any = kind
     try:
         for keys, number in _numbers(value):
             if not math.isfinite(number):
                 place = ": ".join([where, ".".join(keys)] if keys else [where])
                 raise InputError(f"{place}: is {number}; expected a finite number")
         # Of Python's own values, pydantic's strict mode would take no dictionary for a dataclass.
-        return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+        return _adapter(hashable).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))
