@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -12,9 +13,16 @@ from rich.console import Console
 from esft_jax.cli import add_config_arguments, command, open_config
 from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.files import check_writable
+from esft_jax.mesh import on_first_process
 from esft_jax.select import print_selection
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import check_samples, load_pretrained, measure_scores, open_setup
+from esft_jax.training.setup import (
+    Setup,
+    check_samples,
+    load_pretrained,
+    measure_scores,
+    open_setup,
+)
 
 
 @command
@@ -31,7 +39,15 @@ def main(argv: Sequence[str] | None) -> None:
     check_samples(config, setup.model_config, setup.task_set)
     folder = Path(args.output) if args.output else RunFolder(config.output).scores
     check_writable(folder, "--output" if args.output else "output")
-    scores = measure_scores(setup, load_pretrained(setup))
+    with ExitStack() as stack:
+        if not args.output:
+            run = RunFolder(config.output)
+            on_first_process(lambda: stack.enter_context(run.owned()), "output")
+        _score(setup, folder)
+
+
+def _score(setup: Setup, folder: Path) -> None:
+    config, scores = setup.config, measure_scores(setup, load_pretrained(setup))
     if jax.process_index() == 0:
         scores.save(folder)
         # Of these scores, whatever the configuration will train on.
