@@ -45,9 +45,9 @@ def command(
     """Turn the body of a command into a `main` that returns an exit code: the body's, or 0.
 
     The body gets the arguments; of `main`, None stands for the command line. Bad input is one line
-    on stderr and code 2; a run that cannot go on, or what the operating system refuses, is one line
-    and code 1; an interrupt is code 130; any other exception is a defect of ours and keeps its
-    traceback.
+    on stderr and code 2; a run that cannot go on, for lack of memory too, or what the operating
+    system refuses, is one line and code 1; an interrupt is code 130; any other exception is a
+    defect of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -78,6 +78,13 @@ def command(
             return _fail(f"{where}{error.strerror}", 1)
         except KeyboardInterrupt:
             return 130
+        except Exception as error:
+            from esft_jax.memory import out_of_memory
+
+            failed = out_of_memory(error)
+            if failed is None:
+                raise
+            return _fail(str(failed), 1)
 
     return run
 

@@ -101,7 +101,7 @@ class MeshConfig:
     expert: Count = 1
     replica: Count | None = None
     transport: Literal["all_gather", "ragged_all_to_all"] = "all_gather"
-    cpu_devices: Count | None = None
+    cpu_devices: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -201,9 +201,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_json_lines(
     path: str | os.PathLike[str], *, growing: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """The place, `path:line`, and the value of each line of a JSON Lines file that is not blank.
+    """The place, `path:line`, and the value of each line of a JSON Lines file.
 
-    A line is in memory at a time.
+    A line is in memory at a time; blank ones are none.
 
     Args:
         growing: what follows the last end of a line is left out: it is being written, or was when
@@ -269,13 +269,14 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     Raises:
         InputError: naming the key, what was found and what was expected.
     """
+    hashable: Any = kind
     try:
         for keys, number in _numbers(value):
             if not math.isfinite(number):
                 place = ": ".join([where, ".".join(keys)] if keys else [where])
                 raise InputError(f"{place}: is {number}; expected a finite number")
         # Of Python's own values, pydantic's strict mode would take no dictionary for a dataclass.
-        return _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+        return _adapter(hashable).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -11,10 +12,17 @@ from esft_jax.cli import Parser, add_config_arguments, command, open_config, opt
 from esft_jax.config import LocalPath
 from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.files import check_writable
+from esft_jax.mesh import on_first_process
 from esft_jax.select import print_selection
 from esft_jax.terminal import Terminal
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import load_pretrained, measure_scores, open_setup, score_rows
+from esft_jax.training.setup import (
+    Setup,
+    load_pretrained,
+    measure_scores,
+    open_setup,
+    score_rows,
+)
 
 
 @command
@@ -35,14 +43,23 @@ def main(argv: Sequence[str]) -> None:
     setup = dataclasses.replace(setup, score_set=rows)
     folder = Path(args.output) if args.output else RunFolder(config.output).scores
     check_writable(folder, "--output" if args.output else "output")
-    scores = measure_scores(setup, load_pretrained(setup))
+    with ExitStack() as stack:
+        if not args.output:
+            run = RunFolder(config.output)
+            on_first_process(lambda: stack.enter_context(run.owned()), "output")
+        _score(setup, folder)
+
+
+def _score(setup: Setup, folder: Path) -> None:
+    config, scores = setup.config, measure_scores(setup, load_pretrained(setup))
     if jax.process_index() == 0:
         scores.save(folder)
         # Of these scores, whatever the configuration will train on.
         select = dataclasses.replace(config.select, scores=())
         chosen = choose_experts(select, [scores], setup.model_config, config.dtype)
         console = Terminal()
-        console.say(rows.describe())
+        assert setup.score_set is not None
+        console.say(setup.score_set.describe())
         console.say(
             f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
             f"a choice by {describe(select)}:"

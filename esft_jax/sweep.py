@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
     sweep = load_sweep(file)
     split_cpu(run_config(sweep, base_cells(sweep)[0]).mesh.cpu_devices)
     from esft_jax.sweeping.run import run_sweep
-    from esft_jax.training.signals import exit_on_sigterm
+    from esft_jax.training.signals import exit_on_signals
 
     console = Terminal()
-    with exit_on_sigterm(console.say):
+    with exit_on_signals(console.say):
         record = run_sweep(sweep, console.say)
     if record is None:
         console.say("Stopped and saved; the same command continues the sweep.")

@@ -1,6 +1,7 @@
 """Fine-tune a model as one YAML file says: score, select, train, evaluate, save an adapter."""
 
 import datetime
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from esft_jax.config import RunConfig
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import (
     OWN,
+    EvaluationInputs,
     EvaluationReport,
     check_evaluation,
     evaluate_result,
@@ -22,8 +24,8 @@ from esft_jax.mesh import on_first_process
 from esft_jax.terminal import Terminal
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption
-from esft_jax.training.setup import create_run, open_setup
-from esft_jax.training.signals import exit_on_sigterm
+from esft_jax.training.setup import Setup, open_setup, own_run
+from esft_jax.training.signals import exit_on_signals
 
 
 @command
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     console = Terminal(quiet=jax.process_index() != 0)
-    with exit_on_sigterm(console.say):
+    with exit_on_signals(console.say):
         if args.preemption_notices:
             watch_preemption()
         _train(config, console)
@@ -49,17 +51,23 @@ def main(argv: Sequence[str]) -> None:
 def _train(config: RunConfig, console: Terminal) -> None:
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
-    create_run(setup)
+    with own_run(setup):
+        _run(setup, inputs, console)
+
+
+def _run(setup: Setup, inputs: EvaluationInputs | None, console: Terminal) -> None:
+    config, before = setup.config, None
     if inputs is not None:
         for name, held_out in inputs.describe().items():
             if name != OWN:  # the run describes its own data
-                console.print(f"held out, {name}: {held_out}")
-    before = None
+                console.say(f"held out, {name}: {held_out}")
     if inputs is not None and config.init == "pretrained":
         before = run_evaluation(config, None, inputs)
     result = run_training(setup, say=console.say)
     if result.result is None:
         console.say(f"Stopped at step {result.step} and saved; the same command continues the run.")
+        if result.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
         return
     if inputs is not None:
         after = evaluate_result(config, result.result, inputs)

@@ -160,6 +160,22 @@ CASES: dict[str, tuple[Break, tuple[str, ...]]] = {
         lambda i: i.overrides.append("train.batch_size=6"),
         ("train.batch_size", "6", "8"),
     ),
+    "rank of no matrix": (
+        lambda i: i.overrides.extend(["method=lora", "lora.rank=5000"]),
+        ("lora.rank: 5000", "at most 16"),
+    ),
+    "batch that no memory holds": (
+        lambda i: i.overrides.append("train.batch_size=2147483640"),
+        ("train.batch_size: 2147483640 rows", "GB per device", "train.micro_batches"),
+    ),
+    "batch that no array holds": (
+        lambda i: i.overrides.append("train.batch_size=8000000000000"),
+        ("train.batch_size", "less than 2147483648"),
+    ),
+    "more devices than a CPU can stand for": (
+        lambda i: i.overrides.append("mesh.cpu_devices=100000"),
+        ("mesh.cpu_devices", "1024"),
+    ),
     "folder of something else": (
         lambda i: (i.output.mkdir(), (i.output / "thesis.tex").touch()),
         ("output", "run"),

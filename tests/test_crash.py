@@ -15,6 +15,7 @@ import pytest
 from esft_jax.convert import main as convert
 from esft_jax.errors import InputError
 from esft_jax.hf.load import open_source
+from esft_jax.train import main as train
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 
@@ -68,7 +69,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     command = [sys.executable, "-m", "esft_jax.train", "--config", str(short_run)]
     command += [f"output={output}", "train.save_every=2"]
 
-    def train() -> subprocess.CompletedProcess:
+    def again() -> subprocess.CompletedProcess:
         return subprocess.run(command, capture_output=True, text=True)
 
     def complete() -> list[int]:
@@ -88,13 +89,21 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
         pass
     before = complete()
     assert before[-1] == 4
-    full = train()
+    full = again()
     assert full.returncode == 2, full.stdout + full.stderr
     assert "No space left on device" in full.stderr.splitlines()[-1]
     assert complete() == before
+    # There is room for some lines and events; then a thread that writes a checkpoint fails, too.
+    with ballast.open("r+b") as file:
+        file.truncate(ballast.stat().st_size - 24 * 1024)
+    later = again()
+    assert later.returncode == 2, later.stdout + later.stderr
+    (line,) = later.stderr.splitlines()
+    assert line.startswith(f"error: {output}") and "No space left on device" in line
+    assert complete()[-1] >= before[-1]
     ballast.unlink()
-    again = train()
-    assert again.returncode == 0, again.stdout + again.stderr
+    freed = again()
+    assert freed.returncode == 0, freed.stdout + freed.stderr
 
 
 def start(config: Path, output: Path, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -133,6 +142,42 @@ def test_sigterm_before_training_ends_at_once_and_well(
     assert process.returncode == 0, rest
     assert "Stopped" in rest
     assert time.monotonic() - begin < 40
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_ctrl_c_saves_and_a_second_run_in_the_folder_is_refused(
+    short_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    process = start(short_run, output, "train.steps=100000", "train.save_every=100000")
+    read_until(process, "step 2 of")
+    before = {path: path.stat().st_mtime_ns for path in (output / "config.yaml", output / "scores")}
+    assert train(["--config", str(short_run), f"output={output}", "train.steps=9"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: output: {output}: another process works on this run")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, rest
+    assert "the same command continues the run" in rest and "Traceback" not in rest
+    (saved,) = (output / "checkpoints" / "last").iterdir()
+    assert int(saved.name) >= 2
+    assert not (output / "adapter").exists()
+
+
+@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_before_training_is_no_success(
+    signals: int, short_run: Path, tmp_path: Path
+) -> None:
+    """While weights are loaded, experts scored and programs compiled."""
+    process = start(short_run, tmp_path / "run", "train.steps=100000")
+    read_until(process, "train: ")
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
     assert not (tmp_path / "run" / "adapter").exists()
 
 

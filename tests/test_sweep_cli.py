@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from esft_jax import sweep
 from esft_jax.sweeping.config import base_cells, config_sha256, load_sweep, run_config
-from esft_jax.sweeping.record import CellResult
+from esft_jax.sweeping.record import CellResult, Record
 from esft_jax.sweeping.run import run_sweep
 
 
@@ -82,6 +83,28 @@ def test_one_cell_after_the_other(small: Path) -> None:
     record = (output / "results.jsonl").read_bytes()
     assert sweep.main(["--config", str(small)]) == 0
     assert (output / "results.jsonl").read_bytes() == record
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_stops_a_cell_stops_the_sweep(
+    number: int, small: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C is no success of the command."""
+    stopped = SimpleNamespace(result=None, step=3, stopped_by=number)
+    table_of, ran = load_sweep(small), []
+
+    def run_training(setup, say):
+        ran.append(setup)
+        return stopped
+
+    monkeypatch.setattr("esft_jax.sweeping.run.run_training", run_training)
+    (cell,) = base_cells(table_of)
+    done = CellResult(cell, config_sha256(run_config(table_of, cell)), "chrf", 12.5, 0.5)
+    Record(small.with_suffix("") / "results.jsonl").add(done)
+    code = 130 if number == signal.SIGINT else 0
+    assert sweep.main(["--config", str(small)]) == code
+    assert "sums/token/seed-0: stopped at step 3 and saved" in capsys.readouterr().out
+    assert len(ran) == 1 and len(results(small.with_suffix(""))) == 1
 
 
 def test_a_run_that_diverges_does_not_end_the_sweep(

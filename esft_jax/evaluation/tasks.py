@@ -218,7 +218,7 @@ def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) ->
             their number.
     """
     graph, params = nnx.split(model)
-    size = device_multiple(batch_size, model.mesh)
+    size = device_multiple(min(batch_size, len(dataset)), model.mesh)
     nats = tokens = 0.0
     for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count()):
         loss, weight = _batch_loss(graph, params, place_batch(batch, model.mesh))

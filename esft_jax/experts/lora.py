@@ -51,7 +51,7 @@ class LoRA:
             selected: the experts that `selected_experts` stands for.
 
         Raises:
-            InputError: the model has none of the targets.
+            InputError: the model has none of the targets, or a matrix to update has no such rank.
         """
         experts, targets = ExpertConfig({}), tuple(targets)
         if "experts" in targets:
@@ -63,7 +63,27 @@ class LoRA:
         lora = cls(rank, alpha, targets, experts)
         if lora.lowest_layer(model) is None:
             raise InputError(f"lora.targets: the model has no {' and no '.join(targets)}")
+        if rank > (largest := lora._smallest_side(model)):
+            raise InputError(
+                f"lora.rank: {rank}; expected at most {largest}, the smallest side of an updated "
+                "matrix"
+            )
         return lora
+
+    def _smallest_side(self, model: ModelConfig) -> int:
+        """Of the matrices that are updated."""
+        sides = [model.hidden_size]
+        if "attention" in self.targets:
+            query = model.q_lora_rank or model.hidden_size
+            sides += [query, model.num_heads * model.qk_head_dim]
+            sides += [model.kv_lora_rank, model.num_heads * model.v_head_dim]
+        if "dense_mlps" in self.targets and model.first_dense_layers:
+            sides.append(model.dense_width)
+        if "shared_experts" in self.targets and model.num_shared_experts:
+            sides.append(model.num_shared_experts * model.expert_width)
+        if self.experts.num_experts_selected:
+            sides.append(model.expert_width)
+        return min(sides)
 
     def lowest_layer(self, model: ModelConfig) -> int | None:
         """The first decoder layer with an update; None if there is none."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esft_jax.errors import InputError
-from esft_jax.files import parse_json, read_text
+from esft_jax.files import checked, read_json_lines
 from esft_jax.sweeping.config import (
     Cell,
     SweepConfig,
@@ -62,13 +62,20 @@ class Record:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what other processes have finished meanwhile."""
+        """Read what other processes have finished meanwhile.
+
+        Raises:
+            InputError: naming the line and the key that is damaged.
+        """
         if not self.path.exists():
             return
-        # What follows the last end of a line is being written, or was when a process was killed.
-        lines = read_text(self.path).split("\n")[:-1]
-        for number, line in enumerate(lines, 1):
-            result = _read(line, f"{self.path}:{number}")
+        for where, line in read_json_lines(self.path, growing=True):
+            result = checked(CellResult, line, where)
+            if (result.value is None) != (result.valid_loss is None):
+                raise InputError(
+                    f"{where}: value is {result.value} and valid_loss {result.valid_loss}; "
+                    "expected numbers, or null for both"
+                )
             self.results[result.cell] = result
 
     def find(self, cell: Cell, config_sha256: str) -> CellResult | None:
@@ -110,11 +117,3 @@ def open_record(sweep: SweepConfig) -> Record:
         if cell in record.results:
             record.find(cell, config_sha256(run_config(sweep, cell)))
     return record
-
-
-def _read(line: str, where: str) -> CellResult:
-    content = parse_json(line, where)
-    try:
-        return CellResult(**content | {"cell": Cell(**content["cell"])})
-    except (KeyError, TypeError):
-        raise InputError(f"{where}: expected the result of a cell of a sweep") from None

@@ -1,12 +1,11 @@
 """Running the cells of a sweep that are not finished."""
 
 import dataclasses
-import fcntl
 import gc
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from esft_jax.evaluation.run import (
     run_evaluation,
 )
 from esft_jax.files import visible, write_text_atomic
+from esft_jax.lock import locked
 from esft_jax.sweeping.config import (
     BASE,
     Cell,
@@ -49,9 +49,10 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
     Processes that work on the same sweep share its cells out among them.
 
     Returns:
-        All results; None if a signal stopped the run of a cell, which saved.
+        All results; None if SIGTERM stopped the run of a cell, which saved.
 
     Raises:
+        KeyboardInterrupt: SIGINT did.
         InputError: a cell cannot run, or was run with other settings; before any is run.
     """
     record = open_record(sweep)
@@ -101,7 +102,7 @@ def _finish(
     while left := unfinished():
         ran = False
         for cell in left:
-            with _claimed(output, cell) as ours:
+            with locked(output / "claims" / cell.name.replace("/", "_")) as ours:
                 if not ours or cell not in unfinished():
                     continue
                 say(f"cell {cell.name}: {len(record.results)} finished before")
@@ -136,6 +137,9 @@ def run_cell(
     try:
         result = run_training(open_setup(config), say)
         if result.result is None:
+            say(f"cell {cell.name}: stopped at step {result.step} and saved")
+            if result.stopped_by == signal.SIGINT:
+                raise KeyboardInterrupt
             return None
         return dataclasses.replace(
             _judged(cell, sha256, evaluate_result(config, result.result, inputs)),
@@ -170,21 +174,3 @@ def _judged(cell: Cell, sha256: str, report: EvaluationReport) -> CellResult:
         retention={n: s.heldout.nats_per_token for n, s in others.items() if s.heldout},
         other_values={n: s.value for n, s in others.items() if s.value is not None},
     )
-
-
-@contextmanager
-def _claimed(output: Path, cell: Cell) -> Iterator[bool]:
-    """Keep other processes from running a cell; False if one of them does."""
-    path = output / "claims" / cell.name.replace("/", "_")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        claim = path.open("w")
-    except OSError as error:
-        raise InputError(f"output: {output}: {error.strerror}") from None
-    with claim:
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

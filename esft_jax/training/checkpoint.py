@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ class Position:
     Attributes:
         data: the data iterator's state, plain JSON.
         best_loss: lowest validation loss so far.
+        steps: that the run was to make, which its learning rate may depend on.
         spent: time, see `RunTiming`.
     """
 
     data: Any
     best_loss: float | None
+    steps: int
     spent: Spent
 
 
@@ -50,6 +54,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], rows: Rows | None):
+        self._quiet = ExitStack()
+        self._quiet.enter_context(_one_voice())
         self._facts, self._rows = facts, rows and [row and list(row) for row in rows]
         # Both may be writing the same step: processes that wait for each other must know for which.
         self._last, self._best = (
@@ -116,8 +122,8 @@ class Checkpoints:
         A best one of a later step goes.
 
         Raises:
-            InputError: the checkpoint belongs to other facts (base weights, experts, data), or is
-                damaged.
+            InputError: the checkpoint belongs to other facts (base weights, experts, data), is of
+                an older version, or is damaged.
         """
         step = self.last_step
         assert step is not None
@@ -129,11 +135,16 @@ class Checkpoints:
                     f"{self._last.directory}: checkpoint of step {step} has {key} = "
                     f"{position['facts'].get(key)!r}; this run has {value!r}"
                 )
+        names = [field.name for field in dataclasses.fields(Position)]
+        if missing := [name for name in names if name not in position]:
+            raise InputError(
+                f"{self._last.directory}: checkpoint of step {step} has no {missing[0]}; expected "
+                "one that this version wrote"
+            )
         state = self._state(self._last, abstract, position)
         if self.best_step is not None and self.best_step > step:
             # It is ahead of where the run goes on from. The best one before it is gone.
             self._best.delete(self.best_step)
-        names = [field.name for field in dataclasses.fields(Position)]
         return state, Position(**{name: position[name] for name in names})
 
     def restore_best(self, abstract: TrainState) -> Any:
@@ -195,6 +206,32 @@ class Checkpoints:
             with _failed_writes(manager.directory):
                 manager.wait_until_finished()
             manager.close()
+        self._quiet.close()  # after a failure threads may still be at work
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Leave it to `_failed_writes` to say that a write failed.
+
+    Threads of Orbax log the same error, each with a traceback; those of tensorstore print another
+    one, for nobody waits any more for what they have written.
+    """
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(of_others)
+    sys.unraisablehook = print_others
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_others)
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -31,9 +32,9 @@ from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
 from esft_jax.hf.lora import save_lora
 from esft_jax.hf.source import Source
+from esft_jax.memory import check_fits
 from esft_jax.mesh import (
     EXPERT,
-    any_process,
     most_of_processes,
     on_first_process,
     place_batch,
@@ -43,17 +44,18 @@ from esft_jax.model.tuned import TunedLayout
 from esft_jax.planning.operations import model_operations
 from esft_jax.planning.roofline import peak_flops
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
+from esft_jax.training.finite import check_result
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
-from esft_jax.training.optimizer import make_optimizer, make_schedule
+from esft_jax.training.optimizer import changed_rate, make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.setup import (
     Setup,
     check_scored_on,
-    create_run,
     load_pretrained,
     low_rank_updates,
     measure_scores,
+    own_run,
     random_model,
 )
 from esft_jax.training.signals import on_user_signal, stop_signal
@@ -77,6 +79,7 @@ class RunResult:
             not say.
         seconds: spent in this call.
         timing: of its steps, and of the run as a whole.
+        stopped_by: the signal that stopped it before its end, such as `signal.SIGINT`.
     """
 
     folder: Path
@@ -89,6 +92,7 @@ class RunResult:
     step_bytes: int | None
     seconds: float
     timing: RunTiming
+    stopped_by: int | None = None
 
 
 def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
@@ -99,12 +103,18 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         say: receives a line of text for every stage.
 
     Raises:
-        InputError: damaged weights, or a checkpoint of another run; before any training.
+        InputError: damaged weights, a checkpoint of another run, or another process that trains in
+            the folder; before any training.
+        Diverged: loss or parameters are not finite, or every update was skipped.
     """
     begin = time.perf_counter()
     for line in _describe_data(setup):
         say(line)
-    create_run(setup)
+    with own_run(setup):
+        return _train(setup, say, begin)
+
+
+def _train(setup: Setup, say: Callable[[str], None], begin: float) -> RunResult:
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     trained: Trained = None
     experts = loads = None
@@ -114,9 +124,9 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
     if setup.config.method == "lora":
         trained = low_rank_updates(setup.config, setup.model_config, experts)
     if base is None:
-        run = _Run(setup, random_model(setup), None, trained, loads)
+        run = _Run(setup, random_model(setup), None, trained, loads, say)
     else:
-        run = _Run(setup, base.model, base.source, trained, loads)
+        run = _Run(setup, base.model, base.source, trained, loads, say)
     del base  # the run takes over its arrays
     if loads is not None and run.layout is not None:
         say(_describe_placement(run.layout, loads))
@@ -144,6 +154,7 @@ def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
         run.step_bytes,
         time.perf_counter() - begin,
         outcome.timing,
+        outcome.stopped_by,
     )
 
 
@@ -205,12 +216,13 @@ def _describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) ->
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Where the loop ended: the parameters to keep, or None if a signal stopped it early."""
+    """Where the loop ended: the parameters to keep, or the signal that stopped it before."""
 
     step: int
     tuned: nnx.State | None
     valid_loss: float | None
     timing: RunTiming
+    stopped_by: int | None = None
 
 
 class _Run:
@@ -223,7 +235,9 @@ class _Run:
         source: Source | None,
         trained: Trained,
         loads: Float[np.ndarray, "L E"] | None,
+        say: Callable[[str], None],
     ):
+        self.say = say
         self.setup, self.source, self.trains = setup, source, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
@@ -253,6 +267,8 @@ class _Run:
         self.step_bytes = (
             memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None
         )
+        if self.step_bytes is not None:
+            check_fits(self.step_bytes, "train: arguments and temporaries of the step take")
         self.eval_step = jax.jit(make_eval_step(self.graph))
 
     def _facts(self) -> dict[str, Any]:
@@ -279,6 +295,7 @@ class _Run:
             process_count=jax.process_count(),
         )
         watch = Stopwatch(self.folder.begun(), self._resume(iterator))
+        on_first_process(lambda: self.folder.keep(self.config), "run folder")
         first = int(self.state.step)
         loss = None
         profiler = Profiler(self.folder.profile, config)
@@ -310,28 +327,48 @@ class _Run:
                         losses = self.evaluate()
                         loss = _finite("validation loss", step, losses["valid_loss"])
                     log.write(step, losses)
-                    if self.best_loss is None or loss < self.best_loss:
+                    # Without an update so far it would be the base.
+                    updated = int(self.state.skipped) < step
+                    if updated and (self.best_loss is None or loss < self.best_loss):
                         self.best_loss = loss
                         with watch.other("checkpoints"):
                             self.checkpoints.save_best(step, self.state)
                 # Several processes agree where they would wait for each other anyway. At the last
                 # step there is nothing to stop, and the signal is left for what comes after.
                 ask = not last and (jax.process_count() == 1 or step % config.log_every == 0)
-                stop = ask and any_process(stopped() is not None)
+                stop = int(most_of_processes(stopped() or 0)) if ask else 0
                 if last or stop or step % config.save_every == 0:
                     # A resumed run counts them, and would not list them again.
                     self._check_skipped(step, jax.device_get(skipped))
                     skipped.clear()
                     with watch.other("checkpoints"):
-                        position = Position(iterator.get_state(), self.best_loss, watch.spent)
+                        position = Position(
+                            iterator.get_state(), self.best_loss, config.steps, watch.spent
+                        )
                         self.checkpoints.save(step, self.state, position)
                     if stop:
-                        return _Outcome(step, None, loss, watch.timing())
-        timing = watch.timing()
+                        return _Outcome(step, None, loss, watch.timing(), stop)
+        return self._outcome(loss, watch.timing())
+
+    def _outcome(self, loss: float | None, timing: RunTiming) -> _Outcome:
+        """What the run keeps at its end.
+
+        Raises:
+            Diverged: nothing, for no update was made, or parameters are not finite.
+        """
+        step, tuned = int(self.state.step), self.state.tuned
+        if int(self.state.skipped) == step:
+            raise Diverged(
+                f"step {step}: every update was skipped, since loss or gradients were not finite; "
+                f"there is no result. The batches are listed in {self.folder.skipped} (a lower "
+                "optimizer.learning_rate, or other data)"
+            )
         if self.checkpoints.best_step is not None:
+            step, loss = self.checkpoints.best_step, self.best_loss
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
-            return _Outcome(self.checkpoints.best_step, tuned, self.best_loss, timing)
-        return _Outcome(int(self.state.step), self.state.tuned, loss, timing)
+        lora = isinstance(self.trains, LoRA)  # factors are written as they are
+        check_result(tuned, step, jnp.float32 if lora else jnp.dtype(self.config.dtype))
+        return _Outcome(step, tuned, loss, timing)
 
     def _resume(self, iterator: Any) -> Spent | None:
         """Restore the last checkpoint, if there is one. Returns the time spent until then."""
@@ -344,6 +381,12 @@ class _Run:
             self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
             self.best_loss = position.best_loss
         self.skipped = int(self.state.skipped)
+        done, steps = int(self.state.step), self.config.train.steps
+        if done < steps:
+            updates = done - self.skipped
+            changed = changed_rate(self.config.optimizer, position.steps, steps, updates)
+            if changed is not None:
+                self.say(changed)
         return position.spent
 
     def _check_skipped(self, last: int, counts: Sequence[int]) -> None:

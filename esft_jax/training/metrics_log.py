@@ -4,19 +4,26 @@ import json
 import math
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from esft_jax.errors import InputError
-from esft_jax.files import write_text_atomic
+from esft_jax.files import reason, write_text_atomic
 from esft_jax.training.run_folder import RunFolder
 
 # What the progress bar has room for.
 _SHOWN = ("loss", "valid_loss", "tokens_per_second", "mfu")
+# Seconds after which TensorBoard sees what is new.
+_FLUSH = 30
 
 
 class MetricsLog:
@@ -30,12 +37,20 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder, start: int, steps: int):
-        self._active = jax.process_index() == 0
+        self._active, self._folder = jax.process_index() == 0, folder
         if not self._active:
             return
-        _drop_after(folder.metrics, start)
-        self._file = folder.metrics.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        _drop_after(folder, start)
+        with _written(folder.path):
+            self._file = folder.metrics.open("a", encoding="utf-8")
+            folder.tensorboard.mkdir(exist_ok=True)
+            # Not `SummaryWriter`: its thread dies with a traceback when the disk is full.
+            self._board = EventsWriter(str(folder.tensorboard / "events"))
+            # What an earlier process wrote past the checkpoint is not shown.
+            begin = SessionLog(status=SessionLog.START)
+            self._board.write_event(Event(step=start + 1, file_version="brain.Event:2"))
+            self._board.write_event(Event(step=start + 1, session_log=begin))
+        self._flushed = time.monotonic()
         # disable=None: a bar on terminals only; elsewhere every logged step is a line.
         self._bar = tqdm(initial=start, total=steps, desc="train", unit="step", disable=None)
         self._steps = steps
@@ -46,13 +61,16 @@ class MetricsLog:
         if not self._active:
             return
         scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        try:
+        with _written(self._folder.metrics):
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise InputError(f"{self._file.name}: cannot be written: {error.strerror}") from error
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with _written(self._folder.tensorboard):
+            for name, value in scalars.items():
+                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._board.write_event(event)
+            if time.monotonic() - self._flushed > _FLUSH:  # which waits for the disk
+                self._board.flush()
+                self._flushed = time.monotonic()
         self._shown |= {name: f"{scalars[name]:.4g}" for name in _SHOWN if name in scalars}
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
@@ -73,10 +91,24 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._active:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
+        if not self._active:
+            return
+        self._bar.close()
+        for close, path in (
+            (self._board.close, self._folder.tensorboard),
+            (self._file.close, self._folder.metrics),
+        ):
+            # An error that is on its way says it already.
+            with _written(path) if error is None else suppress(OSError):
+                close()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
 
 
 def peak_memory() -> int:
@@ -88,9 +120,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        # What follows the last line break is a line that a crash cut off.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text_atomic(path, "".join(line + "\n" for line in kept))
+def _drop_after(folder: RunFolder, step: int) -> None:
+    if folder.metrics.exists():
+        kept = [json.dumps(line) for line in folder.logged() if line["step"] <= step]
+        write_text_atomic(folder.metrics, "".join(line + "\n" for line in kept))

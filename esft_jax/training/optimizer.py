@@ -24,6 +24,22 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def changed_rate(config: OptimizerConfig, before: int, steps: int, updates: int) -> str | None:
+    """What another number of steps does to the learning rate of a run; None if nothing.
+
+    Args:
+        before, steps: of the run until now, and from now on.
+        updates: made so far.
+    """
+    old, new = (float(make_schedule(config, count)(updates)) for count in (before, steps))
+    if old == new:
+        return None
+    return (
+        f"train.steps: {steps} instead of {before}; the {config.schedule} schedule is over all of "
+        f"them, so the learning rate of the next update is {new:.3g} instead of {old:.3g}"
+    )
+
+
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """As optax's, by one factor for all gradients. Optax divides each of them, which XLA does not
     repeat for each use: that is a copy of them all, and a pass of its own.

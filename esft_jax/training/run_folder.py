@@ -1,14 +1,29 @@
-"""The folder of one run: what lies where, and whether it may be continued."""
+"""The folder of one run: what lies where, whose it is, and whether it may be continued."""
 
 import dataclasses
+import math
+import re
+import reprlib
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
-from esft_jax.files import check_no_links, check_writable, read_text, visible, write_text_atomic
+from esft_jax.files import (
+    check_no_links,
+    check_writable,
+    checked,
+    read_json_lines,
+    read_text,
+    visible,
+    write_text_atomic,
+)
 from esft_jax.hf.folder import check_way
+from esft_jax.lock import NoLocks, locked
 
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
@@ -28,6 +43,8 @@ _CHANGEABLE = {
     "train.profile_steps",
 }
 
+_DAY = 86_400  # seconds by which the clocks of hosts may differ
+
 
 class RunFolder:
     """Paths of a run's files.
@@ -43,6 +60,7 @@ class RunFolder:
     adapter/           the result of `esft`, the trained experts, or of `lora`, the factors
     model/             the result of `full`: a Hugging Face folder
     evaluation/        completions, scores and comparisons, in folders by what they depend on
+    .lock              held by the process that works on it
     """
 
     def __init__(self, path: str | Path):
@@ -51,6 +69,7 @@ class RunFolder:
         self.scores = self.path / "scores"
         self.expert_cfg = self.path / "expert_cfg.json"
         self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.started = self.path / "started"
@@ -59,12 +78,43 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
         self.evaluation = self.path / "evaluation"
+        self._lock = self.path / ".lock"
+        self._owned = False
 
-    def check(self, config: RunConfig) -> None:
-        """Refuse a folder that holds something else, or a run with other settings.
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other processes from changing the run, for the time of the block.
+
+        Blocks of one `RunFolder` may lie in each other.
 
         Raises:
-            InputError: naming the folder, and the first setting that differs.
+            InputError: another process does so already.
+        """
+        if self._owned:
+            yield
+            return
+        with ExitStack() as stack:
+            try:
+                ours = stack.enter_context(locked(self._lock))
+            except NoLocks as error:
+                warnings.warn(f"{error}: start no other process on this run", stacklevel=2)
+                ours = True
+            if not ours:
+                raise InputError(
+                    f"output: {self.path}: another process works on this run; expected its end, or "
+                    "another folder"
+                )
+            self._owned = True
+            try:
+                yield
+            finally:
+                self._owned = False
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that holds something else, or a run that cannot be continued so.
+
+        Raises:
+            InputError: naming the folder and the first setting that differs, or a damaged file.
         """
         check_writable(self.path, "output")
         self.check_way()
@@ -95,6 +145,16 @@ class RunFolder:
                     f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
+        done = self.last_step()
+        if done is not None and done > config.train.steps:
+            raise InputError(
+                f"train.steps: {config.train.steps}; the run in {self.path} has made {done} "
+                "updates; expected at least as many, or another folder"
+            )
+        if self.started.exists():
+            self.begun()
+        for _ in self.logged():
+            pass
 
     def check_way(self) -> None:
         """Refuse links, which lead writing out of the folder, and what is no older result.
@@ -103,24 +163,57 @@ class RunFolder:
             InputError: naming the link or file.
         """
         for path in vars(self).values():
-            if path != self.path:  # which may be a link itself
+            if isinstance(path, Path) and path != self.path:  # which may be a link itself
                 check_no_links(path)
         for result in (self.adapter, self.model):
             check_way(result, replace=True)
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder and write the resolved configuration."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output: {self.path}: {error.strerror}") from None
-        save_config(config, self.config)
+        """Make the folder of a new run, with its configuration; one that is there stays."""
+        if not self.config.exists():
+            self.keep(config)
         if not self.started.exists():
             write_text_atomic(self.started, f"{time.time()}\n")
 
+    def keep(self, config: RunConfig) -> None:
+        """Write the resolved configuration, once the run goes on with it."""
+        save_config(config, self.config)
+
     def begun(self) -> float:
-        """When the run was first started, seconds since the epoch."""
-        return float(read_text(self.started))
+        """When the run was first started, seconds since the epoch.
+
+        Raises:
+            InputError: the file does not say it.
+        """
+        text = read_text(self.started).strip()
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not 0 < found < time.time() + _DAY:
+            raise InputError(
+                f"{self.started}: is {reprlib.repr(text)}; expected when the run was first "
+                "started, in seconds since the epoch; without the file it counts from now"
+            )
+        return found
+
+    def last_step(self) -> int | None:
+        """Updates done at the last complete checkpoint; None without one."""
+        names = [path.name for path in self.last.glob("*")]
+        return max((int(name) for name in names if re.fullmatch("[0-9]+", name)), default=None)
+
+    def logged(self) -> Iterator[dict[str, float]]:
+        """The lines of `metrics.jsonl`, but for one that a crash cut off.
+
+        Raises:
+            InputError: naming the line that is damaged.
+        """
+        if not self.metrics.exists():
+            return
+        for where, line in read_json_lines(self.metrics, growing=True):
+            checked(dict[str, float], line, where)
+            checked(int, line.get("step"), f"{where}: step")
+            yield line
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

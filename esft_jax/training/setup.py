@@ -1,5 +1,7 @@
 """What a run needs before any compute: checks, data, model, experts."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,7 @@ from esft_jax.experts.scores import SCORES_FILE, ExpertScores
 from esft_jax.files import seen
 from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
+from esft_jax.memory import check_fits
 from esft_jax.mesh import (
     EXPERT,
     device_multiple,
@@ -39,6 +42,8 @@ from esft_jax.mesh import (
 )
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.training.finite import check_base
+from esft_jax.training.program import batch_shapes
 from esft_jax.training.run_folder import RunFolder
 
 
@@ -122,25 +127,38 @@ def check_setup(
     model_config = ModelConfig.load(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
+    check_memory(config, model_config, mesh)
     if config.init == "pretrained":
         open_source(folder)  # finds what is missing or cut short by names and sizes
     return run, folder, model_config, mesh, given_experts(config, model_config)
 
 
-def create_run(setup: Setup) -> None:
-    """Make the run's folder, and check that every process sees it.
+@contextmanager
+def own_run(setup: Setup) -> Iterator[None]:
+    """Make the run's folder, which no other run changes until the end of the block.
+
+    Blocks for one setup may lie in each other.
 
     Raises:
-        InputError: it cannot be written to, or is not the same one for all.
+        InputError: it cannot be written to, is not the same one for all processes, or another run
+            is at work in it.
     """
     run = setup.run
-    on_first_process(lambda: run.create(setup.config), "run folder")
-    with on_all_processes("output"):
-        if not seen(run.config):
-            raise InputError(
-                f"output: process {jax.process_index()} does not see {run.config}; expected a "
-                "folder that all processes share"
-            )
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(run.owned())
+            run.check(setup.config)  # another run may have come between
+            run.create(setup.config)
+
+        on_first_process(begin, "run folder")
+        with on_all_processes("output"):
+            if not seen(run.config):
+                raise InputError(
+                    f"output: process {jax.process_index()} does not see {run.config}; expected a "
+                    "folder that all processes share"
+                )
+        yield
 
 
 def _data(
@@ -229,6 +247,25 @@ def check_fit(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
             _check_rows("score", config.score.sequence_length, model)
 
 
+def check_memory(config: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that a batch is not out of all proportion to the memory of a device.
+
+    What surely is in it at one time is counted: a batch, and the input of a layer. The compiler
+    knows the rest, when it has compiled the step.
+
+    Raises:
+        InputError: with the sizes.
+    """
+    train, length = config.train, config.data.sequence_length
+    rows = train.batch_size // mesh.size
+    arrays = sum(x.dtype.itemsize for x in batch_shapes(config, mesh).values() if x.ndim == 2)
+    width = model.hidden_size * jnp.dtype(config.dtype).itemsize
+    check_fits(
+        rows * length * arrays + rows // train.micro_batches * length * width,
+        f"train.batch_size: {train.batch_size} rows of {length} tokens take at least",
+    )
+
+
 def score_rows(
     config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, task_set: PackedDataset
 ) -> PackedDataset:
@@ -280,12 +317,13 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     """Score the base model's experts on samples of the task's training data, its `score_set`."""
     config, dataset = setup.config, setup.score_set
     assert dataset is not None, "only what has no experts yet is scored"
+    rows = sample_rows(dataset, config.score.samples, config.seed)
     batches = eval_batches(
         dataset,
-        device_multiple(config.score.batch_size, setup.mesh),
+        device_multiple(min(config.score.batch_size, len(rows)), setup.mesh),
         jax.process_index(),
         jax.process_count(),
-        rows=sample_rows(dataset, config.score.samples, config.seed),
+        rows=rows,
     )
     provenance = {
         "model": config.model,
@@ -320,8 +358,13 @@ def check_scored_on(setup: Setup, base: LoadedBase) -> None:
 
 
 def load_pretrained(setup: Setup) -> LoadedBase:
-    """The base model on the mesh."""
+    """The base model on the mesh.
+
+    Raises:
+        InputError: damaged weights, or some that are not finite.
+    """
     base = load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
+    check_base(base.model, setup.config.model)
     base.model.transport = setup.config.mesh.transport
     return base
 

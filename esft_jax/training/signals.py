@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGTERM was seen where nobody read flags, perhaps just before somebody does (`exit_on_sigterm`).
+# SIGTERM was seen where nobody read flags, perhaps just before somebody does (`exit_on_signals`).
 _terminated = threading.Event()
 
 
@@ -16,8 +16,8 @@ _terminated = threading.Event()
 def stop_signal() -> Iterator[Callable[[], int | None]]:
     """Turn SIGTERM (schedulers, preemption) and SIGINT into a flag that stays set: the signal.
 
-    A second SIGINT interrupts at once. Signals reach the main thread only; elsewhere the flag
-    stays None.
+    A SIGINT that is not the first raises `KeyboardInterrupt`. Signals reach the main thread only;
+    elsewhere the flag stays None.
     """
     received: list[int] = []
 
@@ -31,12 +31,13 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
 
 
 @contextmanager
-def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
-    """Have SIGTERM end the process at once, with code 0, while nothing else handles it.
+def exit_on_signals(say: Callable[[str], None]) -> Iterator[None]:
+    """Have SIGTERM, while nothing else handles it, and a second SIGINT end the process at once.
 
-    That is for loading, scoring, compiling and evaluating: what they write is atomic, and there is
-    nothing to save. Python sees signals between two of its own instructions only, and a compilation
-    is one; so a thread is told of them.
+    SIGTERM ends it with code 0. That is for loading, scoring, compiling and evaluating: what they
+    write is atomic, and there is nothing to save. A second SIGINT does not wait for what the first
+    one began, and ends it with code 130. Python sees signals between two of its own instructions
+    only, and a compilation is one; so a thread is told of them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,7 +48,12 @@ def exit_on_sigterm(say: Callable[[str], None]) -> Iterator[None]:
         _terminated.set()
 
     def watch() -> None:
+        interrupted = False
         while received := reader.recv(1):
+            if received[0] == signal.SIGINT:
+                if interrupted:
+                    os._exit(130)
+                interrupted = True
             if received[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is idle:
                 say("Stopped outside of training; the same command goes on.")
                 os._exit(0)

@@ -1,6 +1,8 @@
 """Finished cells are kept, whatever a kill does to the last line."""
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -58,12 +60,37 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         record.find(ONE.cell, "other")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"cell": {}}', '{"cell": 3}'])
+@pytest.mark.parametrize("line", ["{", "[]", '{"cell": {}}', '{"cell": 3}', "5", '"\xff"'])
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "results.jsonl"
     Record(path).add(ONE)
-    path.write_text(path.read_text() + line + "\n")
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
     with pytest.raises(InputError, match=r"results.jsonl:2: "):
+        Record(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": math.nan}, "value: is nan; expected a finite number"),
+        ({"valid_loss": math.inf}, "valid_loss: is inf"),
+        ({"retention": {"python": math.nan}}, "retention.python: is nan"),
+        ({"value": "12.5"}, "value: is '12.5'"),
+        ({"value": None}, "value is None and valid_loss 0.75"),
+        ({"trained": 0.5}, "trained: is 0.5"),
+        ({"retention": []}, "retention: is "),
+        ({"more": 1}, "more: is 1"),
+        (
+            {"cell": dataclasses.asdict(ONE.cell) | {"seed": "0"}},
+            "cell.seed: is",
+        ),
+    ],
+)
+def test_a_value_that_no_cell_gives_is_named(tmp_path: Path, changes: dict, message: str) -> None:
+    path = tmp_path / "results.jsonl"
+    Record(path).add(TWO)
+    path.write_text(path.read_text() + json.dumps(dataclasses.asdict(ONE) | changes) + "\n")
+    with pytest.raises(InputError, match=f"results.jsonl:2: {message}"):
         Record(path)
 
 

@@ -26,7 +26,7 @@ def test_updates_in_place_do_not_reach_a_checkpoint_being_written(tmp_path) -> N
     update = jax.jit(lambda state: jax.tree.map(lambda x: -x, state), donate_argnums=0)
     state = update(update(start(1.0)))
     checkpoints = Checkpoints(tmp_path, {}, None)
-    checkpoints.save(5, state, Position({"next_index": 5}, None, {}))
+    checkpoints.save(5, state, Position({"next_index": 5}, None, 9, {}))
     checkpoints.save_best(5, state)
     for _ in range(5):
         state = update(state)
@@ -53,7 +53,7 @@ def test_a_best_one_ahead_of_the_last_gives_way(tmp_path) -> None:
         return TrainState(jnp.array(step), jnp.array(0), weights, ())
 
     checkpoints = Checkpoints(tmp_path, {}, None)
-    checkpoints.save(5, state(5), Position({}, 1.5, {}))
+    checkpoints.save(5, state(5), Position({}, 1.5, 9, {}))
     checkpoints.save_best(8, state(8))
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path, {}, None)
@@ -78,7 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
         state = TrainState(
             jnp.array(step), jnp.array(0), {"w": jnp.array(values[0])}, (jnp.array(values[1]),)
         )
-        checkpoints.save(step, state, Position({"next_index": step}, None, {}))
+        checkpoints.save(step, state, Position({"next_index": step}, None, 9, {}))
     checkpoints.save_best(6, state)
     checkpoints.close()
     return folder, jax.tree.map(

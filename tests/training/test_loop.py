@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from esft_jax.config import RunConfig, load_config
 from esft_jax.data.pipeline import PackedDataset
-from esft_jax.errors import InputError
+from esft_jax.errors import Diverged, InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.groups import group_experts
 from esft_jax.experts.scores import load_scores
@@ -25,7 +25,7 @@ from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.training import loop
 from esft_jax.training.loop import RunResult
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import create_run, open_setup
+from esft_jax.training.setup import open_setup, own_run
 from esft_jax.training.timing import Stopwatch
 
 
@@ -201,6 +201,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
     monkeypatch.setattr(loop, "train_iterator", Interrupted)
     stopped = run(again)
     assert (stopped.step, stopped.result) == (3, None)
+    assert stopped.stopped_by == signal.SIGTERM
     assert not (tmp_path / "again" / "adapter").exists()
     monkeypatch.setattr(loop, "train_iterator", make_iterator)
     saved = stopped.timing.spent["steps"]
@@ -220,10 +221,12 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
 
 def test_a_folder_that_not_every_process_sees(make_config, monkeypatch) -> None:
     setup = open_setup(make_config())
-    create_run(setup)
     monkeypatch.setattr("esft_jax.training.setup.seen", lambda path: False)
-    with pytest.raises(InputError, match=r"output: process 0 does not see .*run/config.yaml"):
-        create_run(setup)
+    with (
+        pytest.raises(InputError, match=r"output: process 0 does not see .*run/config.yaml"),
+        own_run(setup),
+    ):
+        pass
 
 
 def test_a_signal_that_comes_too_late_is_not_lost(make_config, monkeypatch) -> None:
@@ -302,7 +305,7 @@ def test_a_diverged_run_ends_without_a_result(finished, tmp_path) -> None:
         output=str(tmp_path / "diverged"),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e38),
     )
-    with pytest.raises(InputError, match=r"step \d: .*loss is (nan|inf)"):
+    with pytest.raises(Diverged, match=r"step \d: .*loss is (nan|inf)"):
         run(config)
     assert not (tmp_path / "diverged" / "adapter").exists()
 
@@ -510,6 +513,6 @@ def test_skipped_updates_of_a_mix_name_the_right_file(
 def test_too_many_skipped_updates_end_the_run_with_the_batch_named(make_config, poisoned) -> None:
     train = {"steps": 8, "batch_size": 4, "log_every": 4, "max_skipped": 0}
     config = make_config(train=train, data=make_config().data.__dict__ | {"valid": ()})
-    with pytest.raises(InputError, match=r"step \d+: .*not finite, in 1 updates.*skipped/\d+.txt"):
+    with pytest.raises(Diverged, match=r"step \d+: .*not finite, in 1 updates.*skipped/\d+.txt"):
         run(config)
     assert not os.path.exists(f"{config.output}/adapter")
