@@ -193,7 +193,7 @@ class Tokenizer:
             InputError: for a chat, once those before it are taken: the template fails, or a learned
                 turn does not end in a stop token.
         """
-        chats = list(chats)
+        chats = [self._without_eos(messages) for messages in chats]
         rendered: list[list[Piece]] = []
         failure = None
         try:
@@ -203,6 +203,7 @@ class Tokenizer:
             failure = error
         encoded = self.encode_batch([piece.text for pieces in rendered for piece in pieces])
         for messages, pieces in zip(chats, rendered, strict=False):
+            self._check_not_rendered(messages)
             tokens: list[int] = []
             learn: list[bool] = []
             # Where the last piece of each learned turn begins and ends.
@@ -222,6 +223,8 @@ class Tokenizer:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids after which the assistant speaks; a prefix of the ``encode_chat`` ids."""
+        self._check_not_rendered(messages)
+        messages = self._without_eos(messages)
         pieces = self._template.pieces(messages, add_generation_prompt=True)
         encoded = self.encode_batch([piece.text for piece in pieces])
         return [token for ids in encoded for token in ids]
@@ -260,6 +263,23 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a chat, by the template."""
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _without_eos(self, messages: Sequence[Message]) -> list[Message]:
+        """A chat whose answers do not end in EOS yet, which the template writes."""
+        return [
+            {**message, "content": self.bare(message["content"])}
+            if message["role"] == "assistant"
+            else message
+            for message in messages
+        ]
+
+    def _check_not_rendered(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            if self._bos and message["content"].lstrip().startswith(self._bos):
+                raise InputError(
+                    f"messages[{number}].content: begins with {self._bos!r}, as a rendered chat "
+                    "does; expected the message alone, for the chat template to render"
+                )
 
     def _end_turn(
         self, number: int, tokens: list[int], learn: list[bool], last: tuple[int, int] | None
