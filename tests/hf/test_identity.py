@@ -71,7 +71,7 @@ def other_rope(folder: Path) -> None:
 
 
 def other_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "chat_template.jinja").write_text(DEFAULT_TEMPLATE.replace("User", "Human"))
 
 
 def other_weights(folder: Path) -> None:
