@@ -46,8 +46,8 @@ class TensorSpec(NamedTuple):
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy `config.json`, tokenizer and the like, as far as they exist."""
-    named = [path.relative_to(source) for path in named_templates(source)]
-    for name in [*COMPANIONS, *named]:
+    named = (str(path.relative_to(source)) for path in named_templates(source))
+    for name in (*COMPANIONS, *named):
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
