@@ -114,6 +114,18 @@ CASES: dict[str, tuple[Break, tuple[str, ...]]] = {
         lambda i: i.add_chat(user(), {"role": "robot", "content": "x"}),
         ("c.jsonl:41", "robot", "assistant"),
     ),
+    "tool calls": (
+        lambda i: i.add_chat(user(), assistant("") | {"tool_calls": [{}]}),
+        ("c.jsonl:41", "messages[1].tool_calls", "[{}]"),
+    ),
+    "weighted record": (
+        lambda i: i.add_line(json.dumps({"messages": [user(), assistant()], "weight": 2})),
+        ("c.jsonl:41", "weight", "2"),
+    ),
+    "prompts as training data": (
+        lambda i: i.add_line('{"prompt": "a", "raw_answers": ["b"]}'),
+        ("c.jsonl:41", "messages", "evaluation.data"),
+    ),
     "nothing to learn": (lambda i: i.add_chat(user()), ("c.jsonl:41", "assistant")),
     "example longer than the sequence": (
         lambda i: i.add_chat(user("long " * 100), assistant()),

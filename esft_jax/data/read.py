@@ -26,7 +26,8 @@ from esft_jax.files import check_file, read_json_lines
 
 ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "mask")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?")
+# With its owner: the library takes `json` and its like for "all such files in this folder".
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%-]+)?")
 _PACKED = "expected it unpacked"
 # What makes a file of another kind readable.
 _OTHER_KINDS = {

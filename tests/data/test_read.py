@@ -333,6 +333,10 @@ def test_a_local_folder_is_not_taken_for_a_hub_dataset(
         list(read_text(["owner/name"]))
     with pytest.raises(InputError, match="owner/name:dev: owner/name is here, too"):
         list(read_text(["owner/name:dev"]))
+    (tmp_path / "some.json").write_text('{"text": "a"}')
+    for name in ("json", "./name", "../name:train"):
+        with pytest.raises(InputError, match="cannot be read: No such file"):
+            list(read_text([name]))
 
 
 def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
