@@ -223,8 +223,8 @@ class Tokenizer:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids after which the assistant speaks; a prefix of the ``encode_chat`` ids."""
-        self._check_not_rendered(messages)
         messages = self._without_eos(messages)
+        self._check_not_rendered(messages)
         pieces = self._template.pieces(messages, add_generation_prompt=True)
         encoded = self.encode_batch([piece.text for piece in pieces])
         return [token for ids in encoded for token in ids]

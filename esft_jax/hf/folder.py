@@ -57,8 +57,8 @@ def copy_companions(source: Path, target: Path) -> None:
     Raises:
         InputError: one is a git-lfs pointer.
     """
-    named = [path.relative_to(source) for path in named_templates(source)]
-    for name in [*COMPANIONS, *named]:
+    named = (str(path.relative_to(source)) for path in named_templates(source))
+    for name in (*COMPANIONS, *named):
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             with (source / name).open("rb") as file:

@@ -361,7 +361,7 @@ def test_a_judge_scores_a_task(
     [
         ("evaluation.others.text.metrik=chrf", "did you mean evaluation.others.text.metric?"),
         ("evaluation.others.text.valid=nowhere.jsonl", "evaluation.others.text.valid: expected"),
-        ("evaluation.others.text.valid=[nowhere.jsonl]", "nowhere.jsonl: no such file"),
+        ("evaluation.others.text.valid=[nowhere.jsonl]", "nowhere.jsonl: cannot be read"),
         ("evaluation.others.text={}", "others.text: nothing to evaluate; expected data or valid"),
         ("evaluation.others={task: {valid: [a]}}", "others.task: expected a name"),
         ("evaluation.others={a/b: {valid: [a]}}", "others.a/b: expected a name"),

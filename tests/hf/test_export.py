@@ -141,8 +141,14 @@ def test_the_tokenizer_comes_along_and_foreign_files_stay(tiny, tmp_path):
     (base / "tokenizer.json").write_text("{}")
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "training_args.bin").write_bytes(b"")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     export_model(base, None, tmp_path / "export")
+    assert (
+        tmp_path / "export/additional_chat_templates/rag.jinja"
+    ).read_text() == "{{ documents }}"
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
