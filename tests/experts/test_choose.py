@@ -114,3 +114,18 @@ def test_tasks_that_do_not_fit(model, scores):
 )
 def test_rules_in_words(keys, words):
     assert describe(SelectConfig(**keys)) == words
+
+
+def test_scores_of_several_bases_do_not_mix(model, scores):
+    def of(**provenance: str) -> ExpertScores:
+        return ExpertScores(scores.layers, scores.token, scores.gate, provenance)
+
+    select = SelectConfig(top_k=1, scores=("a", "b"))
+    one, other, old = of(base_fingerprint="1" * 64), of(base_fingerprint="2" * 64), of()
+    choose_experts(select, [one, old])
+    with pytest.raises(InputError, match="b: base_fingerprint: measured on another base"):
+        choose_experts(select, [one, other])
+    here = of(config_fingerprint=model.fingerprint)
+    choose_experts(select, [here, old], model)
+    with pytest.raises(InputError, match="b: config_fingerprint: measured on another base"):
+        choose_experts(select, [old, of(config_fingerprint="3" * 64)], model)
