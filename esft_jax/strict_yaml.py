@@ -83,7 +83,13 @@ def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> 
             raise InputError(
                 f"override {shown(override)}: expected key=value, such as train.steps=100"
             )
-        new = _assign(values, keys, _parse(value, f"override {shown(override)}")[0], override)
+        parsed, node = _parse(value, f"override {shown(override)}")
+        if value[node.end_mark.index if node else 0 :].strip():
+            raise InputError(
+                f"override {shown(override)}: what begins with # is a comment to YAML; expected "
+                "the value in quotes, such as output='\"a #b\"'"
+            )
+        new = _assign(values, keys, parsed, override)
         overridden |= {new: override, keys: override}
 
     try:

@@ -185,7 +185,7 @@ def test_bos_and_chats(models: tuple[EsftJaxLM, "HFLM"]) -> None:
 
 
 def test_a_text_is_as_likely_with_its_bos(
-    models: tuple[EsftJaxLM, HFLM], monkeypatch: pytest.MonkeyPatch
+    models: tuple[EsftJaxLM, "HFLM"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = models[0]
     asked: list[Any] = []

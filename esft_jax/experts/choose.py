@@ -180,10 +180,10 @@ def _check_fit(
         shape = model.moe_layers, model.router.num_experts
     elif scored:
         shape = scored[0][1].layers, scored[0][1].num_experts
-    for where, task in scored:
-        base = {} if model is None else {"config_fingerprint": model.fingerprint}
-        check_same_base(task.provenance, base, where, "measured on")
-        check_same_base(task.provenance, scored[0][1].provenance, where, "measured on")
+    base = {} if model is None else {"config_fingerprint": model.fingerprint}
+    for where, scores in scored:
+        check_same_base(scores.provenance, base, where, "measured on")
+        check_same_base(scores.provenance, scored[0][1].provenance, where, "measured on")
     for where, task in named:
         if isinstance(task, ExpertConfig):
             if select.has_rule or select.group_size > 1:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
+from esft_jax.finite import check_base
 from esft_jax.hf.blocks import bounded
 from esft_jax.hf.converted import ConvertedSource, is_converted
 from esft_jax.hf.names import LeafPath
@@ -56,7 +57,10 @@ def open_source(path: str | Path) -> Source:
 def load_base(
     path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None
 ) -> LoadedBase:
-    """Load a model and keep the link to its files; see `load_model`."""
+    """Load a model and keep the link to its files; see `load_model`.
+
+    All processes call it together.
+    """
     source = open_source(path)
     model = nnx.eval_shape(
         lambda: Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
@@ -68,7 +72,9 @@ def load_base(
         leaf = tuple(map(str, keys))
         array = _read_leaf(source, leaf, param.get_value(), sharding.get_value())
         loaded.append((leaf, param.replace(array)))
-    return LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
+    base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
+    check_base(base.model, str(path))
+    return base
 
 
 def _read_leaf(
@@ -101,8 +107,8 @@ def load_model(
         mesh: devices to split the parameters over; every device reads only its own part.
 
     Raises:
-        InputError: nothing there, a damaged or missing file, or tensors that do not fit
-            `config.json`.
+        InputError: nothing there, a damaged or missing file, tensors that do not fit
+            `config.json`, or one that is not finite.
     """
     return load_base(path, dtype, mesh).model
 

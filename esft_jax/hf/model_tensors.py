@@ -57,10 +57,13 @@ class ModelTensors:
         if kind == "gate_up":
             kind = "gate" if ".gate_proj." in name else "up"
         if place.path[:3] == EXPERTS:
-            path, row = ("tuned_experts", kind), self._updated_rows.get(place.index)
+            layer, expert = place.index
+            factors = self._factors.get(("tuned_experts", kind))
+            row = self._updated_rows.get((layer, expert))
         else:
-            path, row = (*place.path[:-1], "lora", kind), (*place.index, 0)[0]
-        return None if row is None or path not in self._factors else (self._factors[path], row)
+            factors = self._factors.get((*place.path[:-1], "lora", kind))
+            row = place.index[0] if place.index else None
+        return None if row is None or factors is None else (factors, row)
 
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A `[rank, inputs]` and B `[outputs, rank]` of a matrix that has some."""

@@ -27,6 +27,7 @@ from esft_jax.experts.partition import attach, partition
 from esft_jax.experts.placement import Placement, expected_loads, place_experts
 from esft_jax.experts.scores import load_scores
 from esft_jax.files import write_text_atomic
+from esft_jax.finite import check_result
 from esft_jax.hf.adapter import save_adapter, trained_tensors
 from esft_jax.hf.export import save_model
 from esft_jax.hf.load import LoadedBase
@@ -44,7 +45,6 @@ from esft_jax.model.tuned import TunedLayout
 from esft_jax.planning.operations import model_operations
 from esft_jax.planning.roofline import peak_flops
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
-from esft_jax.training.finite import check_result
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.optimizer import changed_rate, make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler

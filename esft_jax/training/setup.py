@@ -42,7 +42,6 @@ from esft_jax.mesh import (
 )
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
-from esft_jax.training.finite import check_base
 from esft_jax.training.program import batch_shapes
 from esft_jax.training.run_folder import RunFolder
 
@@ -364,7 +363,6 @@ def load_pretrained(setup: Setup) -> LoadedBase:
         InputError: damaged weights, or some that are not finite.
     """
     base = load_base(setup.config.model, jnp.dtype(setup.config.dtype), setup.mesh)
-    check_base(base.model, setup.config.model)
     base.model.transport = setup.config.mesh.transport
     return base
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from esft_jax.errors import Diverged, InputError
-from esft_jax.hf.adapter import model_tensors
+from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
 from esft_jax.model.transformer import Transformer
 
