@@ -14,7 +14,6 @@ from esft_jax.hf.convert import (
     _begin,
     _convert_share,
     _finish,
-    _identity,
     _leaf_dtypes,
     convert_checkpoint,
 )
@@ -138,7 +137,7 @@ def test_a_process_that_comes_late_shares_out_the_same_work(tiny, expected, tmp_
     """The other has finished its share already, and said so."""
     source, target = HuggingFaceSource(tiny[1]), tmp_path / "target"
     dtypes = _leaf_dtypes(source)
-    _begin(target, _identity(source))
+    _begin(target, source)
     for process in (1, 0):
         _convert_share(source, target, dtypes, process, 2)
     _finish(source, target, dtypes, str(tiny[1]))
