@@ -289,12 +289,15 @@ class Tokenizer:
         text = _without_blanks("".join(piece.text for piece in pieces))
         for number, message in enumerate(messages):
             where, content = f"messages[{number}].content", message["content"]
-            if self._bos and content.lstrip().startswith(self._bos):
+            answer = message["role"] == "assistant"
+            # An answer may well begin with a token that prompts end in, such as `<think>`.
+            tokens = {self._bos} - {""} if answer else self._marks.tokens
+            if token := next(filter(content.lstrip().startswith, tokens), None):
                 raise InputError(
-                    f"{where}: begins with {self._bos!r}, as a rendered chat does; expected the "
+                    f"{where}: begins with {token!r}, as a rendered chat does; expected the "
                     "message alone, for the chat template to render"
                 )
-            if message["role"] == "assistant":
+            if answer:
                 if not learned or not message.get("mask", True):
                     continue
                 if not content.strip():
@@ -357,7 +360,10 @@ class Tokenizer:
     def _marks(self) -> "_Marks":
         """What the template writes around a user's words."""
         user = Message(role="user", content=_WORDS)
-        text = self.render([user], add_generation_prompt=True)
+        try:
+            text = self.render([user], add_generation_prompt=True)
+        except InputError:  # it may render other chats
+            return _Marks(False, "", "", frozenset({self._bos} - {""}))
         opening, _, closing = text.rpartition(_WORDS)
         begins_with_bos = bool(self._bos) and text.startswith(self._bos)
         opening = opening.removeprefix(self._bos)
@@ -373,7 +379,9 @@ class Tokenizer:
         tokens |= {
             added[i].content for i in self.encode(closing) if i in added and added[i].special
         }
-        return _Marks(begins_with_bos, opening, closing, frozenset(tokens | {self._bos} - {""}))
+        # Some vocabularies have added tokens of white space.
+        marks = frozenset(token for token in tokens | {self._bos} if token.strip())
+        return _Marks(begins_with_bos, opening, closing, marks)
 
     def _special_id(self, key: str, token: str) -> int:
         token_id = _call(f"cannot look up {key}", self._backend.token_to_id, token)

@@ -292,6 +292,35 @@ def test_a_prompt_rendered_with_special_tokens(folder: Path, blank: str) -> None
         assert tokenizer.encode_user(plain) == expected
 
 
+def test_a_rendered_chat_is_no_message(folder: Path) -> None:
+    tokenizer = chatml(folder, "<|end|>")
+    rendered = "<|start|>user\nhi<|end|>\n<|start|>assistant\n"
+    for role in ("system", "user"):
+        chat = [{"role": role, "content": rendered}, CHAT[2]]
+        message = r"messages\[0\]\.content: begins with '<\|start\|>', as a rendered chat does"
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_chat(chat)
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_prompt(chat[:1])
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    )
+    strict = Tokenizer.load(folder)
+    assert any(strict.encode_chat(CHAT)[1])
+    with pytest.raises(InputError, match="no system text"):
+        strict.encode_user("hi")
+
+
+def test_white_space_marks_no_rendered_chat(folder: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["\n"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = chatml(folder, "<|end|>")
+    tokens = tokenizer.encode_user("two\nlines")
+    assert tokens == tokenizer.encode_prompt([{"role": "user", "content": "two\nlines"}])
+
+
 def test_a_template_with_a_system_text_of_its_own(folder: Path) -> None:
     """What it writes before the first turn only is no mark of a rendered prompt."""
     (folder / "chat_template.jinja").write_text(
