@@ -53,7 +53,7 @@ def table_rows(
         for field, column in zip(batch.schema, batch.columns, strict=True):
             try:
                 columns.append(column.to_pylist())
-            except (pa.ArrowException, ValueError, OverflowError) as error:
+            except Exception as error:  # of Arrow, or of Python's types, such as time zones
                 raise InputError(
                     f"{where}: column {field.name!r} ({field.type}) cannot be read: "
                     f"{one_line(error)}"

@@ -22,7 +22,8 @@ _MASKS = (
 _RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
     (
         re.compile(
-            r"tools?|available_tools|functions?|function_call|tool_choice|parallel_tool_calls"
+            r"((available|builtin|python|xml)_)?(tool|function)s?(_(definition|schema|list|json)s?)?"
+            r"|function_call|tool_choice|parallel_tool_calls"
             r"|documents|response_format|chat_template(_kwargs)?|template_kwargs|enable_thinking"
             r"|reasoning_effort|add_generation_prompt|continue_final_message"
         ),
@@ -80,8 +81,17 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("prompt", "raw_answers"), "a prompt with answers, which evaluation.data reads"),
     (
         ("conversations",),
-        "a chat as ShareGPT has it; rename conversations to messages, from to role (human to "
-        "user, gpt to assistant) and value to content",
+        "a chat as ShareGPT or LIMA has it; rename conversations to messages, and write each as "
+        "an object of role (human is user, gpt is assistant) and content",
+    ),
+    (
+        ("conversation",),
+        "a chat as LMSYS-Chat has it; rename conversation to messages, with only role and content "
+        "in each",
+    ),
+    (
+        ("message_id", "parent_id"),
+        "a message of a tree, as OpenAssistant has it; write the messages of a path as one chat",
     ),
     (("chosen", "rejected"), f"a preference, which nothing here learns; {_AS_MESSAGES}"),
     (
@@ -94,7 +104,7 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
             (question, answer),
             f"{question} and {answer}; write them as messages of the roles user and assistant",
         )
-        for question in ("prompt", "input", "question", "query", "problem")
+        for question in ("prompt", "instruction", "input", "question", "query", "problem")
         for answer in ("completion", "output", "answer", "answers", "response", "solution")
     ),
     (("input_ids",), "token ids; expected text, which the model's own tokenizer encodes"),
@@ -105,11 +115,14 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
 def says_nothing(value: object) -> bool:
     """Whether a key with this value is as good as absent.
 
-    Parquet has a null in each row that lacks a key, and an object of nulls.
+    Parquet has a null in each row that lacks a key, and an object of nulls; columns of texts have
+    JSON in them.
     """
     if isinstance(value, dict):
-        return all(item is None for item in value.values())
-    return value is None or value in ("", [])
+        return all(says_nothing(item) for item in value.values())
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value == []
 
 
 def check_record_keys(
@@ -173,12 +186,13 @@ def role_advice(role: object) -> str:
 
 def layout(record: Mapping[str, Any]) -> str:
     """What a record without the expected keys seems to be, and what would read it."""
-    there = {key for key, value in record.items() if value is not None}
+    there = [key for key, value in record.items() if value is not None]
+    if not there:
+        return "all its keys are null" if record else "the record is empty"
     for keys, advice in _LAYOUTS:
-        if there.issuperset(keys):
+        if set(there).issuperset(keys):
             return f"the record is {advice}"
-    names = ", ".join(short(key, bare=True) for key in list(record)[:8])
-    return f"its keys are {names}" if record else "the record is empty"
+    return f"its keys are {', '.join(short(key, bare=True) for key in there[:8])}"
 
 
 def short(value: object, *, bare: bool = False) -> str:

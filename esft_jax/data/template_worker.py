@@ -39,6 +39,8 @@ MEMORY = 1 << 30
 # Characters of a rendering beyond ten times those of the messages.
 CHARACTERS = 1_000_000
 
+_STARTED = datetime.datetime.now()
+
 # Around what generation blocks render; no message can hold them.
 _BEGIN, _END = (f"\ue000{secrets.randbelow(10**18)}\ue000" for _ in range(2))
 
@@ -74,7 +76,10 @@ def _compile(source: str) -> tuple[jinja2.Template, bool]:
         extensions=[jinja2.ext.loopcontrols, _GenerationBlocks],
     )
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # One time for all renderings, or they would not continue each other.
+    environment.globals["strftime_now"] = _STARTED.strftime
+    # Templates ask whether they are none, not whether they are defined.
+    environment.globals.update(tools=None, documents=None)
     environment.filters["tojson"] = _to_json
     template = environment.from_string(source)
     return template, vars(environment)["has_generation_blocks"]
@@ -93,6 +98,7 @@ def _answer(
 ) -> dict[str, Any]:
     template, has_blocks = _compile(request["template"])
     text = template.render(messages=messages, add_generation_prompt=prompt, **request["variables"])
+    text.encode()  # fails at half of a surrogate pair
     most = CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
     if len(text) > most:
         return {"error": f"renders {len(text)} characters; expected at most {most}"}

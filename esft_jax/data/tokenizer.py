@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -203,20 +204,20 @@ class Tokenizer:
             failure = error
         encoded = self.encode_batch([piece.text for pieces in rendered for piece in pieces])
         for messages, pieces in zip(chats, rendered, strict=False):
-            self._check_not_rendered(messages)
+            self._check_contents(messages, pieces, learned=True)
             tokens: list[int] = []
             learn: list[bool] = []
-            # Where the last piece of each learned turn begins and ends.
-            last: dict[int, tuple[int, int]] = {}
+            # Where what is learned of each turn begins and ends.
+            spans: dict[int, tuple[int, int]] = {}
             for piece in pieces:
                 begin = len(tokens)
                 tokens += next(encoded)
                 learn += [piece.turn is not None] * (len(tokens) - begin)
                 if piece.turn is not None:
-                    last[piece.turn] = begin, len(tokens)
+                    spans[piece.turn] = spans.get(piece.turn, (begin,))[0], len(tokens)
             for number, message in enumerate(messages):
                 if message["role"] == "assistant" and message.get("mask", True):
-                    self._end_turn(number, tokens, learn, last.get(number))
+                    self._end_turn(number, tokens, learn, spans.get(number))
             yield tokens, [False, *learn[1:]]
         if failure is not None:
             raise failure
@@ -224,8 +225,8 @@ class Tokenizer:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids after which the assistant speaks; a prefix of the ``encode_chat`` ids."""
         messages = self._without_eos(messages)
-        self._check_not_rendered(messages)
         pieces = self._template.pieces(messages, add_generation_prompt=True)
+        self._check_contents(messages, pieces)
         encoded = self.encode_batch([piece.text for piece in pieces])
         return [token for ids in encoded for token in ids]
 
@@ -255,10 +256,12 @@ class Tokenizer:
         return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def bare(self, text: str) -> str:
-        """A document without the BOS it begins with and the EOS it ends with, if it does."""
-        if self._bos and text.lstrip().startswith(self._bos):
+        """A document without the BOS it begins with and the EOS it ends with, however many."""
+        while self._bos and text.lstrip().startswith(self._bos):
             text = text.lstrip().removeprefix(self._bos)
-        return text.rstrip().removesuffix(self._eos) if text.rstrip().endswith(self._eos) else text
+        while text.rstrip().endswith(self._eos):
+            text = text.rstrip().removesuffix(self._eos)
+        return text
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a chat, by the template."""
@@ -273,16 +276,44 @@ class Tokenizer:
             for message in messages
         ]
 
-    def _check_not_rendered(self, messages: Sequence[Message]) -> None:
+    def _check_contents(
+        self, messages: Sequence[Message], pieces: Sequence[Piece], *, learned: bool = False
+    ) -> None:
+        """Refuse messages that are rendered already, hold nothing, or that the template cuts.
+
+        Args:
+            pieces: of the rendered chat.
+            learned: whether answers are to be learned. Of those before a prompt, templates may
+                leave the reasoning out.
+        """
+        text = _without_blanks("".join(piece.text for piece in pieces))
         for number, message in enumerate(messages):
-            if self._bos and message["content"].lstrip().startswith(self._bos):
+            where, content = f"messages[{number}].content", message["content"]
+            answer = message["role"] == "assistant"
+            # An answer may well begin with a token that prompts end in, such as `<think>`.
+            tokens = {self._bos} - {""} if answer else self._marks.tokens
+            if token := next(filter(content.lstrip().startswith, tokens), None):
                 raise InputError(
-                    f"messages[{number}].content: begins with {self._bos!r}, as a rendered chat "
-                    "does; expected the message alone, for the chat template to render"
+                    f"{where}: begins with {token!r}, as a rendered chat does; expected the "
+                    "message alone, for the chat template to render"
+                )
+            if answer:
+                if not learned or not message.get("mask", True):
+                    continue
+                if not content.strip():
+                    raise InputError(
+                        f"{where}: holds special tokens alone; expected an answer to learn, or "
+                        "mask: false"
+                    )
+            # Templates may change the blanks.
+            if _without_blanks(content) not in text:
+                raise InputError(
+                    f"{where}: {reprlib.repr(content)} is not, or not all of it, in what the chat "
+                    "template renders; expected messages that it shows as they are"
                 )
 
     def _end_turn(
-        self, number: int, tokens: list[int], learn: list[bool], last: tuple[int, int] | None
+        self, number: int, tokens: list[int], learn: list[bool], span: tuple[int, int] | None
     ) -> None:
         """Lets a turn be learned through the stop token that ends it, and no further.
 
@@ -293,14 +324,14 @@ class Tokenizer:
             number: of the message.
             tokens: of the chat.
             learn: which of them are learned; changed.
-            last: where the last piece of the turn that is learned begins and ends.
+            span: where what is learned of the turn begins and ends.
         """
-        if last is None:
+        if span is None:
             raise InputError(
                 f"messages[{number}]: the chat template renders nothing of it to be learned; "
                 "expected its text, in a generation block if the template has some, or mask: false"
             )
-        begin, end = last
+        begin, end = span
         stop = end
         while stop > begin and (tokens[stop - 1] in self.stop_ids or self._blank(tokens[stop - 1])):
             stop -= 1
@@ -314,7 +345,8 @@ class Tokenizer:
                 f"which generation stops ({stops}); expected the token that ends it among "
                 "eos_token_id of generation_config.json, or as eos_token of tokenizer_config.json"
             )
-        learn[end : stop + 1] = [True] * (stop + 1 - end)
+        learn[end:stop] = [True] * (stop - end)
+        learn[stop] = True
         learn[stop + 1 : end] = [False] * (end - stop - 1)
 
     def _blank(self, token: int) -> bool:
@@ -328,7 +360,10 @@ class Tokenizer:
     def _marks(self) -> "_Marks":
         """What the template writes around a user's words."""
         user = Message(role="user", content=_WORDS)
-        text = self.render([user], add_generation_prompt=True)
+        try:
+            text = self.render([user], add_generation_prompt=True)
+        except InputError:  # it may render other chats
+            return _Marks(False, "", "", frozenset({self._bos} - {""}))
         opening, _, closing = text.rpartition(_WORDS)
         begins_with_bos = bool(self._bos) and text.startswith(self._bos)
         opening = opening.removeprefix(self._bos)
@@ -344,12 +379,16 @@ class Tokenizer:
         tokens |= {
             added[i].content for i in self.encode(closing) if i in added and added[i].special
         }
-        return _Marks(begins_with_bos, opening, closing, frozenset(tokens | {self._bos} - {""}))
+        # Some vocabularies have added tokens of white space.
+        marks = frozenset(token for token in tokens | {self._bos} if token.strip())
+        return _Marks(begins_with_bos, opening, closing, marks)
 
     def _special_id(self, key: str, token: str) -> int:
         token_id = _call(f"cannot look up {key}", self._backend.token_to_id, token)
         if token_id is None:
-            raise InputError(f"{key}: {token!r} is not in the vocabulary of tokenizer.json")
+            raise InputError(
+                f"{key}: {reprlib.repr(token)} is not in the vocabulary of tokenizer.json"
+            )
         return token_id
 
 
@@ -375,6 +414,10 @@ class _Marks(NamedTuple):
         if not closing:
             return bool(opening) and text.lstrip().startswith(opening)
         return opening in text and text.rstrip().endswith(closing)
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 def _call(fault: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
@@ -451,7 +494,11 @@ def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
         if value is None:
             continue
         where = f"{path}: eos_token_id"
-        ids = checked(list[int], value if isinstance(value, list) else [value], where)
+        ids = (
+            checked(list[int], value, where)
+            if isinstance(value, list)
+            else [checked(int, value, where)]
+        )
         if not ids:
             raise InputError(f"{where}: is []; expected the ids at which generation stops")
         for token_id in ids:

@@ -97,11 +97,22 @@ def generate_tokens(
         advance: called with the number of prompts completed since the last call.
 
     Raises:
-        InputError: an empty prompt or one too long for the model, or an option out of range.
+        InputError: an empty prompt, one too long for the model or with tokens that it lacks, or an
+            option out of range.
     """
     check_options(max_new_tokens, temperature, top_p, batch_size)
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed: {seed} is out of range; expected a number from 0, below 2^32")
+    if not stop_ids:
+        raise InputError("stop_ids: is empty; expected at least one token")
+    vocabulary = model.config.vocab_size
     for number, prompt in enumerate(prompts):
         check_length(f"prompt {number}", len(prompt), max_new_tokens, model.config.max_positions)
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise InputError(
+                f"prompt {number}: tokens from {min(prompt)} to {max(prompt)}; the model has "
+                f"{vocabulary} (vocab_size)"
+            )
     graph, params = nnx.split(model)
     sampling = None if temperature == 0 else (float(temperature), float(top_p))
     size = device_multiple(min(batch_size, len(prompts) or 1), model.mesh)

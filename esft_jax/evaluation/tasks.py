@@ -47,10 +47,17 @@ class TaskRow:
     answers: tuple[str, ...]
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids after which the answer begins."""
-        if self.messages is None:
-            return tokenizer.encode_user(self.prompt)
-        return tokenizer.encode_prompt(self.messages)
+        """Token ids after which the answer begins; an `InputError` begins with `where`."""
+        try:
+            if self.messages is None:
+                return tokenizer.encode_user(self.prompt)
+            return tokenizer.encode_prompt(self.messages)
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from error
+
+    def accepted(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """The answers as completions can be: without the EOS that some data sets write."""
+        return tuple(map(tokenizer.bare, self.answers))
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,11 @@ def check_task(
         InputError: naming the row, or the file.
     """
     chosen = METRICS[metric]
-    for row in rows:
-        chosen.check(row.answers, row.where)
+    answers = [row.accepted(tokenizer) for row in rows]
+    for row, accepted in zip(rows, answers, strict=True):
+        chosen.check(accepted, row.where)
     try:
-        chosen.label([row.answers for row in rows]) if rows else None
+        chosen.label(answers) if rows else None
     except InputError as error:
         raise InputError(f"{rows[0].where.rpartition(':')[0]}: {error}") from None
     prompts = [row.encode(tokenizer) for row in rows]
@@ -197,15 +205,15 @@ def evaluate_task(
         model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens, **options
     )
     texts = [tokenizer.decode(ids) for ids in new]
-    chosen, answers = METRICS[metric], [row.answers for row in rows]
+    chosen, answers = METRICS[metric], [row.accepted(tokenizer) for row in rows]
     if chosen.rubric is None:
         result = chosen.score(texts, answers)
     else:
         assert judge is not None
         result = judge.score(chosen.rubric, [row.prompt for row in rows], texts, answers)
     completions = [
-        Completion(row.prompt, text, row.answers, score)
-        for row, text, score in zip(rows, texts, result.per_example, strict=True)
+        Completion(row.prompt, text, accepted, score)
+        for row, text, accepted, score in zip(rows, texts, answers, result.per_example, strict=True)
     ]
     return EvaluationResult(chosen.label(answers), result.aggregate, result.failures, completions)
 

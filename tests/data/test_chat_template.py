@@ -187,6 +187,14 @@ def test_generation_blocks_say_what_is_learned() -> None:
     assert template(source).render(CHAT[:1], add_generation_prompt=True) == "<user>hi<assistant>"
 
 
+def test_what_templates_see_besides_the_messages() -> None:
+    """As in Transformers; and a chat is rendered several times, at one time for all."""
+    unset = "{{ tools is none and documents is none and tools is defined }}"
+    assert template(unset).render(CHAT) == "True"
+    pieces = template("{{ strftime_now('%f') }}" + ROLES).pieces(CHAT)
+    assert [piece.turn for piece in pieces] == [None, 1, None, 3]
+
+
 def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}<eos>"
@@ -212,6 +220,7 @@ def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
             "{% for a in [1] %}" * 50 + "{% endfor %}" * 50,
             "too many statically nested",
         ),
+        ("{{ '\ud800' }}", "UnicodeEncodeError"),
         ("{{ 10**5000 }}", "ValueError: Exceeds the limit"),
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

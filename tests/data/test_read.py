@@ -102,6 +102,8 @@ def test_a_key_of_a_message_that_is_not_read_is_refused(
         ("tools", [{"type": "function"}]),
         ("tools", '[{"type": "function"}]'),
         ("functions", [{}]),
+        ("tool_definitions", [{}]),
+        ("pythonTools", ["def f(): ..."]),
         ("parallel_tool_calls", False),
         ("chat_template_kwargs", {"enable_thinking": False}),
         ("documents", [{"text": "a"}]),
@@ -137,7 +139,9 @@ def test_keys_that_change_nothing_are_free(jsonl: Callable[..., str]) -> None:
         "tools": None,
         "images": [],
         "system": "",
-        "chat_template_kwargs": {"thinking": None},
+        "chat_template_kwargs": {"thinking": None, "xml_tools": [], "custom_instructions": ""},
+        "functions": "[]",
+        "documents": " null",
     }
     said = {"prompt": "hi", "completion": "yes\n"}
     turns = [USER | {"name": None}, ANSWER | {"tool_calls": [], "reasoning_content": None}]
@@ -185,12 +189,18 @@ def test_messages_of_other_tools(jsonl: Callable[..., str], turn: Any, message: 
         ({"messages": None, "text": "a"}, "messages: missing.*data.format: text reads"),
         ({"prompt": "a", "raw_answers": ["b"], "answers": None}, "evaluation.data reads"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "ShareGPT.*rename conversations"),
+        ({"conversations": ["a", "b"]}, "LIMA has it; rename conversations .* write each as"),
+        ({"conversation_id": "c", "conversation": [USER, ANSWER]}, "rename conversation to"),
+        ({"message_id": "c", "parent_id": "b", "text": "a"}, "a message of a tree"),
         ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
+        ({"instruction": "a", "context": "", "response": "b"}, "instruction and response; write"),
         ({"prompt": "a", "completion": "b"}, "prompt and completion; write them as messages"),
         ({"question": "a", "answer": "b"}, "question and answer; write them as messages"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preference"),
         ({"input_ids": [1], "labels": [1]}, "token ids; expected text"),
         ({"chat": [], "n": 1}, "its keys are chat, n"),
+        ({"messages": None, "id": 1}, "its keys are id$"),
+        ({"messages": None}, "all its keys are null"),
         ({}, "the record is empty"),
     ],
 )
@@ -307,9 +317,13 @@ def test_parquet_columns_of_any_type(tmp_path: Path) -> None:
         pq.write_table(pa.table(table | {name: column}), path)
         with pytest.raises(InputError, match=f"data.parquet:1: {name}: is "):
             list(read_text([path]))
-    pq.write_table(pa.table(table | {"late": pa.array([2**62], pa.timestamp("us"))}), path)
-    with pytest.raises(InputError, match=r"data\.parquet: column 'late' \(timestamp"):
-        list(read_text([path]))
+    for bad in (
+        pa.array([2**62], pa.timestamp("us")),
+        pa.array([1], pa.timestamp("us", "no/where")),
+    ):
+        pq.write_table(pa.table(table | {"late": bad}), path)
+        with pytest.raises(InputError, match=r"data\.parquet: column 'late' \(timestamp"):
+            list(read_text([path]))
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text", "text"]), path)
     with pytest.raises(InputError, match=r"data\.parquet: column 'text' appears twice"):
         list(read_text([path]))

@@ -119,11 +119,11 @@ def test_stop_tokens_are_those_of_the_generation_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ('"1"', "eos_token_id: 0: is '1'; expected a valid integer"),
-        ("true", "eos_token_id: 0: is True; expected a valid integer"),
+        ('"1"', "eos_token_id: is '1'; expected a valid integer"),
+        ("true", "eos_token_id: is True; expected a valid integer"),
         ("[1, 1.5]", "eos_token_id: 1: is 1.5; expected a valid integer"),
         ("[[1]]", "eos_token_id: 0: is [1]; expected a valid integer"),
-        ('{"a": 1}', "eos_token_id: 0: is {'a': 1}; expected a valid integer"),
+        ('{"a": 1}', "eos_token_id: is {'a': 1}; expected a valid integer"),
         ("[]", "eos_token_id: is []; expected the ids"),
         ("400000", "eos_token_id: 400000 is not in the vocabulary"),
         ("[-1]", "eos_token_id: -1 is not in the vocabulary"),
@@ -176,6 +176,53 @@ def test_a_turn_ends_at_the_first_of_several_stop_tokens(folder: Path, end: str)
     tokens, learn = tokenizer.encode_chat([{"role": "system", "content": "x"}, *chat])
     text = "".join(text for text, flag in pieces_of(tokenizer, tokens, learn) if flag)
     assert text == "a <eos> b<eos>"
+
+
+def test_several_stop_tokens_in_pieces_of_their_own(folder: Path) -> None:
+    """As in templates that end a chat with EOS, in a generation block."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<eos>\n{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if not add_generation_prompt %}{% generation %}<eos>{% endgeneration %}{% endif %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:3]))
+    assert pieces == [("turn the lights on", False), ("done<eos>", True), ("\n<eos>", False)]
+
+
+@pytest.mark.parametrize("content", ["<eos>", " <bos><eos>\n<eos>"])
+def test_an_answer_of_special_tokens_alone_is_refused(tokenizer: Tokenizer, content: str) -> None:
+    empty = {"role": "assistant", "content": content}
+    with pytest.raises(InputError, match=r"messages\[2\]\.content: holds special tokens alone"):
+        tokenizer.encode_chat([*CHAT[:2], empty])
+    learn = tokenizer.encode_chat([*CHAT[:2], empty | {"mask": False}, *CHAT[3:]])[1]
+    assert any(learn)
+
+
+def test_what_a_template_leaves_out_is_an_error(folder: Path) -> None:
+    """As DeepSeek-R1's does with reasoning, which would train answers without any."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.content.split('</think>')[-1] | trim }}"
+        "<eos>{% endfor %}"
+    )
+    tokenizer = Tokenizer.load(folder)
+    with pytest.raises(
+        InputError, match=r"messages\[0\]\.content: 'Be brief\.' is not, or not all"
+    ):
+        tokenizer.encode_chat(CHAT)
+    with pytest.raises(
+        InputError, match=r"messages\[0\]\.content: 'Be brief\.' is not, or not all"
+    ):
+        tokenizer.encode_prompt(CHAT[:2])
+    thought = [CHAT[1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\ndone "}]
+    with pytest.raises(InputError, match=r"messages\[1\]\.content: .* is not, or not all of it"):
+        tokenizer.encode_chat(thought)
+    # Before a prompt it may be left out, and from turns that are not learned.
+    tokens = tokenizer.encode("turn the lights on<eos>done<eos>what is the weather?<eos>")
+    assert tokenizer.encode_prompt([*thought, CHAT[3]]) == tokens
+    assert any(tokenizer.encode_chat([CHAT[1], thought[1] | {"mask": False}, *CHAT[3:]])[1])
+    blanks = [CHAT[1], {"role": "assistant", "content": "\n\tdone \n"}]
+    assert any(tokenizer.encode_chat(blanks)[1])
 
 
 def test_a_turn_may_end_in_what_begins_the_next(folder: Path) -> None:
@@ -245,6 +292,35 @@ def test_a_prompt_rendered_with_special_tokens(folder: Path, blank: str) -> None
         assert tokenizer.encode_user(plain) == expected
 
 
+def test_a_rendered_chat_is_no_message(folder: Path) -> None:
+    tokenizer = chatml(folder, "<|end|>")
+    rendered = "<|start|>user\nhi<|end|>\n<|start|>assistant\n"
+    for role in ("system", "user"):
+        chat = [{"role": role, "content": rendered}, CHAT[2]]
+        message = r"messages\[0\]\.content: begins with '<\|start\|>', as a rendered chat does"
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_chat(chat)
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_prompt(chat[:1])
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    )
+    strict = Tokenizer.load(folder)
+    assert any(strict.encode_chat(CHAT)[1])
+    with pytest.raises(InputError, match="no system text"):
+        strict.encode_user("hi")
+
+
+def test_white_space_marks_no_rendered_chat(folder: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["\n"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = chatml(folder, "<|end|>")
+    tokens = tokenizer.encode_user("two\nlines")
+    assert tokens == tokenizer.encode_prompt([{"role": "user", "content": "two\nlines"}])
+
+
 def test_a_template_with_a_system_text_of_its_own(folder: Path) -> None:
     """What it writes before the first turn only is no mark of a rendered prompt."""
     (folder / "chat_template.jinja").write_text(
@@ -264,7 +340,7 @@ def test_a_template_with_a_system_text_of_its_own(folder: Path) -> None:
 def test_bos_and_eos_are_not_doubled(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_text("the fox") == [0, *tokenizer.encode("the fox")]
     assert tokenizer.encode_text("<bos>the fox") == tokenizer.encode_text("the fox")
-    for text in ("the fox", "<bos>the fox", "the fox<eos>", "\n<bos>the fox<eos>\n"):
+    for text in ("the fox", "<bos>the fox", "the fox<eos>", "\n<bos> <bos>the fox<eos>\n<eos>\n"):
         assert tokenizer.bare(text) == "the fox"
     assert tokenizer.bare(" the <bos> <eos> fox\n") == " the <bos> <eos> fox\n"
 
@@ -278,6 +354,11 @@ def test_bos_and_eos_are_not_doubled(tokenizer: Tokenizer) -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "{}", "eos_token: missing"),
         ("tokenizer_config.json", '{"eos_token": "<no>"}', "eos_token: '<no>' is not in"),
+        (
+            "tokenizer_config.json",
+            json.dumps({"eos_token": "x" * 1000}),
+            r"eos_token: 'x{10,20}\.\.\.x{10,20}' is not in",
+        ),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
         ("tokenizer_config.json", '{"eos_token": 5}', "json: eos_token: is 5; expected a"),
         ("tokenizer_config.json", '{"eos_token": ["<eos>"]}', r"json: eos_token: is \['<eos>'\]"),

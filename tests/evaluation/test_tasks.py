@@ -161,6 +161,27 @@ def test_completions_are_judged(write, tokenizer, monkeypatch):
     assert asked == {**options, "prompts": prompts, "stop_ids": tokenizer.stop_ids}
 
 
+def test_an_answer_that_ends_in_eos_is_reached(write, tokenizer, monkeypatch):
+    short = {"max_new_tokens": 9}
+    eos = "<｜end▁of▁sentence｜>"
+    monkeypatch.setattr(tasks, "generate_tokens", lambda *_, **options: [tokenizer.encode("3")])
+    chat = [*CHAT[:2], {"role": "assistant", "content": "3" + eos}]
+    for record in ({"messages": chat}, {"prompt": "1, 2", "raw_answers": ["2", f"3{eos}\n"]}):
+        rows = read_task(write(record))
+        assert evaluate_task(constant_model(), tokenizer, rows, "exact_match", **short).value == 100
+    with pytest.raises(InputError, match=r"task.jsonl:1: an answer has no text"):
+        evaluate_task(
+            constant_model(), tokenizer, [replace(rows[0], answers=(eos,))], "chrf", **short
+        )
+
+
+def test_a_prompt_that_cannot_be_rendered_names_its_row(write, tokenizer):
+    rendered = {"role": "user", "content": "<｜begin▁of▁sentence｜>User: 1, 2\n\nAssistant:"}
+    rows = read_task(write({"messages": CHAT}, {"messages": [rendered, CHAT[2]]}))
+    with pytest.raises(InputError, match=r"task.jsonl:2: messages\[0\].content: begins with"):
+        tasks.check_task(rows, tokenizer, "exact_match", 9, 80)
+
+
 def test_rows_that_do_not_fit_fail_before_any_compute(write, tokenizer, monkeypatch):
     monkeypatch.delattr(tasks, "generate_tokens")
     path = write(PLAIN, {"prompt": "word " * 80, "raw_answers": ["a"]})
