@@ -24,6 +24,12 @@ Value = TypeVar("Value")
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/")
 _NAME_MAX, _PATH_MAX = 255, 4096  # bytes; of Linux, the shorter ones of all file systems in use
 
+# What pydantic calls them, and what is said of them: their value, or what should have them, is not.
+_WRONG_KEYS = {
+    "missing": "is missing",
+    "extra_forbidden": "is no key that is known here",
+    "unexpected_keyword_argument": "is no key that is known here",
+}
 _PATIENCE = 60  # seconds; NFS, by default, keeps what a folder holds for at most so long
 POINTER_BYTES = 64  # of a file, enough to know a git-lfs pointer by
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -280,10 +286,9 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
         key = ".".join(map(str, mistake["loc"]))
-        expected = mistake["msg"].replace("Input should be", "expected")
-        raise InputError(
-            f"{where}: {f'{key}: ' if key else ''}is {reprlib.repr(mistake['input'])}; {expected}"
-        ) from None
+        expected = re.sub("^(Input should be|String should)", "expected", mistake["msg"])
+        found = _WRONG_KEYS.get(mistake["type"], f"is {reprlib.repr(mistake['input'])}; {expected}")
+        raise InputError(": ".join(filter(None, (where, key, found)))) from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
 

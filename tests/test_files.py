@@ -59,7 +59,8 @@ def test_a_parsed_value_becomes_a_dataclass_with_others_in_it() -> None:
         ({"pair": [2]}, "f:1: pair.1: "),
         ({"part": {"number": "1"}}, "f:1: part.number: is '1'; expected a valid integer"),
         ({"part": {"number": True}}, "f:1: part.number: is True; expected a valid integer"),
-        ({"part": {"number": 1, "more": 2}}, "f:1: part.more: is 2; "),
+        ({"part": {"number": 1, "more": 2}}, "f:1: part.more: is no key that is known here$"),
+        ({"part": {}}, "f:1: part.number: is missing$"),
         ({"part": []}, r"f:1: part: is \[\]; expected an object"),
     ],
 )

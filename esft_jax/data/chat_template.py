@@ -5,6 +5,7 @@ import bisect
 import contextlib
 import itertools
 import json
+import os
 import reprlib
 import signal
 import subprocess
@@ -312,11 +313,12 @@ def read_template(folder: Path, config: Mapping[str, Any], config_path: Path) ->
         InputError: there are only templates of other names, or one that is no text.
     """
     named = {path.stem: (read_text(path), str(path)) for path in named_templates(folder)}
-    if (folder / TEMPLATE_FILE).exists():
+    # A link that leads nowhere is there, and broken.
+    if os.path.lexists(folder / TEMPLATE_FILE):
         named["default"] = read_text(folder / TEMPLATE_FILE), str(folder / TEMPLATE_FILE)
     if not named:
         named = _named(config.get("chat_template"), f"{config_path}: chat_template")
-    if not named and (folder / TEMPLATE_JSON).exists():
+    if not named and os.path.lexists(folder / TEMPLATE_JSON):
         path = folder / TEMPLATE_JSON
         value = read_json(path)
         if not isinstance(value, dict) or "chat_template" not in value:

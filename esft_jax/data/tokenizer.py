@@ -487,7 +487,7 @@ def _token_text(config: dict[str, Any], key: str, path: Path) -> str | None:
 def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     """Where generation stops besides EOS: by the first of two files that says it."""
     for path in (folder / "generation_config.json", folder / "config.json"):
-        config = read_json(path) if path.exists() else {}
+        config = read_json(path) if os.path.lexists(path) else {}
         if not isinstance(config, dict):
             raise InputError(f"{path}: expected a JSON object")
         value = config.get("eos_token_id")

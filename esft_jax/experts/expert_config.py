@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from esft_jax.errors import InputError
+from esft_jax.errors import InputError, shown
 from esft_jax.files import read_json, write_text_atomic
 
 _FLAGS = ("shared_experts", "non_expert_modules")
@@ -48,15 +47,13 @@ class ExpertConfig:
         unknown = sorted(content.keys() - {"experts", *_FLAGS})
         if unknown:
             expected = ", ".join(("experts", *_FLAGS))
-            raise InputError(f"{path}: unknown key {reprlib.repr(unknown[0])}; expected {expected}")
+            raise InputError(f"{path}: unknown key {shown(unknown[0])}; expected {expected}")
         if not isinstance(content.get("experts"), dict):
             raise InputError(f"{path}: key 'experts' must be an object of layer -> [expert ids]")
         flags = {flag: content.get(flag, False) for flag in _FLAGS}
         for flag, value in flags.items():
             if not isinstance(value, bool):
-                raise InputError(
-                    f"{path}: key {flag!r} must be true or false, not {reprlib.repr(value)}"
-                )
+                raise InputError(f"{path}: key {flag!r} must be true or false, not {shown(value)}")
         experts = {
             layer_index(layer, f"{path}: experts"): _expert_ids(ids, f"{path}: experts.{layer}")
             for layer, ids in content["experts"].items()
@@ -101,7 +98,7 @@ class ExpertConfig:
             for expert in ids:
                 if not 0 <= expert < num_experts:
                     raise InputError(
-                        f"expert config: layer {layer}: expert {expert} is out of range;"
+                        f"expert config: layer {layer}: expert {shown(expert)} is out of range;"
                         f" expected 0 to {num_experts - 1}"
                     )
             _check_distinct(ids, f"expert config: layer {layer}")
@@ -110,21 +107,17 @@ class ExpertConfig:
 def layer_index(key: str, where: str) -> int:
     """The layer a JSON key names; `InputError` starts with `where` if it is no plain number."""
     if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key):  # "1" and "01" would name one layer twice
-        raise InputError(
-            f"{where}: {reprlib.repr(key)} is no layer index; expected a number such as '1'"
-        )
+        raise InputError(f"{where}: {shown(key)} is no layer index; expected a number such as '1'")
     return int(key)
 
 
 def _expert_ids(ids: Any, where: str) -> tuple[int, ...]:
     if not isinstance(ids, list):
-        raise InputError(f"{where}: expected a list of expert ids, not {reprlib.repr(ids)}")
+        raise InputError(f"{where}: expected a list of expert ids, not {shown(ids)}")
     for expert in ids:
         # bool is a subclass of int, but `true` is no expert id.
         if not isinstance(expert, int) or isinstance(expert, bool) or expert < 0:
-            raise InputError(
-                f"{where}: {reprlib.repr(expert)} is no expert id; expected a number from 0"
-            )
+            raise InputError(f"{where}: {shown(expert)} is no expert id; expected a number from 0")
     _check_distinct(ids, where)
     return tuple(ids)
 
@@ -133,5 +126,5 @@ def _check_distinct(ids: Sequence[int], where: str) -> None:
     seen: set[int] = set()
     for expert in ids:
         if expert in seen:
-            raise InputError(f"{where}: expert {expert} is listed twice")
+            raise InputError(f"{where}: expert {shown(expert)} is listed twice")
         seen.add(expert)

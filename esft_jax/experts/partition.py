@@ -52,7 +52,7 @@ def attach_tuned_experts(
         loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
             experts move between devices, so that all compute about as many (`placement.py`).
     """
-    _check_plain(model)
+    check_plain(model)
     config = model.config
     experts.validate(config.moe_layers, config.router.num_experts)
     if not experts.num_experts_selected:
@@ -82,7 +82,7 @@ def attach_factors(
     Args:
         loads: see `attach_tuned_experts`.
     """
-    _check_plain(model)
+    check_plain(model)
     config, rank, scale, mesh = model.config, lora.rank, lora.scale, model.mesh
     keys = nnx.Rngs(seed)
 
@@ -123,8 +123,8 @@ def attach_factors(
     )
 
 
-def _check_plain(model: Transformer) -> None:
-    """Refuse a model that has been given parameters before: its experts may have moved."""
+def check_plain(model: Transformer) -> None:
+    """Raise an `InputError` for a model that was given parameters: its experts may have moved."""
     factors = any(isinstance(module, LowRank) for _, module in nnx.iter_modules(model))
     if factors or model.tuned_experts is not None:
         raise InputError("the model has tuned experts or factors already; expected a base model")

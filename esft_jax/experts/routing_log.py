@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from esft_jax.files import (
 )
 
 ROUTING_FILE = "routing.npz"
-_LOG_NAME = re.compile(r"expert_weights_(\d+)\.txt")
+_LOG_NAME = re.compile(r"expert_weights_(0|[1-9][0-9]*)\.txt")
 # Kinds of numbers and axes of what `routing.npz` holds.
 _ARRAYS = {
     "layers": ("iu", 1),
@@ -111,7 +112,7 @@ def load_routing(folder: str | os.PathLike[str]) -> RoutingLog | None:
         InputError: it is damaged, or something else.
     """
     path = Path(folder) / ROUTING_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     check_file(path)
     try:
@@ -144,14 +145,19 @@ def load_routing(folder: str | os.PathLike[str]) -> RoutingLog | None:
         log.expert_ids.size > 0
         and log.expert_ids.shape == log.gates.shape
         and len(log.layers) == len(log.expert_ids)
+        and log.layers[0] >= 0
+        and all(layer < following for layer, following in pairwise(log.layers))
         and len(log.starts) > 1
         and log.starts[0] == 0
         and log.starts[-1] == log.num_tokens
         and (np.diff(log.starts.astype(np.int64)) > 0).all()
         and 0 <= int(log.expert_ids.min()) <= int(log.expert_ids.max()) < log.num_experts
         and log.num_experts <= _MAX_EXPERTS
-        and np.isfinite(log.gates).all()
-        and (log.tokens is None or log.tokens.shape == (log.num_tokens,))
+        and (np.isfinite(log.gates) & (log.gates >= 0)).all()
+        and (
+            log.tokens is None
+            or (log.tokens.shape == (log.num_tokens,) and int(log.tokens.min()) >= 0)
+        )
     )
     if not fits:
         raise InputError(f"{path}: arrays do not fit together; expected a file of `score`")
@@ -239,9 +245,9 @@ def _read_log(
 
 def check_no_gap(layers: list[int], where: str) -> None:
     """Raise an `InputError` unless every layer from the first to the last is there."""
-    missing = sorted(set(range(layers[0], layers[-1] + 1)) - set(layers))
-    if missing:
-        raise InputError(
-            f"{where}: layer {missing[0]} is missing; expected every layer from {layers[0]}"
-            f" to {layers[-1]}"
-        )
+    for layer, following in pairwise(layers):
+        if following != layer + 1:
+            raise InputError(
+                f"{where}: layer {layer + 1} is missing; expected every layer from {layers[0]}"
+                f" to {layers[-1]}"
+            )

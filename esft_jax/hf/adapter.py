@@ -20,6 +20,7 @@ from flax import nnx
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.partition import check_plain
 from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
@@ -32,7 +33,7 @@ from esft_jax.hf.names import (
     expert_names,
     tensor_placements,
 )
-from esft_jax.hf.tensor_files import DTYPES, TensorFiles
+from esft_jax.hf.tensor_files import DTYPES, TensorFiles, is_finite
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -263,9 +264,10 @@ def apply_adapter(
         tokenizer_fingerprint: of the tokenizer it shall be used with; None skips the comparison.
 
     Raises:
-        InputError: see `Adapter.check`; the model is unchanged then.
+        InputError: the model has been prepared for training, or see `Adapter.check`: it is
+            unchanged then. Or a tensor is not finite in the model's type: it is of no use then.
     """
-    assert model.tuned_experts is None, "an adapter is merged into the base experts"
+    check_plain(model)
     adapter.check(model.config, base_fingerprint, tokenizer_fingerprint)
     placements = tensor_placements(model.config)
     by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
@@ -278,7 +280,12 @@ def apply_adapter(
         for name in names:
             place = placements[name]
             array = param.get_value()
-            tensor = adapter.merged(name, partial(_read, array, place))
+            tensor = adapter.merged(name, partial(_read, array, place)).astype(array.dtype)
+            if not is_finite(tensor):
+                raise InputError(
+                    f"{adapter.folder}: merged, tensor {name!r} has values that are no finite "
+                    f"numbers in {array.dtype}"
+                )
             param.set_value(write_blocks(array, [(place.box, place.to_block(tensor))]))
     nnx.update(model, nnx.from_flat_state(params))
 

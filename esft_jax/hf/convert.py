@@ -43,7 +43,7 @@ from esft_jax.hf.folder import copy_companions
 from esft_jax.hf.names import LeafPath
 from esft_jax.hf.source import HuggingFaceSource, combine_digests
 from esft_jax.hf.streaming import in_order, share
-from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype
+from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype, is_finite
 from esft_jax.mesh import on_all_processes
 
 
@@ -137,6 +137,10 @@ def _convert_share(
 
     def convert(name: str) -> str:
         place, digest = source.placements[name], source.digest(name)
+        if not is_finite(source.tensor(name)):  # no command would load it
+            raise InputError(
+                f"{source.folder}: tensor {name!r} has values that are no finite numbers"
+            )
         array = arrays[place.path]
         for box in chunk_boxes(array, place.box):
             block = source.part(name, box, dtypes[place.path])

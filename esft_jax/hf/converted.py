@@ -155,7 +155,8 @@ def stored(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{path}: {what}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0].partition(" [tensorstore_spec=")[0]
+        raise InputError(f"{path}: {what}: {said}") from None
 
 
 def leaf_shapes(placements: Mapping[str, Placement]) -> dict[LeafPath, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from esft_jax.hf.lora import LoRAAdapter
 from esft_jax.hf.model_tensors import model_tensors
 from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.streaming import in_order
-from esft_jax.hf.tensor_files import common_dtype
+from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype, is_finite
 from esft_jax.mesh import on_all_processes
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -52,7 +52,8 @@ def export_model(
         say: receives a line that says the type, and what was cast to it.
 
     Raises:
-        InputError: bad input, or an adapter of another base; nothing is written then.
+        InputError: bad input, an adapter of another base, or numbers that are not finite in the
+            type that is written; there is no new folder then.
     """
     target, source = Path(target), open_source(base)
     make_way(target)
@@ -82,7 +83,13 @@ def export_model(
             tensor = loaded.merged(name, partial(source.tensor, name))
         else:
             tensor = source.tensor(name)
-        return tensor.astype(specs[name].dtype, copy=False)
+        tensor = tensor.astype(specs[name].dtype, copy=False)
+        if not is_finite(tensor):
+            raise InputError(
+                f"{adapter if name in changed else base}: tensor {name!r} has values that are no "
+                f"finite numbers in {common.name}"
+            )
+        return tensor
 
     arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)
     _write_model(target, source.folder, specs, arriving, replace=False)
@@ -106,8 +113,13 @@ def save_model(
     Args:
         template_folder: where `config.json` and the tokenizer are copied from.
         dtype: type of the weights; the model's own by default.
+
+    Raises:
+        InputError: another template, type or place than a model can be saved with.
     """
     dtype = np.dtype(dtype or model.dtype)
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype: {dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
     placements = tensor_placements(model.config)
     template = Path(template_folder)
     if ModelConfig.load(template) != model.config:

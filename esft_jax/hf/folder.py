@@ -15,7 +15,7 @@ import numpy as np
 
 from esft_jax.data.chat_template import named_templates
 from esft_jax.errors import InputError
-from esft_jax.files import POINTER_BYTES, check_not_pointer, visible
+from esft_jax.files import POINTER_BYTES, check_file, check_not_pointer, visible
 from esft_jax.hf.tensor_files import DTYPE_NAMES
 
 # What belongs to a model besides its weights.
@@ -55,11 +55,12 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy `config.json`, tokenizer and the like, as far as they exist.
 
     Raises:
-        InputError: one is a git-lfs pointer.
+        InputError: one is a git-lfs pointer, no file, or a link that leads nowhere.
     """
     named = (str(path.relative_to(source)) for path in named_templates(source))
     for name in (*COMPANIONS, *named):
-        if (source / name).is_file():
+        if os.path.lexists(source / name):
+            check_file(source / name)
             (target / name).parent.mkdir(exist_ok=True)
             with (source / name).open("rb") as file:
                 check_not_pointer(source / name, file.read(POINTER_BYTES))
@@ -81,7 +82,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: see `make_way`; or the system failed to write.
     """
     make_way(target, replace=replace)
-    # Not a link itself. Folders above may be, and `.` has no name.
+    # Not a link itself. Folders above may be, and `x/..` has another name.
     target = target.resolve()
 
     def unused() -> Path:
@@ -134,6 +135,11 @@ def check_way(target: Path, *, replace: bool = False) -> None:
         return
     if not target.is_dir():
         raise InputError(f"{target}: exists; expected a new or empty folder")
+    if target.samefile("."):
+        raise InputError(
+            f"{target}: is the current folder, which nothing can take the place of; expected a new "
+            "folder, within it or elsewhere"
+        )
     held = visible(target)
     if held and not replace:
         raise InputError(f"{target}: exists; expected a new or empty folder")

@@ -1,5 +1,6 @@
 """`manifest.json` of an adapter: what it was trained on."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         InputError: it names no base, or a type that no run has.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is there, and broken
         return None
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("base_fingerprint"), str):

@@ -1,6 +1,7 @@
 """Safetensors files of one folder, read lazily and by slices."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -145,7 +146,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             listed = _read_index(index)
             shards = [self.folder / file for file in sorted(set(listed.values()))]
             for path in shards:
-                if not path.exists():
+                if not os.path.exists(path):  # nor is one of a name that no file can have
                     raise InputError(f"{path}: missing shard; {index} lists it")
             return shards, listed, index
         file = _only(files, self.folder / "model.safetensors")
@@ -189,7 +190,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: expected a JSON object with the key 'weight_map'")
     for name, file in listed.items():
         # A path would lead out of the folder.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise InputError(f"{path}: weight_map: {name}: {file!r} is no file name")
     return listed
 

@@ -167,6 +167,7 @@ class ModelConfig:
             ("mlp_bias", False),
             ("moe_layer_freq", 1),
             ("scoring_func", "softmax"),
+            ("quantization_config", None),
         ):
             _require({key: supported, **raw}, key, supported)
         renormalise = _flag(raw, "norm_topk_prob")

@@ -29,13 +29,14 @@ class Position:
     Attributes:
         data: the data iterator's state, plain JSON.
         best_loss: lowest validation loss so far.
-        steps: that the run was to make, which its learning rate may depend on.
+        steps: that the run was to make, which its learning rate may depend on; None if an older
+            version wrote it.
         spent: time, see `RunTiming`.
     """
 
     data: Any
     best_loss: float | None
-    steps: int
+    steps: int | None
     spent: Spent
 
 
@@ -122,19 +123,21 @@ class Checkpoints:
         A best one of a later step goes.
 
         Raises:
-            InputError: the checkpoint belongs to other facts (base weights, experts, data), is of
-                an older version, or is damaged.
+            InputError: the checkpoint belongs to other facts (base weights, experts, data), as far
+                as it names them, or is damaged.
         """
         step = self.last_step
         assert step is not None
         position = self._position(self._last)
         # The facts come first: with other experts the arrays would not even have these shapes.
         for key, value in self._facts.items():
-            if position["facts"].get(key) != value:
+            found = position["facts"].get(key, value)  # older versions name fewer
+            if found != value:
                 raise InputError(
-                    f"{self._last.directory}: checkpoint of step {step} has {key} = "
-                    f"{position['facts'].get(key)!r}; this run has {value!r}"
+                    f"{self._last.directory}: checkpoint of step {step} has {key} = {found!r}; "
+                    f"this run has {value!r}"
                 )
+        position = {"steps": None} | position
         names = [field.name for field in dataclasses.fields(Position)]
         if missing := [name for name in names if name not in position]:
             raise InputError(

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from esft_jax.config import load_config
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import Diverged
@@ -384,7 +385,9 @@ class _Run:
         done, steps = int(self.state.step), self.config.train.steps
         if done < steps:
             updates = done - self.skipped
-            changed = changed_rate(self.config.optimizer, position.steps, steps, updates)
+            # Until a run goes on, `config.yaml` is that of its last start.
+            before = position.steps or load_config(self.folder.config).train.steps
+            changed = changed_rate(self.config.optimizer, before, steps, updates)
             if changed is not None:
                 self.say(changed)
         return position.spent

@@ -45,9 +45,22 @@ def test_own_file_round_trips(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [ROUTING_FILE]
 
 
+def test_names_of_logs_are_those_that_the_reference_writes(tmp_path) -> None:
+    (tmp_path / "expert_weights_1.txt").write_text(LOG_1)
+    for name in ("01", "\u0661"):  # would be layer 1, too
+        (tmp_path / f"expert_weights_{name}.txt").write_text("")
+    assert load_scores(tmp_path, experts_per_token=2).layers == (1,)
+    (tmp_path / "expert_weights_999999999999.txt").write_text(LOG_2)
+    with pytest.raises(InputError, match="layer 2 is missing; expected every layer from 1 to 99"):
+        load_scores(tmp_path, experts_per_token=2)
+
+
 def test_a_folder_without_routing(tmp_path) -> None:
     assert load_routing(tmp_path) is None
     assert load_routing(tmp_path / "scores.json") is None
+    (tmp_path / ROUTING_FILE).symlink_to("nowhere")  # as in a pruned cache
+    with pytest.raises(InputError, match="routing.npz: cannot be read: No such file"):
+        load_routing(tmp_path)
 
 
 def test_routing_is_never_left_beside_other_scores(tmp_path) -> None:
@@ -78,6 +91,9 @@ def test_damaged_files_are_named(tmp_path) -> None:
         ("expert_ids", lambda a: a.astype(np.int64) - 300, "arrays do not fit together"),
         ("expert_ids", lambda a: a.astype(np.float32), "expert_ids: float32 of shape"),
         ("gates", lambda a: a * np.float16("nan"), "arrays do not fit together"),
+        ("gates", lambda a: -a, "arrays do not fit together"),
+        ("tokens", lambda a: a - 1, "arrays do not fit together"),
+        ("layers", lambda a: a[::-1], "arrays do not fit together"),
         ("starts", lambda a: a[:0], "arrays do not fit together"),
         ("starts", lambda a: a[::-1].astype(np.uint64), "arrays do not fit together"),
         ("layers", lambda a: a[None], r"layers: int32 of shape \[1, 2\]"),

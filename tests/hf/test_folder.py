@@ -126,6 +126,13 @@ def test_a_mount_point_is_refused_before_anything_is_written(target, monkeypatch
         pytest.fail("a folder to write")
 
 
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"\.: is the current folder"), new_folder(Path(".")):
+        pytest.fail("a folder to write")
+    assert tmp_path.is_dir()
+
+
 def test_of_two_writers_the_later_one_wins(target):
     write(target, "old")
     refused = pytest.raises(InputError, match="adapter: another process writes it")

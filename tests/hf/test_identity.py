@@ -122,6 +122,39 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, value):
         load_adapter(adapter)
 
 
+def test_numbers_that_the_written_type_does_not_hold_are_named(adapter, base, tmp_path):
+    tensors = load_file(adapter / "model.safetensors")
+    name = expert_names(1, 0)[1]
+    tensors[name][3, 2] = np.finfo(np.float32).max  # infinite in bfloat16
+    save_file(tensors, adapter / "model.safetensors")
+    message = f"{adapter}: .*tensor '{name}' has values that are no finite numbers in bfloat16"
+    with pytest.raises(InputError, match=message):
+        export_model(base, adapter, tmp_path / "export", "bfloat16")
+    with pytest.raises(InputError, match=message):
+        load_tuned(base, adapter, "bfloat16", None)
+    assert not (tmp_path / "export").exists()
+    export_model(base, adapter, tmp_path / "export", "float32")
+
+
+def test_a_base_that_is_not_finite_is_neither_exported_nor_converted(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    shutil.copytree(base, tmp_path / "copy")
+    save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    message = "copy: tensor 'model.norm.weight' has values that are no"
+    with pytest.raises(InputError, match=message):
+        export_model(tmp_path / "copy", None, tmp_path / "export")
+    with pytest.raises(InputError, match=message):
+        convert_checkpoint(tmp_path / "copy", tmp_path / "converted")
+
+
+def test_a_manifest_that_leads_nowhere_is_not_missing(adapter):
+    (adapter / "manifest.json").unlink()
+    (adapter / "manifest.json").symlink_to("nowhere")  # as in a pruned cache
+    with pytest.raises(InputError, match="manifest.json: cannot be read: No such file"):
+        load_adapter(adapter)
+
+
 def test_a_tensor_with_and_without_prefix_is_named(adapter):
     tensors = load_file(adapter / "model.safetensors")
     name = expert_names(1, 0)[1]

@@ -272,6 +272,14 @@ def point(folder):
         (flip_header, "model-00002-of-00003.safetensors: damaged or truncated safetensors"),
         (pickle_only, "only pytorch_model.bin; pickled weights are not read"),
         (point_outside, "index.json: weight_map: model.norm.weight: '../x.safetensors' is no file"),
+        (
+            lambda f: edit_index(f, lambda listed: listed.update({"model.norm.weight": ".."})),
+            "weight_map: model.norm.weight: '..' is no file",
+        ),
+        (
+            lambda f: edit_index(f, lambda listed: listed.update(x="x" * 300)),
+            "x: missing shard; .*index.json lists it",
+        ),
         (misplace, "00003.safetensors: has tensor 'model.norm.weight'; .*lists it in model-00001"),
         (unlist, "has tensor 'model.norm.weight'; .*index.json does not list it"),
         (invent, "00001-of-00003.safetensors: tensor 'x' is missing; .*index.json lists it here"),

@@ -10,7 +10,7 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.partition import attach, attach_tuned_experts
-from esft_jax.hf.adapter import load_adapter, trained_tensors
+from esft_jax.hf.adapter import apply_adapter, load_adapter, trained_tensors
 from esft_jax.hf.export import export_model, save_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.lora import save_lora
@@ -118,6 +118,9 @@ def test_what_is_not_there_is_not_saved(tiny, tmp_path):
     attach(model, lora, 0)
     with pytest.raises(InputError, match="tuned experts or factors already"):
         attach(model, lora, 0)
+    save_lora(tmp_path / "attention", model, lora, manifest)
+    with pytest.raises(InputError, match="tuned experts or factors already"):
+        apply_adapter(model, load_adapter(tmp_path / "attention"), None)
     other = LoRA.on(model.config, 2, 4.0, ("attention",), EXPERTS)
     with pytest.raises(InputError, match="factors of rank 2 and scale 1; expected rank 2 and"):
         save_lora(tmp_path / "adapter", model, other, manifest)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from esft_jax.errors import InputError
 from esft_jax.mesh import make_mesh
 from esft_jax.training.checkpoint import Checkpoints, Position
-from esft_jax.training.checksum import checksums
+from esft_jax.training.checksum import checksums, json_checksum
 from esft_jax.training.state import TrainState
 
 
@@ -125,6 +126,27 @@ def test_a_damaged_checkpoint_is_named_and_not_loaded(
         assert int(state.step) == 5 and position.data == {"next_index": 5}
     else:
         assert checkpoints.best_step is None
+    checkpoints.close()
+
+
+def test_what_an_older_version_did_not_record_is_not_compared(
+    saved: tuple[Path, TrainState], tmp_path: Path
+) -> None:
+    folder, abstract = tmp_path / "checkpoints", saved[1]
+    shutil.copytree(saved[0], folder)
+    path = folder / "last" / "6" / "position" / "metadata"
+    position = json.loads(path.read_text())
+    del position["steps"], position["checksum"]
+    position["facts"] = {"base_fingerprint": "a"}
+    path.write_text(json.dumps(position | {"checksum": json_checksum(position)}))
+    facts = {"base_fingerprint": "a", "config_fingerprint": "b"}
+    checkpoints = Checkpoints(folder, facts, None)
+    state, found = checkpoints.restore(abstract)
+    assert int(state.step) == 6 and found == Position({"next_index": 6}, None, None, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(folder, facts | {"base_fingerprint": "c"}, None)
+    with pytest.raises(InputError, match="step 6 has base_fingerprint = 'a'; this run has 'c'"):
+        checkpoints.restore(abstract)
     checkpoints.close()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_provenance_names_all_parts(begun):
 
 @pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_another_base_does_not_continue_a_run(again, tmp_path, change, message):
-    change(type(tmp_path)(again.model))
+    change(Path(again.model))
     with pytest.raises(InputError, match=message.replace("trained", "measured")):
         run(again)
     # Nor without the scores, by what its checkpoint says.
@@ -82,7 +83,7 @@ def test_another_base_does_not_continue_a_run(again, tmp_path, change, message):
 
 
 def test_scores_of_another_base_are_refused(begun, again, tmp_path):
-    CHANGES[1][0](type(tmp_path)(again.model))
+    CHANGES[1][0](Path(again.model))
     select = dataclasses.replace(begun.select, scores=(f"{begun.output}/scores",))
     config = longer(begun, output=str(tmp_path / "new"), select=select)
     with pytest.raises(InputError, match="scores: config_fingerprint: measured on another base"):
