@@ -81,7 +81,9 @@ def make_mesh(
     if data == -1:
         if len(devices) % (replica * expert):
             if len(devices) % replica:
-                raise InputError(f"mesh.replica: {replica} does not divide the {len(devices)} devices")
+                raise InputError(
+                    f"mesh.replica: {replica} does not divide the {len(devices)} devices"
+                )
             times = f"{replica} x {expert}" if replica > 1 else str(expert)
             raise InputError(f"mesh.expert: {times} does not divide the {len(devices)} devices")
         data = len(devices) // (replica * expert)

@@ -153,7 +153,11 @@ def load_sweep(path: str | Path) -> SweepConfig:
 
 
 def _judged_by(config: RunConfig) -> tuple[object, ...]:
-    return config.data.format, config.data.valid, dataclasses.replace(config.evaluation, batch_size=1)
+    return (
+        config.data.format,
+        config.data.valid,
+        dataclasses.replace(config.evaluation, batch_size=1),
+    )
 
 
 def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:
