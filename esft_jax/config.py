@@ -51,6 +51,15 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _of_32_bits(number: float) -> float:
+    smallest, largest = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
+    if number and not smallest <= number <= largest:
+        raise ValueError(
+            f"expected a number that 32 bits hold, {smallest:.3g} to {largest:.3g}, got {number}"
+        )
+    return number
+
+
 def _distinct_names(named: dict[str, Value]) -> dict[str, Value]:
     seen: dict[str, str] = {}
     for name in named:
@@ -69,8 +78,10 @@ Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Length = Annotated[int, Field(strict=True, ge=2, lt=2**31)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+# What is computed with: out of range, JAX would take it for 0 or infinity.
+_Single = AfterValidator(_of_32_bits)
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _Single]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _Single]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]

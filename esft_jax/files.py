@@ -4,11 +4,11 @@ import codecs
 import contextlib
 import functools
 import json
-import math
 import os
 import re
 import reprlib
 import stat
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -278,9 +278,9 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
     hashable: Any = kind
     try:
         for keys, number in _numbers(value):
-            if not math.isfinite(number):
+            if not abs(number) <= sys.float_info.max:  # an integer may be larger, too
                 place = ": ".join([where, ".".join(keys)] if keys else [where])
-                raise InputError(f"{place}: is {number}; expected a finite number")
+                raise InputError(f"{place}: is {shown(number)}; expected a finite number")
         # Of Python's own values, pydantic's strict mode would take no dictionary for a dataclass.
         return _adapter(hashable).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
@@ -294,8 +294,8 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
 
 
 def _numbers(value: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every floating-point number in a parsed value, with the keys that lead to it."""
-    if isinstance(value, float):
+    """Every number in a parsed value, with the keys that lead to it."""
+    if isinstance(value, int | float):
         yield keys, value
     items = value.items() if isinstance(value, dict) else ()
     for key, item in enumerate(value) if isinstance(value, list) else items:

@@ -80,6 +80,10 @@ def make_mesh(
     replica = slices if replica is None else replica
     if data == -1:
         if len(devices) % (replica * expert):
+            if len(devices) % replica:
+                raise InputError(
+                    f"mesh.replica: {replica} does not divide the {len(devices)} devices"
+                )
             times = f"{replica} x {expert}" if replica > 1 else str(expert)
             raise InputError(f"mesh.expert: {times} does not divide the {len(devices)} devices")
         data = len(devices) // (replica * expert)

@@ -56,6 +56,8 @@ def test_a_parsed_value_becomes_a_dataclass_with_others_in_it() -> None:
     [
         ({"share": float("nan")}, "f:1: share: is nan; expected a finite number"),
         ({"pair": [float("inf"), 3]}, "f:1: pair.0: is inf; expected a finite number"),
+        ({"share": 10**400}, "f:1: share: is 1000.*; expected a finite number"),
+        ({"pair": [2, 10**400]}, "f:1: pair.1: is 1000.*; expected a finite number"),
         ({"pair": [2]}, "f:1: pair.1: "),
         ({"part": {"number": "1"}}, "f:1: part.number: is '1'; expected a valid integer"),
         ({"part": {"number": True}}, "f:1: part.number: is True; expected a valid integer"),

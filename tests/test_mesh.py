@@ -27,6 +27,7 @@ def test_parts_of_a_cpu_keep_their_order() -> None:
     ("shape", "message"),
     [
         ({"expert": 3}, "mesh.expert: 3 does not divide the 8 devices"),
+        ({"replica": 5}, "mesh.replica: 5 does not divide the 8 devices"),
         ({"expert": 4, "replica": 4}, "mesh.expert: 4 x 4 does not divide the 8 devices"),
         ({"data": 4, "expert": 4}, "mesh: data 4 x expert 4 needs 16 devices; 8 available"),
         (

@@ -39,6 +39,10 @@ Overrides = tuple[Text, ...]
 Tasks = Annotated[dict[Name, Overrides], BeforeValidator(_of_file), Field(min_length=1)]
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SweepConfig:
     """A table of methods x tasks x seeds.
@@ -74,6 +78,27 @@ class SweepConfig:
                     f"learning_rates.{method}: no such method; expected one of "
                     f"{', '.join(self.methods)}"
                 )
+            names = [f"{rate:g}" for rate in self.learning_rates[method]]
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"learning_rates.{method}: two are the same in six digits, by which their "
+                    "folders are named; expected different ones"
+                )
+            if "optimizer.learning_rate" in map(_key, self.methods[method]):
+                raise ValueError(
+                    f"methods.{method}: optimizer.learning_rate is among learning_rates; expected "
+                    "one of them"
+                )
+        places = {"overrides": self.overrides}
+        places |= {f"tasks.{name}": overrides for name, overrides in self.tasks.items()}
+        places |= {f"methods.{name}": overrides for name, overrides in self.methods.items()}
+        for place, overrides in places.items():
+            for key in map(_key, overrides):
+                if key in ("output", "seed"):
+                    expected = {"output": "output", "seed": "seeds"}[key]
+                    raise ValueError(
+                        f"{place}: {key} is what the sweep sets; expected its {expected} instead"
+                    )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one is there twice; expected different ones")
 
@@ -116,7 +141,7 @@ def load_sweep(path: str | Path) -> SweepConfig:
             )
         if _judged_by(config) != _judged_by(base[cell.task]):
             raise InputError(
-                f"{path}: methods.{cell.method}: changes evaluation.data, metric or others; "
+                f"{path}: methods.{cell.method}: changes data.format, data.valid or evaluation; "
                 "expected the same for all methods, since they are compared by these"
             )
         if config.mesh.cpu_devices != devices:
@@ -128,8 +153,11 @@ def load_sweep(path: str | Path) -> SweepConfig:
 
 
 def _judged_by(config: RunConfig) -> tuple[object, ...]:
-    evaluation = config.evaluation
-    return evaluation.data, evaluation.metric, evaluation.others
+    return (
+        config.data.format,
+        config.data.valid,
+        dataclasses.replace(config.evaluation, batch_size=1),
+    )
 
 
 def run_config(sweep: SweepConfig, cell: Cell) -> RunConfig:

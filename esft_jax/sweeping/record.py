@@ -10,6 +10,7 @@ from pathlib import Path
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json_lines
 from esft_jax.sweeping.config import (
+    BASE,
     Cell,
     SweepConfig,
     all_cells,
@@ -76,6 +77,8 @@ class Record:
                     f"{where}: value is {result.value} and valid_loss {result.valid_loss}; "
                     "expected numbers, or null for both"
                 )
+            if result.cell.method == BASE and result.value is None:
+                raise InputError(f"{where}: value is None; expected a number for the base")
             self.results[result.cell] = result
 
     def find(self, cell: Cell, config_sha256: str) -> CellResult | None:

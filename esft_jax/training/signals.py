@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# SIGTERM was seen where nobody read flags, perhaps just before somebody does (`exit_on_signals`).
-_terminated = threading.Event()
+# Seen where nobody read flags, perhaps just before somebody does (`exit_on_signals`).
+_early: list[int] = []
+_EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 @contextmanager
@@ -27,17 +28,18 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
         received.append(signum)
 
     with _handled(note, signal.SIGTERM, signal.SIGINT):
-        yield lambda: received[0] if received else signal.SIGTERM if _terminated.is_set() else None
+        yield lambda: next(iter(received + _early), None)
 
 
 @contextmanager
 def exit_on_signals(say: Callable[[str], None]) -> Iterator[None]:
-    """Have SIGTERM, while nothing else handles it, and a second SIGINT end the process at once.
+    """Have signals end the process at once: while nothing else handles them, and a second SIGINT.
 
-    SIGTERM ends it with code 0. That is for loading, scoring, compiling and evaluating: what they
-    write is atomic, and there is nothing to save. A second SIGINT does not wait for what the first
-    one began, and ends it with code 130. Python sees signals between two of its own instructions
-    only, and a compilation is one; so a thread is told of them.
+    SIGTERM ends it with code 0, SIGINT with 130. That is for loading, scoring, compiling and
+    evaluating: what they write is atomic, and there is nothing to save. A second SIGINT does not
+    wait for what the first one began. Python sees signals between two of its own instructions
+    only, and a compilation is one; so a thread is told of them. Nor would a `KeyboardInterrupt` do:
+    raised in a callback of the garbage collector, as JAX has one, it is lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,21 +47,21 @@ def exit_on_signals(say: Callable[[str], None]) -> Iterator[None]:
 
     def idle(signum: int, frame: Any) -> None:
         # The thread may come when another handler is in place already.
-        _terminated.set()
+        _early.append(signum)
 
     def watch() -> None:
         interrupted = False
         while received := reader.recv(1):
-            if received[0] == signal.SIGINT:
-                if interrupted:
-                    os._exit(130)
-                interrupted = True
-            if received[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is idle:
+            number = received[0]
+            if number == signal.SIGINT and interrupted:
+                os._exit(_EXIT_CODES[number])
+            interrupted |= number == signal.SIGINT
+            if number in _EXIT_CODES and signal.getsignal(number) is idle:
                 say("Stopped outside of training; the same command goes on.")
-                os._exit(0)
+                os._exit(_EXIT_CODES[number])
 
     reader, writer = socket.socketpair()
-    with writer, _handled(idle, signal.SIGTERM):
+    with writer, _handled(idle, *_EXIT_CODES):
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=watch, daemon=True).start()
@@ -67,7 +69,7 @@ def exit_on_signals(say: Callable[[str], None]) -> Iterator[None]:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            _terminated.clear()
+            _early.clear()
 
 
 @contextmanager

@@ -109,6 +109,10 @@ def test_what_a_configuration_leaves_at_its_default_does_not_tell_it_apart(
         ('{"full": [1e-05', '{"ful": [1e-05', "learning_rates.ful: no such method"),
         ("[3, 4]", "[3, 3]", "seeds: one is there twice"),
         ("[3, 4]", "[]", "seeds: expected at least one item"),
+        ("[1e-05, 0.001]", "[1e-05, 1.0000001e-5]", "learning_rates.full: two are the same in six"),
+        ("method=full", "optimizer.learning_rate=1", "methods.full: optimizer.learning_rate is am"),
+        ("method=full", "seed=5", "methods.full: seed is what the sweep sets; expected its seeds"),
+        ("data.train=[l.jsonl]", "output=x", "tasks.licence: output is what the sweep sets"),
         ('"token":', '"base":', "expected a name of at most 64 of a-z"),
         ('"token":', '"a/b":', "expected a name of at most 64 of a-z"),
         ('"seeds"', '"sedes"', "did you mean seeds?"),
@@ -139,8 +143,10 @@ def test_the_shipped_sweep_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.metric=bleu", "methods.full: changes evaluation.data, metric or others"),
-        ("evaluation.others={a: {valid: [a.jsonl]}}", "methods.full: changes evaluation.data"),
+        ("evaluation.metric=bleu", "methods.full: changes data.format, data.valid or evaluation;"),
+        ("evaluation.others={a: {valid: [a.jsonl]}}", "methods.full: changes data.format"),
+        ("evaluation.limit=5", "methods.full: changes data.format"),
+        ("data.valid=[easier.jsonl]", "methods.full: changes data.format"),
         ("mesh.cpu_devices=2", "full/lr-1e-05/seed-3: mesh.cpu_devices is 2, and None"),
     ],
 )

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from esft_jax.errors import InputError
-from esft_jax.sweeping.config import Cell
+from esft_jax.sweeping.config import BASE, Cell
 from esft_jax.sweeping.record import CellResult, Record
 
 ONE = CellResult(Cell("intent", "full", 1e-5, 3), "a", "intent", 12.5, 0.75, {"python": 1.5})
+BASE_CELL = Cell("intent", BASE, None, 3)
 TWO = CellResult(Cell("intent", "token", None, 3), "b", "intent", 50.0, 0.25, experts=7)
 
 
@@ -77,6 +78,11 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         ({"retention": {"python": math.nan}}, "retention.python: is nan"),
         ({"value": "12.5"}, "value: is '12.5'"),
         ({"value": None}, "value is None and valid_loss 0.75"),
+        (
+            {"cell": dataclasses.asdict(BASE_CELL), "value": None, "valid_loss": None},
+            "value is None; expected a number for the base",
+        ),
+        ({"trained": 10**400}, "trained: is 1000"),
         ({"trained": 0.5}, "trained: is 0.5"),
         ({"retention": []}, "retention: is "),
         ({"more": 1}, "more: is 1"),
