@@ -43,9 +43,10 @@ def _known_metric(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{,63}", name) or name.lower() == "task":
+    # It becomes the name of a folder, with a hash behind it.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,59}", name) or name.lower() == "task":
         raise ValueError(
-            "expected a name of at most 64 letters, digits, - and _, other than task, got "
+            "expected a name of at most 60 letters, digits, '.', '-' and '_', other than task, got "
             f"{shown(name)}"
         )
     return name

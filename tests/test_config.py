@@ -142,7 +142,7 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("data.mix={x: {train: [a], valid: [b]}}", "data.mix.x.valid: needs data.valid"),
         ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of at most 64"),
         ("data.mix={ab: {train: [a]}, aB: {train: [b]}}", "data.mix: ab and aB differ in case"),
-        ("data.mix.-x.train=[a]", "data.mix.-x: expected a name of at most 64 letters"),
+        ("data.mix.-x.train=[a]", "data.mix.-x: expected a name of at most 60 letters"),
         (
             "evaluation.others={scores.json: {valid: [a]}}",
             "evaluation.others.scores.json: expected",

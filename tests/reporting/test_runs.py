@@ -237,7 +237,7 @@ def test_runs_of_different_models_are_refused(
         content["provenance"]["base_fingerprint"] = str(number)
         path.write_text(json.dumps(content))
     assert main([*map(str, runs), "--output", str(tmp_path / "out")]) == 2
-    assert f"{runs[1]}: scores of another base than {runs[0]}" in capsys.readouterr().err
+    assert f"{runs[1]}: base_fingerprint: measured on another base" in capsys.readouterr().err
 
 
 def test_experts_of_another_model_are_refused(
