@@ -43,11 +43,12 @@ def _known_metric(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    # It becomes the name of a folder, with a hash behind it.
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,59}", name) or name.lower() == "task":
+    # It becomes the name of a folder, with a hash behind it, beside files of ours.
+    taken = name.lower() == "task" or name.endswith((".json", ".jsonl"))
+    if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,59}", name):
         raise ValueError(
-            "expected a name of at most 60 letters, digits, '.', '-' and '_', other than task, got "
-            f"{shown(name)}"
+            "expected a name of at most 60 letters, digits, '.', '-' and '_', other than task and "
+            f"*.json, got {shown(name)}"
         )
     return name
 

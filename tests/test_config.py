@@ -138,9 +138,9 @@ def test_threshold_of_the_paper_unless_given() -> None:
         ("data.mix.x.train=a", "data.mix.x.train: expected a list, got 'a'"),
         ("data.mix={x: {train: [a], wait: 2}}", "unknown key data.mix.x.wait; did you mean "),
         ("data.mix.x.weight=0", "data.mix.x.train: this key is missing"),
-        ("data.mix={task: {train: [a]}}", "data.mix.task: expected a name of at most 64"),
+        ("data.mix={task: {train: [a]}}", "data.mix.task: expected a name of at most 60"),
         ("data.mix={x: {train: [a], valid: [b]}}", "data.mix.x.valid: needs data.valid"),
-        ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of at most 64"),
+        ("data.mix={a/b: {train: [a]}}", "data.mix.a/b: expected a name of at most 60"),
         ("data.mix={ab: {train: [a]}, aB: {train: [b]}}", "data.mix: ab and aB differ in case"),
         ("data.mix.-x.train=[a]", "data.mix.-x: expected a name of at most 60 letters"),
         (
