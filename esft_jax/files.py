@@ -41,8 +41,14 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """The same for bytes; `InputError` names the file where it cannot be written."""
+    """The same for bytes.
+
+    Raises:
+        InputError: it cannot be written, or is a device or a FIFO, which a file would replace.
+    """
     target = Path(path)
+    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+        raise InputError(f"{target}: is no regular file; expected a file, or none")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 # The compiler ends the process when it is asked for a slice with too many or too few dimensions.
 _TOPOLOGY = re.compile(
-    r"(cpu|h100):N|(Nx)?(v5e|v6e):NxN|(Nx)?(v4|v5p|tpu7x):NxNxN".replace("N", r"[1-9]\d*")
+    r"(cpu|h100):N|(Nx)?(v5e|v6e):NxN|(Nx)?(v4|v5p|tpu7x):NxNxN".replace("N", r"[1-9]\d{,5}")
 )
+_MOST = 1024  # parts of a CPU, or GPUs of a host
 
 
 def ahead_of_time_devices(name: str) -> list[jax.Device]:
@@ -63,6 +64,8 @@ def ahead_of_time_devices(name: str) -> list[jax.Device]:
             "v4, tpu7x), several such as 2xv5e:2x4, h100:COUNT or cpu:COUNT"
         )
     kind, _, count = name.partition(":")
+    if kind in ("cpu", "h100") and int(count) > _MOST:
+        raise InputError(f"topology: {name!r}; expected at most {kind}:{_MOST}")
     match kind:
         case "cpu":
             return cpu_devices(int(count))

@@ -89,3 +89,11 @@ def test_a_growing_file_may_end_within_a_line(tmp_path: Path) -> None:
     path.write_text(json.dumps({"a": 1}) + "\n{\n")
     with pytest.raises(InputError, match=r"lines.jsonl:2: not valid JSON"):
         list(files.read_json_lines(path, growing=True))
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="pipe: is no regular file"):
+        files.write_text_atomic(path, "text")
+    assert path.is_fifo()

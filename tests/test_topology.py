@@ -11,10 +11,27 @@ from esft_jax.topology import ahead_of_time_devices
 
 
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:2x2x1", "v5e:0x4", "v5p:2x2", "v7:2x2", "h100:2x4", "cpu:", "cpu:8 "]
+    "name",
+    [
+        "v5e",
+        "v5e:2x2x1",
+        "v5e:0x4",
+        "v5p:2x2",
+        "v7:2x2",
+        "h100:2x4",
+        "cpu:",
+        "cpu:8 ",
+        "cpu:" + "9" * 5000,
+    ],
 )
 def test_what_is_no_topology_never_reaches_a_compiler(name: str) -> None:
     with pytest.raises(InputError, match="expected a TPU slice such as v5e:2x4"):
+        ahead_of_time_devices(name)
+
+
+@pytest.mark.parametrize("name", ["cpu:100000", "h100:1025"])
+def test_more_devices_than_jax_can_make(name: str) -> None:
+    with pytest.raises(InputError, match="expected at most .*:1024"):
         ahead_of_time_devices(name)
 
 
