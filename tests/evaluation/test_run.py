@@ -233,12 +233,15 @@ def test_scores_depend_on_all_that_is_read(
     (model / "chat_template.jinja").write_text("!" + DEFAULT_TEMPLATE)
     assert evaluated() == everything
     shape = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(shape | {"rope_theta": 5.0}))
+    (model / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 1e-3}))
     assert evaluated() == everything
     (model / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert evaluated() == everything
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"new": 1}))
+    assert evaluated() == []  # it says nothing
+    settings["add_bos_token"] = False
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     assert evaluated() == everything
 
 
