@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax.struct import dataclass
 from jaxtyping import Array, Float, Int
 
+from esft_jax.errors import InputError
+
 
 @dataclass
 class Dispatch:
@@ -31,11 +33,14 @@ def sort_by_group(groups: Int[Array, "T K"], num_groups: int) -> Dispatch:
     """Sort assignments by group; those of group `num_groups` come last and are not counted.
 
     Raises:
-        ValueError: more assignments than 2^32 over the groups.
+        InputError: more assignments than 2^32 over the groups.
     """
     flat = groups.reshape(-1)
     if flat.size * (num_groups + 1) > 2**32:
-        raise ValueError(f"{flat.size} assignments to {num_groups} groups; expected fewer at once")
+        raise InputError(
+            f"{flat.size} assignments of tokens to {num_groups} experts at once; expected at most "
+            f"{2**32 // (num_groups + 1)}, by a smaller batch_size or more train.micro_batches"
+        )
     # A number tells both group and assignment: sorting numbers alone is faster than sorting pairs,
     # on a CPU five times.
     index = jnp.arange(flat.size, dtype=jnp.uint32)

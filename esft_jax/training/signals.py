@@ -10,7 +10,7 @@ from typing import Any
 
 # Seen where nobody read flags, perhaps just before somebody does (`exit_on_signals`).
 _early: list[int] = []
-_EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+_EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def on_user_signal(act: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _handled(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
+def _handled(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esft_jax.errors import InputError
 from esft_jax.ops.dispatch import combine, sort_by_group, take_rows
 
 T, K, D, G = 9, 3, 4, 5
@@ -25,7 +26,7 @@ def test_assignments_are_sorted_by_group():
 def test_more_assignments_than_can_be_numbered_are_refused():
     groups = jax.ShapeDtypeStruct((2**26, 4), jnp.int32)
     jax.eval_shape(lambda groups: sort_by_group(groups, 15), groups)
-    with pytest.raises(ValueError, match="268435456 assignments to 16 groups"):
+    with pytest.raises(InputError, match="268435456 assignments of tokens to 16 experts at once"):
         jax.eval_shape(lambda groups: sort_by_group(groups, 16), groups)
 
 
