@@ -240,7 +240,7 @@ def test_scores_depend_on_all_that_is_read(
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"new": 1}))
     assert evaluated() == []  # it says nothing
-    settings["add_bos_token"] = False
+    settings["add_bos_token"] = not settings.get("add_bos_token", False)
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     assert evaluated() == everything
 
