@@ -202,6 +202,9 @@ def test_only_scores_of_the_same_settings_are_taken_over(
     for path in (tmp_path / "run" / "evaluation").glob("base-*/chats-*/scores.json"):
         path.unlink()
     assert evaluated(*same) == ["chats"]
+    for path in (tmp_path / "run" / "evaluation").glob("base-*/chats-*/completions.jsonl"):
+        path.unlink()
+    assert evaluated(*same) == ["chats"]
     assert evaluated(*same, "dtype=bfloat16") == everything
 
 
