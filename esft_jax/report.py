@@ -22,6 +22,7 @@ from esft_jax.files import (
     write_bytes_atomic,
     write_text_atomic,
 )
+from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
 from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
 from esft_jax.reporting.comparison import read_comparison, verdict
@@ -110,6 +111,12 @@ def main(argv: Sequence[str]) -> None:
         args.experts_per_token if router is None else router.top_k,
         None if router is None else router.num_experts,
     )
+    if costs is not None:
+        here = {"config_fingerprint": costs.config.fingerprint}
+        if tokenizer is not None:
+            here["tokenizer_fingerprint"] = tokenizer_fingerprint(folder, tokenizer)
+        for task in tasks:
+            check_same_base(task.scores.provenance, here, task.source, "measured on")
     known = {task.log.top_k for task in tasks if task.log is not None}
     if router is not None:
         known.add(router.top_k)
@@ -124,6 +131,8 @@ def main(argv: Sequence[str]) -> None:
     check_writable(args.output, "--output")
     for part in ("data", "figures"):
         check_no_links(Path(args.output) / part)
+    if (Path(args.output) / PAGE).is_dir():
+        raise InputError(f"--output: {Path(args.output) / PAGE} is a folder; expected a file")
     compared = () if args.sweep is None else read_comparison(args.sweep)
     findings = find(tasks, args.method, args.top_p, top_k, costs, tokenizer, model)
     write_report(findings, Path(args.output), compared)

@@ -399,12 +399,12 @@ def _evaluate(
 
 
 def _kept(path: Path, case: Case, facts: Mapping[str, Any]) -> Score | None:
-    """The score in a file, if there is one.
+    """The score in a file, if there is one and what it is of, too.
 
     Raises:
         InputError: the file is not as it was written.
     """
-    if not path.exists():
+    if not path.exists() or (case.rows and not path.with_name(_COMPLETIONS).exists()):
         return None
     content = read_json(path)
     if not isinstance(content, dict):

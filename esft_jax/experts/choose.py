@@ -181,9 +181,10 @@ def _check_fit(
     elif scored:
         shape = scored[0][1].layers, scored[0][1].num_experts
     base = {} if model is None else {"config_fingerprint": model.fingerprint}
-    for where, scores in scored:
+    for number, (where, scores) in enumerate(scored):
         check_same_base(scores.provenance, base, where, "measured on")
-        check_same_base(scores.provenance, scored[0][1].provenance, where, "measured on")
+        for _, other in scored[:number]:  # some may not say it
+            check_same_base(scores.provenance, other.provenance, where, "measured on")
     for where, task in named:
         if isinstance(task, ExpertConfig):
             if select.has_rule or select.group_size > 1:

@@ -1,5 +1,6 @@
 """The experts of a task that a report is about: what a run trained, or what a threshold takes."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,7 @@ def find_run(path: Path) -> Run | None:
         InputError: its files are damaged.
     """
     folder = RunFolder(path)
-    if not folder.config.is_file():
+    if not os.path.lexists(folder.config):
         return None
     # Not `load_config`: a file that the run has read need not be there any more.
     config = strict_yaml.load(RunConfig, folder.config)
@@ -126,7 +127,7 @@ def find_selection(
     asked = top_p is not None or (own is not None and wanted != own.method)
     if run is not None and run.experts is not None and not asked:
         try:
-            run.experts.validate_ids(scores.layers, scores.num_experts)
+            run.experts.validate(scores.layers, scores.num_experts)
         except InputError as error:
             raise InputError(f"{run.folder.expert_cfg}: {error}") from None
         rule, threshold = _own_rule(run, scores)

@@ -44,7 +44,7 @@ def config(short_run: Path, chats: Path, tmp_path: Path) -> Path:
         "others": {
             "text": {"valid": [str(tmp_path / "text.jsonl")]},
             "chats": {"data": str(chats), "valid": [str(chats)], "format": "chat"},
-            "sums.short": {"data": str(tmp_path / "sums.jsonl"), "max_new_tokens": 2},
+            "sums-short": {"data": str(tmp_path / "sums.jsonl"), "max_new_tokens": 2},
         },
     }
     path = tmp_path / "run.json"
@@ -79,7 +79,7 @@ def test_before_and_after_training(
     assert train.main(["--config", str(config)]) == 0
     printed = capsys.readouterr().out
     before, after = scores(folder, "base"), scores(folder, "adapter")
-    assert before.keys() == after.keys() == {"task", "text", "chats", "sums.short"}
+    assert before.keys() == after.keys() == {"task", "text", "chats", "sums-short"}
     expected = []
     for name in ("task", "text", "chats"):
         old, new = before[name], after[name]
@@ -92,9 +92,9 @@ def test_before_and_after_training(
             if old["heldout"][loss] is not None:
                 expected.append([name, unit, old["heldout"][loss], new["heldout"][loss]])
     assert [e[1] for e in expected].count("held-out bits per byte") == 1  # chats have no bytes
-    old, new = before["sums.short"], after["sums.short"]
+    old, new = before["sums-short"], after["sums-short"]
     assert old["heldout"] is None
-    expected.append(["sums.short", "exact_match, %", old["value"], new["value"]])
+    expected.append(["sums-short", "exact_match, %", old["value"], new["value"]])
     (path,) = folder.glob("comparison-*.json")
     assert f"comparison: {path}" in printed
     comparison = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def test_before_and_after_training(
     assert before["text"]["heldout"]["nats_per_token"] == pytest.approx(loss.nats_per_token)
     assert before["text"]["heldout"]["bits_per_byte"] == pytest.approx(loss.bits_per_byte)
     completions = read_completions(base_folders["task"] / "completions.jsonl")
-    short = read_completions(base_folders["sums.short"] / "completions.jsonl")
+    short = read_completions(base_folders["sums-short"] / "completions.jsonl")
     assert len(completions) == len(short) == 3
     assert not (base_folders["text"] / "completions.jsonl").exists()
 
@@ -186,13 +186,13 @@ def test_only_scores_of_the_same_settings_are_taken_over(
         assert report.scores["text"] == Score(None, None, 0, 0, HeldoutLoss(9, 2.5, None))
         return list(done)
 
-    everything = ["task", "text", "chats", "sums.short"]
+    everything = ["task", "text", "chats", "sums-short"]
     assert evaluated() == everything
     assert evaluated() == []
     assert evaluated("evaluation.batch_size=3") == []
     assert evaluated("evaluation.max_new_tokens=5") == ["task", "chats"]
     same = ("evaluation.max_new_tokens=5", "evaluation.limit=2")
-    assert evaluated(*same) == ["task", "chats", "sums.short"]
+    assert evaluated(*same) == ["task", "chats", "sums-short"]
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write('{"text": "More of it."}\n')
     assert evaluated(*same) == ["text"]
@@ -200,6 +200,9 @@ def test_only_scores_of_the_same_settings_are_taken_over(
     assert evaluated("evaluation.max_new_tokens=5") == []
     # A score that is half there is none: it is written last.
     for path in (tmp_path / "run" / "evaluation").glob("base-*/chats-*/scores.json"):
+        path.unlink()
+    assert evaluated(*same) == ["chats"]
+    for path in (tmp_path / "run" / "evaluation").glob("base-*/chats-*/completions.jsonl"):
         path.unlink()
     assert evaluated(*same) == ["chats"]
     assert evaluated(*same, "dtype=bfloat16") == everything
@@ -277,7 +280,7 @@ def test_an_evaluation_replaces_no_other_one(config: Path, tmp_path: Path, done:
         assert kept.items() <= files(folder).items(), override
     before = files(folder)
     report = run_evaluation(load_config(config, ["evaluation.limit=1"]))
-    assert report.kept == ("task", "text", "chats", "sums.short")
+    assert report.kept == ("task", "text", "chats", "sums-short")
     assert files(folder) == before
 
 
@@ -368,7 +371,7 @@ def test_a_judge_scores_a_task(
         ("evaluation.others.text={}", "others.text: nothing to evaluate; expected data or valid"),
         ("evaluation.others={task: {valid: [a]}}", "others.task: expected a name"),
         ("evaluation.others={a/b: {valid: [a]}}", "others.a/b: expected a name"),
-        (f"evaluation.others={{{61 * 'a'}: {{valid: [a]}}}}", "expected a name of at most 60"),
+        (f"evaluation.others={{{65 * 'a'}: {{valid: [a]}}}}", "expected a name of at most 64"),
         ("evaluation={data: EVAL, metric: bleu}", "EVAL: bleu: the longest answer has 1 tokens"),
         ("evaluation.others.text.data=nowhere.jsonl", "nowhere.jsonl: cannot be read"),
         ("evaluation.others.chats.metric=intent", "an answer is not JSON, which intent needs"),

@@ -125,6 +125,8 @@ def test_scores_of_several_bases_do_not_mix(model, scores):
     choose_experts(select, [one, old])
     with pytest.raises(InputError, match="b: base_fingerprint: measured on another base"):
         choose_experts(select, [one, other])
+    with pytest.raises(InputError, match="c: base_fingerprint: measured on another base"):
+        choose_experts(SelectConfig(top_k=1, scores=("a", "b", "c")), [old, one, other])
     here = of(config_fingerprint=model.fingerprint)
     choose_experts(select, [here, old], model)
     with pytest.raises(InputError, match="b: config_fingerprint: measured on another base"):

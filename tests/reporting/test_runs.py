@@ -238,6 +238,9 @@ def test_runs_of_different_models_are_refused(
         path.write_text(json.dumps(content))
     assert main([*map(str, runs), "--output", str(tmp_path / "out")]) == 2
     assert f"{runs[1]}: base_fingerprint: measured on another base" in capsys.readouterr().err
+    runs.insert(0, make_run("unknown"))  # does not say it
+    assert main([*map(str, runs), "--output", str(tmp_path / "out")]) == 2
+    assert f"{runs[2]}: base_fingerprint: measured on another base" in capsys.readouterr().err
 
 
 def test_experts_of_another_model_are_refused(
@@ -247,3 +250,32 @@ def test_experts_of_another_model_are_refused(
     ExpertConfig({1: (99,)}).save(run / "expert_cfg.json")
     assert main([str(run), "--output", str(tmp_path / "out")]) == 2
     assert "expert_cfg.json: expert config: layer 1: expert 99" in capsys.readouterr().err
+
+
+def test_what_a_report_cannot_be_of_is_named(
+    make_run: MakeRun, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is passed over: no model that was changed since, no file that cannot be read."""
+    run, out = make_run(), tmp_path / "out"
+
+    def refused(message: str, *more: str) -> None:
+        assert main([str(run), "--output", str(out), *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (out / "data").exists()
+
+    path, other = run / "scores" / "scores.json", tmp_path / "other"
+    content = json.loads(path.read_text())
+    content["provenance"]["config_fingerprint"] = ModelConfig.load(base).fingerprint
+    path.write_text(json.dumps(content))
+    shutil.copytree(base, other)
+    raw = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (other / "config.json").write_text(json.dumps(raw))
+    refused(f"{run}: config_fingerprint: measured on another base", "--model", str(other))
+    ExpertConfig({}).save(run / "expert_cfg.json")
+    refused("expert_cfg.json: expert config: nothing is selected")
+    (out / "report.html").mkdir(parents=True)
+    (run / "expert_cfg.json").unlink()
+    refused("report.html is a folder; expected a file")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to("nowhere")
+    refused("config.yaml: cannot be read: No such file")
