@@ -28,9 +28,8 @@ import measuring
 import ml_dtypes
 import numpy as np
 
+from esft_jax.families import load_model_config, tensor_table
 from esft_jax.hf.folder import TensorSpec, write_tensors
-from esft_jax.hf.names import tensor_placements
-from esft_jax.model.config import ModelConfig
 
 MODEL = Path(__file__).parents[1] / "models" / "deepseek-v2-lite" / "config.json"
 SHARD_BYTES = 5_000_000_000  # as `export` cuts them: its files must come out equal
@@ -49,7 +48,7 @@ def generate(folder: Path, layers: int, smaller: int = 1) -> int:
         raw[key] //= smaller
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
-    placements = tensor_placements(ModelConfig.load(folder))
+    placements = tensor_table(load_model_config(folder)).places
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     specs = {name: TensorSpec(bfloat16, place.shape) for name, place in placements.items()}
     largest = max(spec.num_bytes for spec in specs.values())
@@ -239,7 +238,7 @@ def measure(folder: Path, layers: int, smaller: int, load_layers: int) -> dict:
     size = num_bytes(source)
     if shutil.disk_usage(folder).free < size + SPARE_DISK:
         raise SystemExit(f"needs {size + SPARE_DISK:,} bytes of free disk; use fewer --layers")
-    tensors = len(tensor_placements(ModelConfig.load(source)))
+    tensors = len(tensor_table(load_model_config(source)).places)
     original = content(source)
     steps: dict[str, dict[str, float]] = {}
     checks: dict[str, bool] = {}

@@ -17,9 +17,10 @@ import esft_jax
 from esft_jax.config import OptimizerConfig
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.families import load_model_config
 from esft_jax.hf.export import save_model
 from esft_jax.mesh import make_mesh, place_batch
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import place_state
 from esft_jax.training.step import jit_train_step, make_eval_step, make_train_step
@@ -43,7 +44,7 @@ def prepare(
     """
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    model = Transformer(ModelConfig.load(folder), rngs=nnx.Rngs(0))
+    model = Transformer(load_model_config(folder), rngs=nnx.Rngs(0))
     save_model(model, folder / "model", folder, jnp.float32)
 
     random = np.random.default_rng(0)

@@ -39,6 +39,7 @@ from measuring import machine, print_table, write_report
 from esft_jax.config import RunConfig
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.families import load_model_config
 from esft_jax.mesh import make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.remat import Remat
@@ -114,7 +115,7 @@ def compile_case(
     options: argparse.Namespace, slice_name: str, method: str, remat: Remat
 ) -> dict[str, Any]:
     """Compile one method for one slice: bytes per chip, operations per chip and step, seconds."""
-    model, experts = ModelConfig.load(options.model), ExpertConfig.load(options.experts)
+    model, experts = load_model_config(options.model), ExpertConfig.load(options.experts)
     devices = ahead_of_time_devices(slice_name)
     mesh = make_mesh(expert=options.split or len(devices), devices=devices)
     rows = len(devices) * options.rows

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from esft_jax.errors import Diverged, InputError
+from esft_jax.families import tensor_table
 from esft_jax.hf.model_tensors import model_tensors
-from esft_jax.hf.names import tensor_placements
 from esft_jax.model.transformer import Transformer
 
 
@@ -26,7 +26,7 @@ def check_base(model: Transformer, name: str) -> None:
         InputError: naming the tensor.
     """
     damaged = {tuple(map(str, path)) for path in _not_finite(nnx.state(model, nnx.Param))}
-    placements = tensor_placements(model.config)
+    placements = tensor_table(model.config).places
     tensors = [tensor for tensor, place in placements.items() if place.path in damaged]
     for tensor, values in model_tensors(model, tensors, np.float32):
         if not np.isfinite(values).all():

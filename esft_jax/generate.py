@@ -8,9 +8,9 @@ from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.evaluation.generate import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
+from esft_jax.families import load_model_config
 from esft_jax.hf.load import local_folder
 from esft_jax.hf.manifest import RUN_DTYPES
-from esft_jax.model.config import ModelConfig
 
 
 @command
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     folder = local_folder(args.model)
-    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
+    shape, tokenizer = load_model_config(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
     encode = tokenizer.encode_text if args.raw else tokenizer.encode_user
     prompt = encode(args.prompt)

@@ -15,6 +15,7 @@ from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, Share
 from esft_jax.errors import InputError
 from esft_jax.experts.scores import SCORE_METHODS
+from esft_jax.families import load_model_config
 from esft_jax.files import (
     check_no_links,
     check_writable,
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     if model is not None:
         folder = local_folder(model, _MODEL_FILES)
         length = args.sequence_length or _length_of_runs(arguments)
-        costs, tokenizer = CostModel(ModelConfig.load(folder), length), load_tokenizer(folder)
+        costs, tokenizer = CostModel(load_model_config(folder), length), load_tokenizer(folder)
     router = None if costs is None else costs.config.router
     tasks = read_tasks(
         arguments,
@@ -163,7 +164,7 @@ def _model_of_runs(arguments: Sequence[Named]) -> str | None:
                 file=sys.stderr,
             )
             continue
-        found.append((named, name, ModelConfig.load(folder)))
+        found.append((named, name, load_model_config(folder)))
     for named, name, shape in found:
         first, other, expected = found[0]
         if shape != expected:

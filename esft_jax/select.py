@@ -15,8 +15,8 @@ from esft_jax.experts.choose import check_select, choose_experts, describe, load
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.scores import SCORE_METHODS, ExpertScores
 from esft_jax.experts.select import DEFAULT_TOP_P
+from esft_jax.families import load_model_config
 from esft_jax.hf.load import local_folder
-from esft_jax.model.config import ModelConfig
 from esft_jax.terminal import Terminal
 
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     select = _select_config(args)
     model = None
     if args.model is not None:
-        model = ModelConfig.load(local_folder(args.model, files=("config.json",)))
+        model = load_model_config(local_folder(args.model, files=("config.json",)))
         check_select(select, model, args.dtype)
     tasks = load_tasks(args.scores, model, args.experts_per_token)
     config = choose_experts(select, tasks, model, args.dtype, args.experts_per_token)

@@ -59,8 +59,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Not before `pytest_configure` has set up the environment of JAX.
     from flax import nnx
 
+    from esft_jax.families import load_model_config
     from esft_jax.hf.export import save_model
-    from esft_jax.model import ModelConfig, Transformer
+    from esft_jax.model import Transformer
 
     embedded = Path(__file__).parents[1] / "models" / "tiny-moe"
     template = tmp_path_factory.mktemp("template")
@@ -68,7 +69,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, template)
     raw = json.loads((embedded / "config.json").read_text()) | TINY
     (template / "config.json").write_text(json.dumps(raw))
-    model = Transformer(ModelConfig.load(template), rngs=nnx.Rngs(0))
+    model = Transformer(load_model_config(template), rngs=nnx.Rngs(0))
     folder = tmp_path_factory.mktemp("base") / "model"
     save_model(model, folder, template)
     return folder

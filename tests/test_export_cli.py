@@ -5,9 +5,8 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.export import main
 from esft_jax.hf.adapter import save_adapter
 from esft_jax.hf.load import load_base
-from esft_jax.hf.names import expert_names
 from esft_jax.hf.tensor_files import TensorFiles
-from tests.hf.checkpoints import save, torch_model
+from tests.hf.checkpoints import expert_names, save, torch_model
 
 
 def test_exports(tmp_path, capsys):

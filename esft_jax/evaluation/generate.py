@@ -1,4 +1,4 @@
-"""Greedy and sampled decoding in batches, with MLA's compressed cache."""
+"""Greedy and sampled decoding in batches, with a cache of keys and values."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.mesh import RULES, device_multiple, place_whole_batch
-from esft_jax.model.attention import LatentCache
+from esft_jax.model.attention import Cache
 from esft_jax.model.transformer import Transformer
 
 # Prompts are padded to powers of two from here on: few shapes, so few compilations.
@@ -201,7 +201,7 @@ class _Progress(NamedTuple):
     new: Int[Array, "B N"]
     last: Int[Array, " B"]
     keys: Array
-    cache: LatentCache
+    cache: Cache
 
 
 def _complete(
@@ -303,7 +303,7 @@ def _extend(
 
 def _prefill(
     model: Transformer, tokens: Int[Array, "B P"], last: Int[Array, " B"], slots: int
-) -> LatentCache:
+) -> Cache:
     """A cache that holds each prompt up to but without its last token.
 
     Slots from there on hold what padding left; each is overwritten before it is first seen.
@@ -311,7 +311,7 @@ def _prefill(
     rows, width = tokens.shape
     block = min(width, _PREFILL_BLOCK)
 
-    def run(cache: LatentCache, start: Array) -> tuple[LatentCache, None]:
+    def run(cache: Cache, start: Array) -> tuple[Cache, None]:
         positions = jnp.broadcast_to(start + jnp.arange(block), (rows, block))
         part = jax.lax.dynamic_slice_in_dim(tokens, start, block, axis=1)
         _, cache = model.decode(part, positions, positions < last[:, None], cache)

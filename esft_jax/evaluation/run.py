@@ -34,6 +34,7 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
+from esft_jax.families import load_model_config
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.identity import tokenizer_fingerprint
@@ -155,7 +156,7 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     check_writable(run.path, "output")
     run.check_way()
     folder = local_folder(config.model)
-    shape, tokenizer = ModelConfig.load(folder), Tokenizer.load(folder)
+    shape, tokenizer = load_model_config(folder), Tokenizer.load(folder)
     tokenizer.check_vocabulary(shape.vocab_size)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
@@ -431,7 +432,7 @@ def _target(
     model = local_folder(config.model)
     facts = {
         "base_fingerprint": fingerprint,
-        "config_fingerprint": ModelConfig.load(model).fingerprint,
+        "config_fingerprint": load_model_config(model).fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(model, inputs.tokenizer),
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,

@@ -12,12 +12,12 @@ from esft_jax.config import SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.groups import group_experts
-from esft_jax.experts.partition import TUNED, label
+from esft_jax.experts.partition import trains
 from esft_jax.experts.scores import ExpertScores, as_wide, load_scores
 from esft_jax.experts.select import combine_experts, random_experts, select_experts
+from esft_jax.families import tensor_table
 from esft_jax.files import read_json
 from esft_jax.hf.identity import check_same_base
-from esft_jax.hf.names import tensor_placements
 from esft_jax.model.config import ModelConfig
 
 
@@ -137,8 +137,8 @@ def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> 
     rest = ExpertConfig({}, select.shared_experts, select.non_expert_modules)
     fixed = unit * sum(
         math.prod(place.shape)
-        for place in tensor_placements(model).values()
-        if label(place.path, rest) == TUNED
+        for place in tensor_table(model).places.values()
+        if trains(rest, place.role)
     )
     expert = unit * 3 * model.hidden_size * model.expert_width
     count = (budget - fixed) // expert

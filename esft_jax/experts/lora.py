@@ -32,6 +32,13 @@ class LoRA:
     experts: ExpertConfig
 
     @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the parameters that are updated, but for routed experts."""
+        roles = {"attention": "attention", "dense_mlps": "dense_mlp"}
+        roles["shared_experts"] = "shared_expert"
+        return frozenset(role for target, role in roles.items() if target in self.targets)
+
+    @property
     def scale(self) -> float:
         """Factor on `A B`."""
         return self.alpha / self.rank
@@ -74,26 +81,25 @@ class LoRA:
         """Of the matrices that are updated."""
         sides = [model.hidden_size]
         if "attention" in self.targets:
-            query = model.q_lora_rank or model.hidden_size
-            sides += [query, model.num_heads * model.qk_head_dim]
-            sides += [model.kv_lora_rank, model.num_heads * model.v_head_dim]
-        if "dense_mlps" in self.targets and model.first_dense_layers:
+            sides += model.attention.sides
+        if "dense_mlps" in self.targets and model.num_dense_layers:
             sides.append(model.dense_width)
-        if "shared_experts" in self.targets and model.num_shared_experts:
-            sides.append(model.num_shared_experts * model.expert_width)
+        if "shared_experts" in self.targets and model.shared_width:
+            sides.append(model.shared_width)
         if self.experts.num_experts_selected:
             sides.append(model.expert_width)
         return min(sides)
 
     def lowest_layer(self, model: ModelConfig) -> int | None:
         """The first decoder layer with an update; None if there is none."""
+        reached = {layer for layer, ids in self.experts.experts.items() if ids}
         if "attention" in self.targets:
-            return 0
-        if "dense_mlps" in self.targets and model.first_dense_layers:
-            return 0
-        if "shared_experts" in self.targets and model.num_shared_experts:
-            return model.first_dense_layers
-        return min((layer for layer, ids in self.experts.experts.items() if ids), default=None)
+            reached |= {0}
+        if "dense_mlps" in self.targets:
+            reached |= set(range(model.num_layers)) - set(model.moe_layers)
+        if "shared_experts" in self.targets and model.shared_width:
+            reached |= {model.moe_layers[0]}
+        return min(reached, default=None)
 
 
 # What a run trains: selected experts, low-rank updates, or (None) every parameter.

@@ -1,6 +1,6 @@
 """Which parameters are trained: the tuned partition, and the frozen rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA, Trained
 from esft_jax.mesh import EXPERT, RULES
 from esft_jax.model.lora import LowRank, LowRankExperts, LowRankLayout
+from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
-from esft_jax.model.tuned import TunedExperts, TunedLayout
+from esft_jax.model.tuned import TunedExperts, TunedLayout, TunedParam
 
-Path = tuple[Any, ...]
 TUNED, FROZEN = "tuned", "frozen"
 
 
@@ -101,9 +101,8 @@ def attach_factors(
     )
     if "attention" in lora.targets:
         for block in blocks:
-            for name in ("q", "q_down", "q_up", "kv_down", "kv_up", "out"):
-                if hasattr(block.attention, name):
-                    update(block.attention, name, name)
+            for name in block.attention.matrices:
+                update(block.attention, name, name)
     if "dense_mlps" in lora.targets and model.dense_blocks is not None:
         update_mlp(model.dense_blocks.mlp)
     moe = model.moe_blocks.moe
@@ -163,37 +162,38 @@ def _moved(
     return jax.jit(split, donate_argnums=0)(stack)
 
 
-def label(path: Path, experts: ExpertConfig | None) -> str:
-    """`tuned` or `frozen` for the parameter at a path of the model.
-
-    Args:
-        experts: what `esft` trains; None for full fine-tuning, which trains everything.
+def trains(experts: ExpertConfig, role: Role) -> bool:
+    """Whether `esft` trains the base parameters of a role. A selection bias never learns: load
+    balancing has set it once.
     """
-    if experts is None or "tuned_experts" in path:
-        return TUNED
-    if "experts" in path:
-        return FROZEN
-    trained = experts.shared_experts if "shared_experts" in path else experts.non_expert_modules
-    return TUNED if trained else FROZEN
+    match role:
+        case Role.ROUTED_EXPERT | Role.SELECTION_BIAS:
+            return False
+        case Role.SHARED_EXPERT:
+            return experts.shared_experts
+    return experts.non_expert_modules
+
+
+def _is_trained(param: nnx.Variable, trained: Trained) -> bool:
+    if isinstance(trained, LoRA):
+        return isinstance(param, nnx.LoRAParam)
+    if trained is None:
+        return param.role is not Role.SELECTION_BIAS
+    return isinstance(param, TunedParam) or trains(trained, param.role)
 
 
 def partition(model: Transformer, trained: Trained) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Split a model into structure, tuned parameters (float32 masters) and frozen ones."""
-
-    def is_tuned(path: Path, value: Any) -> bool:
-        if isinstance(trained, LoRA):
-            return isinstance(value, nnx.LoRAParam)
-        return label(path, trained) == TUNED
-
-    graph, tuned, *rest = nnx.split(model, is_tuned, ...)
+    graph, tuned, *rest = nnx.split(model, lambda _, param: _is_trained(param, trained), ...)
     return graph, jax.tree.map(lambda p: p.astype(jnp.float32), tuned), rest[0]
 
 
-def is_scale(path: Path) -> bool:
-    """Whether a parameter is a norm's scale, which weight decay leaves alone."""
-    return "scale" in path
+def decays(state: nnx.State) -> nnx.State:
+    """The same state with, for each value, whether weight decay falls on it: not on vectors, which
+    are the scales of norms, and biases.
+    """
 
+    def is_matrix(param: nnx.Variable) -> bool:
+        return len([axis for axis in param.axes if axis != "layers"]) > 1
 
-def map_by_path(state: nnx.State, function: Callable[[Path], Any]) -> nnx.State:
-    """The same state with each value replaced by a function of its path."""
-    return nnx.map_state(lambda path, variable: variable.replace(function(path)), state)
+    return nnx.map_state(lambda _, param: param.replace(is_matrix(param)), state)

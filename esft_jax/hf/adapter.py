@@ -20,19 +20,14 @@ from flax import nnx
 
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import check_plain
+from esft_jax.experts.partition import check_plain, trains
+from esft_jax.families import tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.hf.blocks import read_block, write_blocks
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.lora import ADAPTER_CONFIG, LoRAAdapter, open_lora
 from esft_jax.hf.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
 from esft_jax.hf.model_tensors import ModelTensors, model_tensors
-from esft_jax.hf.names import (
-    EXPERTS,
-    LeafPath,
-    Placement,
-    expert_names,
-    tensor_placements,
-)
 from esft_jax.hf.tensor_files import DTYPES, TensorFiles, is_finite
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
@@ -113,7 +108,7 @@ class Adapter:
                 raise InputError(
                     f"{self.folder}: tensor {name!r} is missing; {EXPERT_CONFIG} names it"
                 )
-        placements = tensor_placements(config)
+        placements = tensor_table(config).places
         wanted = set(expected)
         for name in self.tensors:
             if name not in wanted:
@@ -159,21 +154,18 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
         expert_cfg.validate(config.moe_layers, config.router.num_experts)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    table = tensor_table(config)
     selected = {
         name
         for layer, ids in expert_cfg.experts.items()
         for expert in ids
-        for name in expert_names(layer, expert)
+        for name in table.expert_names(layer, expert)
     }
 
     def trained(name: str, place: Placement) -> bool:
-        if place.path[:3] == EXPERTS:
-            return name in selected
-        if "shared_experts" in place.path:
-            return expert_cfg.shared_experts
-        return expert_cfg.non_expert_modules
+        return name in selected or trains(expert_cfg, place.role)
 
-    return [name for name, place in tensor_placements(config).items() if trained(name, place)]
+    return [name for name, place in table.places.items() if trained(name, place)]
 
 
 def trained_tensors(
@@ -269,7 +261,7 @@ def apply_adapter(
     """
     check_plain(model)
     adapter.check(model.config, base_fingerprint, tokenizer_fingerprint)
-    placements = tensor_placements(model.config)
+    placements = tensor_table(model.config).places
     by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
     for name in adapter.names:
         by_leaf[placements[name].path].append(name)

@@ -19,6 +19,7 @@ import pydantic
 from tqdm import tqdm
 
 from esft_jax.errors import InputError
+from esft_jax.families.tensors import LeafPath
 from esft_jax.files import (
     check_no_links,
     checked,
@@ -27,6 +28,7 @@ from esft_jax.files import (
     write_text_atomic,
 )
 from esft_jax.hf.converted import (
+    CARRIED,
     FORMAT,
     JOURNAL,
     MANIFEST,
@@ -39,12 +41,13 @@ from esft_jax.hf.converted import (
     orbax_metadata,
     stored,
 )
-from esft_jax.hf.folder import copy_companions
-from esft_jax.hf.names import LeafPath
+from esft_jax.hf.folder import TensorSpec, copy_companions, write_tensors
 from esft_jax.hf.source import HuggingFaceSource, combine_digests
 from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype, is_finite
 from esft_jax.mesh import on_all_processes
+
+_MAX_SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,11 @@ def _finish(
 ) -> None:
     """Write what belongs to all tensors; the manifest last, for it says that all is there."""
     copy_companions(source.folder, folder)
+    if source.carried:
+        carried, target = source.carried, folder / CARRIED
+        target.mkdir(exist_ok=True)
+        specs = {n: TensorSpec(carried.dtype(n), info.shape) for n, info in carried.items()}
+        write_tensors(target, specs, ((n, carried.read(n)) for n in specs), _MAX_SHARD_BYTES)
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
     digests = _digests(source, _journals(folder))
     assert digests.keys() == source.placements.keys()
@@ -181,6 +189,7 @@ def _finish(
         "source": origin,
         "fingerprint": combine_digests(digests),
         "dtypes": sorted({DTYPE_NAMES[dtype] for dtype in dtypes.values()}),
+        "carried": sorted(source.carried),
     }
     write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for path in _journals(folder):

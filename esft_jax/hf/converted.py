@@ -7,6 +7,7 @@ unfinished.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import reprlib
@@ -20,17 +21,18 @@ import numpy as np
 import tensorstore as ts
 
 from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.files import check_file, checked, read_json
 from esft_jax.hf.blocks import Box, box_shape
-from esft_jax.hf.names import LeafPath, Placement, tensor_placements
-from esft_jax.hf.tensor_files import DTYPES
-from esft_jax.model.config import ModelConfig
+from esft_jax.hf.tensor_files import DTYPES, TensorFiles
 
 FORMAT = "esft_jax converted base, version 1"
 MANIFEST = "manifest.json"
 JOURNAL = "conversion.jsonl"
 """Written by `convert`; it names the source, and the tensors that are finished."""
 PARAMS = "params"
+CARRIED = "carried"
 
 _MAX_CHUNK_BYTES = 64 << 20
 
@@ -43,12 +45,14 @@ class _Manifest:
         source: what it was converted from.
         fingerprint: of all weights.
         dtypes: names of the types of the arrays, as in safetensors.
+        carried: names of the tensors that the model does not use.
     """
 
     format: str
     source: str
     fingerprint: str
     dtypes: list[Literal["BF16", "F16", "F32"]]
+    carried: list[str] = dataclasses.field(default_factory=list)
 
 
 def is_converted(folder: Path) -> bool:
@@ -76,9 +80,16 @@ class ConvertedSource:
             raise InputError(f"{path}: key 'format': expected {FORMAT!r}")
         manifest = checked(_Manifest, content, str(path))
         self._fingerprint = manifest.fingerprint
-        self.config = ModelConfig.load(self.folder)
-        self.placements = tensor_placements(self.config)
+        self.config = load_model_config(self.folder)
+        self.placements = tensor_table(self.config).places
         types = [DTYPES[name] for name in manifest.dtypes]
+        self.carried = TensorFiles(self.folder, {})
+        if manifest.carried:
+            self.carried = TensorFiles(self.folder / CARRIED)
+        if sorted(self.carried) != sorted(manifest.carried):
+            raise InputError(
+                f"{self.folder / CARRIED}: its tensors are not those that {path.name} names"
+            )
         self._arrays = {
             leaf: self._open(leaf, shape, chunk, types)
             for leaf, (shape, chunk) in _shapes_and_chunks(self.placements).items()

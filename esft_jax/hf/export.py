@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from jax.typing import DTypeLike
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import read_json
 from esft_jax.hf.adapter import load_adapter
 from esft_jax.hf.folder import TensorSpec, copy_companions, make_way, new_folder, write_tensors
 from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import open_source
 from esft_jax.hf.lora import LoRAAdapter
-from esft_jax.hf.model_tensors import model_tensors
-from esft_jax.hf.names import tensor_placements
+from esft_jax.hf.model_tensors import ModelTensors
+from esft_jax.hf.stored import stored_parts, stored_specs, stored_tensor
 from esft_jax.hf.streaming import in_order
-from esft_jax.hf.tensor_files import DTYPE_NAMES, common_dtype, is_finite
+from esft_jax.hf.tensor_files import DTYPE_NAMES, TensorFiles, common_dtype, is_finite
 from esft_jax.mesh import on_all_processes
-from esft_jax.model.config import ModelConfig
+from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
 
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -75,15 +77,19 @@ def export_model(
             stored |= dict.fromkeys(changed, np.dtype(np.float32))  # the sums
         else:
             stored |= {name: wanted[name] for name in changed}
-    common = common_dtype(wanted.values()) if dtype is None else jnp.dtype(dtype)
-    specs = {name: TensorSpec(common, place.shape) for name, place in source.placements.items()}
+    table = tensor_table(source.config)
+    weights = {n: k for n, k in wanted.items() if table.places[n].role is not Role.SELECTION_BIAS}
+    common = common_dtype(weights.values()) if dtype is None else jnp.dtype(dtype)
+    specs, parts = stored_specs(table, common), stored_parts(table)
+    carried = source.carried
+    specs |= {name: TensorSpec(carried.dtype(name), info.shape) for name, info in carried.items()}
 
     def merged(name: str) -> np.ndarray:
         if loaded is not None and name in changed:
             tensor = loaded.merged(name, partial(source.tensor, name))
         else:
             tensor = source.tensor(name)
-        tensor = tensor.astype(specs[name].dtype, copy=False)
+        tensor = tensor.astype(common, copy=False) if name in weights else tensor
         if not is_finite(tensor):
             raise InputError(
                 f"{adapter if name in changed else base}: tensor {name!r} has values that are no "
@@ -91,12 +97,18 @@ def export_model(
             )
         return tensor
 
-    arriving = in_order(merged, specs, lambda name: specs[name].num_bytes)
-    _write_model(target, source.folder, specs, arriving, replace=False)
-    cast = Counter(kind.name for kind in stored.values() if kind != common)
-    parts = [f"all {len(specs):,} tensors in {common.name}"]
-    parts += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
-    say(", ".join(parts))
+    def arriving(name: str) -> np.ndarray:
+        if name in carried:
+            return carried.read(name)
+        return stored_tensor(table, name, specs, parts, merged)
+
+    tensors = in_order(arriving, specs, lambda name: specs[name].num_bytes)
+    _write_model(target, source.folder, specs, tensors, common, replace=False)
+    cast = Counter(stored[name].name for name in weights if stored[name] != common)
+    said = [f"all {len(weights):,} tensors in {common.name}"]
+    said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
+    said += [f"{len(carried):,} tensors carried along"] if carried else []
+    say(", ".join(said))
 
 
 def save_model(
@@ -104,6 +116,7 @@ def save_model(
     folder: str | Path,
     template_folder: str | Path,
     dtype: DTypeLike | None = None,
+    carried: TensorFiles | None = None,
 ) -> None:
     """Write all weights of a model as a Hugging Face folder; an older one there gives way.
 
@@ -113,6 +126,7 @@ def save_model(
     Args:
         template_folder: where `config.json` and the tokenizer are copied from.
         dtype: type of the weights; the model's own by default.
+        carried: tensors of the base that the model does not use (`Source.carried`).
 
     Raises:
         InputError: another template, type or place than a model can be saved with.
@@ -120,17 +134,20 @@ def save_model(
     dtype = np.dtype(dtype or model.dtype)
     if dtype not in DTYPE_NAMES:
         raise InputError(f"dtype: {dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
-    placements = tensor_placements(model.config)
-    template = Path(template_folder)
-    if ModelConfig.load(template) != model.config:
+    table, template = tensor_table(model.config), Path(template_folder)
+    if load_model_config(template) != model.config:
         raise InputError(f"{template / 'config.json'}: describes another model than the one saved")
-    specs = {name: TensorSpec(dtype, place.shape) for name, place in placements.items()}
-    tensors = model_tensors(model, placements, dtype)
+    specs, parts = stored_specs(table, dtype), stored_parts(table)
+    read = ModelTensors(model).tensor
+    made = ((name, stored_tensor(table, name, specs, parts, read)) for name in parts)
+    kept = TensorFiles(template, {}) if carried is None else carried
+    specs = specs | {n: TensorSpec(kept.dtype(n), info.shape) for n, info in kept.items()}
+    tensors = chain(made, ((name, kept.read(name)) for name in kept))
     # No process returns, and perhaps opens the folder, before it is there.
     with on_all_processes(str(folder)):
         try:
             if jax.process_index() == 0:
-                _write_model(Path(folder), template, specs, tensors, replace=True)
+                _write_model(Path(folder), template, specs, tensors, dtype, replace=True)
         finally:
             # Reading a tensor takes part of every process, even if the first one cannot write it.
             for _ in tensors:
@@ -153,14 +170,20 @@ def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    return config | {
-        "rope_parameters": {"rope_type": kind, "rope_theta": theta, **rope},
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else {"type": kind, "rope_type": kind, **rope},
-        "dtype": dtype.name,
-        "torch_dtype": dtype.name,
-    }
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    base = {} if theta is None else {"rope_theta": theta}  # the family's own, if it says none
+    return (
+        config
+        | base
+        | {
+            "rope_parameters": {"rope_type": kind, **base, **rope},
+            "rope_scaling": None
+            if kind == "default"
+            else {"type": kind, "rope_type": kind, **rope},
+            "dtype": dtype.name,
+            "torch_dtype": dtype.name,
+        }
+    )
 
 
 def _write_model(
@@ -168,11 +191,11 @@ def _write_model(
     template: Path,
     specs: dict[str, TensorSpec],
     tensors: Iterator[tuple[str, np.ndarray]],
+    dtype: np.dtype,
     *,
     replace: bool,
 ) -> None:
     path = template / "config.json"
-    (dtype,) = {spec.dtype for spec in specs.values()}
     config = exported_config(read_json(path), dtype)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)

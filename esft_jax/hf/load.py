@@ -14,10 +14,10 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from esft_jax.errors import InputError
+from esft_jax.families.tensors import LeafPath
 from esft_jax.finite import check_base
 from esft_jax.hf.blocks import bounded
 from esft_jax.hf.converted import ConvertedSource, is_converted
-from esft_jax.hf.names import LeafPath
 from esft_jax.hf.source import HuggingFaceSource, Source
 from esft_jax.mesh import param_shardings
 from esft_jax.model.transformer import Transformer

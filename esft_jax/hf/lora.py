@@ -5,7 +5,8 @@ Factors are stored under the Hugging Face name of the matrix they update, expert
 """
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from pydantic import PositiveInt
 
 from esft_jax.errors import InputError
 from esft_jax.experts.lora import LoRA
+from esft_jax.families import tensor_table
 from esft_jax.files import checked, read_json
 from esft_jax.hf.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.hf.manifest import MANIFEST, check_base, read_manifest, run_dtype
 from esft_jax.hf.model_tensors import ModelTensors
-from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles, common_dtype
 from esft_jax.mesh import on_first_process
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,7 +108,7 @@ class LoRAAdapter:
             InputError: it belongs to another base, or its tensors are no factors of this model's
                 matrices, or not those that its manifest names.
         """
-        placements = tensor_placements(config)
+        placements = tensor_table(config).places
         expected: set[str] = set()
         for name in self.names:
             shape = placements[name].shape if name in placements else ()
@@ -224,25 +226,32 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
     of its fused experts. So dense MLPs and shared experts are named as parameters, and experts by a
     pattern that is true of fused experts (where their index is missing) if it means all of them.
     """
-    modules, parameters = [], []
-    if "attention" in lora.targets:
-        query = ["q_proj"] if model.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-        names = [*query, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-        modules.append(rf"\d+\.self_attn\.({'|'.join(names)})")
-    for target, parent in (("dense_mlps", "mlp"), ("shared_experts", "shared_experts")):
-        if target in lora.targets:
-            parameters += [f"{parent}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    table = tensor_table(model)
+    # Names within a layer, in the order of the model.
+    within = {
+        name.split(".", 3)[3]: place.role
+        for name, place in table.places.items()
+        if place.is_matrix and place.role in lora.roles
+    }
+    attention = [name for name, role in within.items() if role is Role.ATTENTION]
+    parameters = [name for name, role in within.items() if role is not Role.ATTENTION]
+    modules = []
+    if attention:
+        modules.append(rf"\d+\.({'|'.join(_escaped(attention))})")
+    experts = table.experts
+    (prefix,) = _escaped([experts.prefix])
+    parts = "|".join(_escaped([experts.gate, experts.up, experts.down]))
     if "experts" in lora.targets:
-        modules.append(r"\d+\.mlp\.experts\.(\d+\.)?(gate|up|down)_proj")
+        modules.append(rf"\d+\.{prefix}\.(\d+\.)?({parts})")
     else:
         for layer, ids in lora.experts.experts.items():
             if ids:
                 chosen = "|".join(map(str, sorted(ids)))
-                modules.append(rf"{layer}\.mlp\.experts\.({chosen})\.(gate|up|down)_proj")
+                modules.append(rf"{layer}\.{prefix}\.({chosen})\.({parts})")
         if lora.experts.num_experts_selected:
             # No model has this module. Of fused experts, it asks for a half of a tensor, which
             # `peft` refuses; without it, `peft` would leave out the experts and say nothing.
-            modules.append(r"\d+\.mlp\.experts\.gate_proj")
+            modules.append(rf"\d+\.{prefix}\.{experts.gate}")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -256,6 +265,10 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
         "target_parameters": parameters or None,
         **_PLAIN,
     }
+
+
+def _escaped(names: Iterable[str]) -> list[str]:
+    return [re.escape(name.removesuffix(".weight")) for name in names]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

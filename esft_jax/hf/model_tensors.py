@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from esft_jax.families import tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.hf.blocks import read_block
-from esft_jax.hf.names import EXPERTS, LeafPath, Placement, tensor_placements
 from esft_jax.model.lora import LowRank, LowRankExperts
+from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
 
 
@@ -27,7 +29,7 @@ class ModelTensors:
     """
 
     def __init__(self, model: Transformer):
-        self.placements = tensor_placements(model.config)
+        self.placements = tensor_table(model.config).places
         self._leaves: dict[LeafPath, jax.Array] = {
             tuple(map(str, path)): param.get_value()
             for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -48,15 +50,15 @@ class ModelTensors:
     def is_tuned(self, name: str) -> bool:
         """Whether a tensor is of an expert that has a row in the tuned bank."""
         place = self.placements[name]
-        return place.path[:3] == EXPERTS and place.index in self._tuned_rows
+        return place.role is Role.ROUTED_EXPERT and place.index in self._tuned_rows
 
     def update(self, name: str) -> tuple[LowRank, int] | None:
         """The factors of a matrix, which may be those of several, and its row in them, if any."""
         place = self.placements[name]
         kind = place.path[-1]
         if kind == "gate_up":
-            kind = "gate" if ".gate_proj." in name else "up"
-        if place.path[:3] == EXPERTS:
+            kind = "gate" if place.columns and place.columns[0] == 0 else "up"
+        if place.role is Role.ROUTED_EXPERT:
             layer, expert = place.index
             factors = self._factors.get(("tuned_experts", kind))
             row = self._updated_rows.get((layer, expert))
@@ -89,7 +91,7 @@ class ModelTensors:
 
     def _place(self, name: str, place: Placement) -> tuple[jax.Array, tuple[slice, ...]]:
         """Where a tensor is now."""
-        if place.path[:3] != EXPERTS or self._positions is None:
+        if place.role is not Role.ROUTED_EXPERT or self._positions is None:
             return self._leaves[place.path], place.box
         layer, expert = place.index
         if self.is_tuned(name):

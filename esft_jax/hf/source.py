@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -19,17 +20,12 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.hf.blocks import Box, assign_transposed, box_shape, intersect, within
-from esft_jax.hf.names import (
-    LeafPath,
-    Placement,
-    fused_shapes,
-    fused_slices,
-    tensor_placements,
-)
 from esft_jax.hf.streaming import in_order, share
 from esft_jax.hf.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
-from esft_jax.model.config import ModelConfig, RopeConfig
+from esft_jax.model.config import ModelConfig
 from esft_jax.model.rope import inverse_frequencies
 
 _COMPARED_BYTES = 16 << 20
@@ -42,8 +38,10 @@ class Source(Protocol):
         folder: holds `config.json` and the tokenizer.
         config: the model's shape.
         placements: the model's tensors and their places.
+        carried: tensors that the model does not use, and that exports keep.
     """
 
+    carried: TensorFiles
     folder: Path
     config: ModelConfig
     placements: dict[str, Placement]
@@ -71,13 +69,12 @@ class HuggingFaceSource:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = ModelConfig.load(self.folder)
-        self.placements = tensor_placements(self.config)
+        self.config = load_model_config(self.folder)
+        table = tensor_table(self.config)
+        self.placements = table.places
         self.files = TensorFiles(self.folder)
-        fused = {name: s for name, s in fused_shapes(self.config).items() if name in self.files}
-        self._fused = {
-            name: part for name, part in fused_slices(self.config).items() if part.name in fused
-        }
+        fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
+        self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
         expected = fused | {
             name: place.shape for name, place in self.placements.items() if name not in self._fused
         }
@@ -87,8 +84,10 @@ class HuggingFaceSource:
             raise InputError(f"{self.folder}: tensor {missing[0]!r} is missing{others}")
         for name, shape in expected.items():
             self.files.check(name, shape)
-        for name in self.files:
-            if name not in expected:
+        unplaced = [name for name in self.files if name not in expected]
+        self.carried = self.files.only(n for n in unplaced if n.startswith(self.config.carried))
+        for name in unplaced:
+            if name not in self.carried:
                 self._check_implied(name)
 
     def _check_implied(self, name: str) -> None:
@@ -111,10 +110,10 @@ class HuggingFaceSource:
                     "tie_word_embeddings: true of config.json; expected equal ones, or false there"
                 )
         elif _is_rotary_buffer(name, self.config.num_layers):
-            rope, dim = self.config.rope, self.config.qk_rope_head_dim
-            self.files.check(name, (dim // 2,))
+            rope = self.config.rope
+            self.files.check(name, (rope.rotated // 2,))
             # Old exports have those before any extension of the context, too.
-            known = (inverse_frequencies(r, dim) for r in (rope, RopeConfig(rope.theta)))
+            known = (inverse_frequencies(r) for r in (rope, replace(rope, yarn=None)))
             found = stored(name)
             close = max(1e-5, 2 * float(ml_dtypes.finfo(found.dtype).eps))
             if not any(np.allclose(found.astype(np.float32), k, close, 1e-7) for k in known):
@@ -194,8 +193,10 @@ class HuggingFaceSource:
         target = target[(0,) * len(place.index)]
         if place.transposed:
             assign_transposed(target, self.tensor(name, part[::-1]))
-        else:
+        elif place.stored_shape == place.shape:
             target[...] = self.tensor(name, part)
+        else:  # a single row, which the parameter holds as a vector
+            target[...] = self.tensor(name)[0][part]
 
 
 def _same_values(one: np.ndarray, other: np.ndarray) -> bool:

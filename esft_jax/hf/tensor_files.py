@@ -48,9 +48,24 @@ class TensorFiles(Mapping[str, TensorInfo]):
         InputError: no safetensors, a missing or damaged file, or an index that does not fit them.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, infos: Mapping[str, TensorInfo] | None = None):
         self.folder = Path(folder)
-        self._infos = dict(self._headers())
+        self._infos = dict(self._headers() if infos is None else infos)
+
+    def only(self, names: Iterable[str]) -> "TensorFiles":
+        """Some of the tensors.
+
+        Raises:
+            InputError: one of them has an unknown type.
+        """
+        found = {name: self[name] for name in names}
+        for name, info in found.items():
+            self.check(name, info.shape)
+        return TensorFiles(self.folder, found)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        return DTYPES[self[name].dtype]
 
     def __getitem__(self, name: str) -> TensorInfo:
         if name not in self._infos:

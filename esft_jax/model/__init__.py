@@ -1,4 +1,4 @@
-"""The Flax NNX model: DeepSeek-V2 style Mixture-of-Experts transformers."""
+"""The Flax NNX model: Mixture-of-Experts decoders, by switches."""
 
 from esft_jax.model.config import ModelConfig, RopeConfig, RouterConfig
 from esft_jax.model.transformer import ModelOutput, Transformer

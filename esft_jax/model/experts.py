@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.lora import LowRankWindow, update_rows
 from esft_jax.model.mlp import gated_silu
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.remat import GATE_UP
 from esft_jax.model.tuned import TunedWindow
 from esft_jax.ops.dispatch import (
@@ -40,8 +40,9 @@ class RoutedExperts(nnx.Module):
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
         experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
-        self.gate_up = params.weight((experts, size, 2 * width), ("experts", None, None))
-        self.down = params.weight((experts, width, size), ("experts", None, None))
+        split = ("experts", None, None), Role.ROUTED_EXPERT
+        self.gate_up = params.weight((experts, size, 2 * width), *split)
+        self.down = params.weight((experts, width, size), *split)
 
 
 class LearnedStack(NamedTuple):

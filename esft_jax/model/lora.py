@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.experts.placement import place_updated_experts
 from esft_jax.mesh import RULES
+from esft_jax.model.params import Role
 from esft_jax.model.tuned import Carried, TunedLayout, take_rows_of
 from esft_jax.ops.grouped_matmul import grouped_matmul
 
@@ -52,9 +53,10 @@ class LowRank(nnx.Module):
         layers, width, _ = weight.get_value().shape
         stack, side_in, side_out = weight.axes
         shape, axes = (layers, width, rank), (stack, side_in, None)
-        a = _made(lambda: _uniform(key, shape), axes, shape, mesh)
+        a = _made(lambda: _uniform(key, shape), axes, weight.role, shape, mesh)
         shape, axes = (layers, rank, columns), (stack, None, side_out)
-        return cls(a, _made(lambda: jnp.zeros(shape), axes, shape, mesh), scale)
+        b = _made(lambda: jnp.zeros(shape), axes, weight.role, shape, mesh)
+        return cls(a, b, scale)
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """The update of a product, in the type of `x`; of one layer, inside the scan over them."""
@@ -66,8 +68,11 @@ class LowRank(nnx.Module):
 
 
 def project(x: Float[Array, "... in"], module: Any, name: str) -> Float[Array, "... out"]:
-    """Product with a module's weight of this name, and with its factors if it has some."""
+    """Product with a module's weight of this name, with its bias and its factors if it has them."""
     out = x @ getattr(module, name)[...].astype(x.dtype)
+    bias = getattr(module, f"{name}_bias", None)
+    if bias is not None:
+        out += bias[...].astype(x.dtype)
     update = module.lora.get(name)
     return out if update is None else out + update(x)
 
@@ -224,9 +229,10 @@ class LowRankExperts(nnx.Module):
 
         def factors(key: jax.Array, side_in: int, side_out: int) -> LowRank:
             shape = (len(held), side_in, rank)
-            a = _made(lambda: draw(key, side_in), axes, shape, mesh)
+            a = _made(lambda: draw(key, side_in), axes, Role.ROUTED_EXPERT, shape, mesh)
             shape = (len(held), rank, side_out)
-            return LowRank(a, _made(lambda: jnp.zeros(shape), axes, shape, mesh), scale)
+            b = _made(lambda: jnp.zeros(shape), axes, Role.ROUTED_EXPERT, shape, mesh)
+            return LowRank(a, b, scale)
 
         gate, up, down = jax.random.split(key, 3)
         return cls(
@@ -248,7 +254,9 @@ def _uniform(key: jax.Array, shape: Sequence[int]) -> Float[Array, "L in r"]:
     return jax.random.uniform(key, tuple(shape), jnp.float32, -bound, bound)
 
 
-def _made(make: Any, axes: tuple, shape: tuple[int, ...], mesh: Mesh | None) -> nnx.LoRAParam:
+def _made(
+    make: Any, axes: tuple, role: Role, shape: tuple[int, ...], mesh: Mesh | None
+) -> nnx.LoRAParam:
     """A parameter whose value every device makes only its part of."""
     place = None if mesh is None else NamedSharding(mesh, RULES.spec(axes, shape, mesh))
-    return nnx.LoRAParam(jax.jit(make, out_shardings=place)(), axes=axes)
+    return nnx.LoRAParam(jax.jit(make, out_shardings=place)(), axes=axes, role=role)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.model.lora import project
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 
 
 @jax.custom_vjp
@@ -36,9 +36,9 @@ gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
 class MLP(nnx.Module):
     """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, gate first."""
 
-    def __init__(self, size: int, width: int, params: ParamFactory):
-        self.gate_up = params.weight((size, 2 * width), ("embed", None))
-        self.down = params.weight((width, size), (None, "embed"))
+    def __init__(self, size: int, width: int, params: ParamFactory, role: Role):
+        self.gate_up = params.weight((size, 2 * width), ("embed", None), role)
+        self.down = params.weight((width, size), (None, "embed"), role)
         self.lora: nnx.Dict = nnx.Dict()  # of `gate`, `up` and `down`
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -28,7 +28,7 @@ from esft_jax.model.experts import (
 )
 from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout
 
@@ -42,8 +42,11 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, params: ParamFactory):
         self.router = Router(config.hidden_size, config.router, params)
         self.experts = RoutedExperts(config, params)
-        width = config.num_shared_experts * config.expert_width
-        self.shared_experts = MLP(config.hidden_size, width, params) if width else None
+        size, width = config.hidden_size, config.shared_width
+        self.shared_experts = MLP(size, width, params, Role.SHARED_EXPERT) if width else None
+        if config.shared_gate:
+            self.shared_gate = params.weight((size, 1), ("embed", None), Role.SHARED_EXPERT)
+        self.gated = config.shared_gate
 
     def __call__(
         self,
@@ -86,7 +89,10 @@ class MoE(nnx.Module):
                 check_vma=False,
             )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, carried)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+            shared = self.shared_experts(x)
+            if self.gated:
+                shared *= jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
+            out = out + shared
         return out, routed, carried
 
 

@@ -1,6 +1,7 @@
-"""Parameter creation: values, names of their axes, and the leading layer axis."""
+"""Parameter creation: values, roles, names of axes, and the leading layer axis."""
 
 from dataclasses import dataclass
+from enum import StrEnum, auto
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 
+class Role(StrEnum):
+    """What a parameter is for. What is trained, decayed or updated is decided by it alone."""
+
+    EMBEDDING = auto()
+    HEAD = auto()
+    NORM = auto()
+    ATTENTION = auto()
+    ROUTER = auto()
+    SELECTION_BIAS = auto()  # of a router; load balancing set it once, and no method trains it
+    DENSE_MLP = auto()
+    SHARED_EXPERT = auto()
+    ROUTED_EXPERT = auto()
+
+
 @dataclass(frozen=True)
 class ParamFactory:
-    """Creates parameters that know the logical name of each of their axes.
+    """Creates parameters that know their role and the logical name of each of their axes.
 
     Attributes:
         rngs: source of random keys.
@@ -36,13 +51,19 @@ class ParamFactory:
             return shape, axes
         return (self.layers, *shape), ("layers", *axes)
 
-    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], role: Role) -> nnx.Param:
         """A normally distributed weight; `axes` are logical names (see `esft_jax.mesh`)."""
         shape, axes = self._full(shape, axes)
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
-        return nnx.Param(value.astype(self.dtype), axes=axes)
+        return nnx.Param(value.astype(self.dtype), axes=axes, role=role)
+
+    def bias(self, size: int, role: Role) -> nnx.Param:
+        """A bias, zeros. That of a selection is float32, whatever the other parameters are."""
+        shape, axes = self._full((size,), (None,))
+        dtype = jnp.float32 if role is Role.SELECTION_BIAS else self.dtype
+        return nnx.Param(jnp.zeros(shape, dtype), axes=axes, role=role)
 
     def scale(self, size: int) -> nnx.Param:
         """A norm's per-feature scale, ones."""
         shape, axes = self._full((size,), (None,))
-        return nnx.Param(jnp.ones(shape, self.dtype), axes=axes)
+        return nnx.Param(jnp.ones(shape, self.dtype), axes=axes, role=Role.NORM)

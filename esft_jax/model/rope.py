@@ -1,6 +1,7 @@
-"""Rotary position embedding on interleaved pairs, with YaRN (arXiv 2104.09864, 2309.00071)."""
+"""Rotary position embedding, with YaRN (arXiv 2104.09864, 2309.00071)."""
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,44 +10,59 @@ from jaxtyping import Array, Float, Int
 from esft_jax.model.config import RopeConfig
 
 
-def inverse_frequencies(config: RopeConfig, dim: int) -> np.ndarray:
-    """Radians per position of each of the `dim / 2` pairs, float32 `[dim / 2]`.
+def inverse_frequencies(config: RopeConfig) -> np.ndarray:
+    """Radians per position of each of the `rotated / 2` pairs, float32 `[rotated / 2]`.
 
     YaRN keeps the fast pairs, divides the slow ones by `factor`, and blends linearly between
     the pairs that turn `beta_fast` and `beta_slow` times within the original context.
     """
-    plain = config.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if config.factor is None:
+    size, yarn = config.rotated, config.yarn
+    plain = config.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if yarn is None:
         return plain.astype(np.float32)
 
     def pair_with_rotations(rotations: float) -> float:
-        return (
-            dim
-            * math.log(config.original_context / (rotations * 2 * math.pi))
-            / (2 * math.log(config.theta))
-        )
+        context = yarn.original_context
+        return size * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low = max(math.floor(pair_with_rotations(config.beta_fast)), 0)
-    high = min(math.ceil(pair_with_rotations(config.beta_slow)), dim - 1)
+    low, high = pair_with_rotations(yarn.beta_fast), pair_with_rotations(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
     span = max(high - low, 0.001)
-    interpolated = np.clip((np.arange(dim // 2) - low) / span, 0, 1)
-    return (plain * (1 - interpolated) + plain / config.factor * interpolated).astype(np.float32)
+    interpolated = np.clip((np.arange(size // 2) - low) / span, 0, 1)
+    return (plain * (1 - interpolated) + plain / yarn.factor * interpolated).astype(np.float32)
 
 
 def rotation(
-    config: RopeConfig, dim: int, positions: Int[Array, "B S"]
+    config: RopeConfig, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S P"], Float[Array, "B S P"]]:
-    """Cosine and sine of every pair (P = dim / 2) at every position, float32."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config, dim)
+    """Cosine and sine of every pair (P = rotated / 2) at every position, float32."""
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
     return config.rotation_scale * jnp.cos(angles), config.rotation_scale * jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "B S H R"], cos: Float[Array, "B S P"], sin: Float[Array, "B S P"]
+    x: Float[Array, "B S H R"],
+    cos: Float[Array, "B S P"],
+    sin: Float[Array, "B S P"],
+    pairing: Literal["interleaved", "half"],
 ) -> Float[Array, "B S H R"]:
-    """Turn the pairs `(x[2i], x[2i + 1])` (R = 2P) of every head, in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
+    """Turn the first 2P features of every head, in float32; others pass (R >= 2P).
+
+    Pairs are `(x[2i], x[2i + 1])`, interleaved, or `(x[i], x[i + P])`, by halves.
+    """
+    turning = 2 * cos.shape[-1]
+    wide = x[..., :turning].astype(jnp.float32)
+    if pairing == "interleaved":
+        wide = wide.reshape(*x.shape[:-1], -1, 2)
+        first, second = wide[..., 0], wide[..., 1]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    turned = first * cos - second * sin, first * sin + second * cos
+    if pairing == "interleaved":
+        found = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], turning)
+    else:
+        found = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([found.astype(x.dtype), x[..., turning:]], axis=-1)

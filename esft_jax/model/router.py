@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.mesh import RULES
 from esft_jax.model.config import RouterConfig
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 
 
 @dataclass
@@ -24,37 +24,49 @@ class RouterOutput:
     Attributes:
         expert_ids: chosen experts, int32 `[..., K]`, best first.
         gates: their weights, float32 `[..., K]`.
-        probs: scores over all experts before top-k, float32 `[..., E]`.
+        scores: over all experts before the choice, without its bias, float32 `[..., E]`.
     """
 
     expert_ids: Int[Array, "... K"]
     gates: Float[Array, "... K"]
-    probs: Float[Array, "... E"]
+    scores: Float[Array, "... E"]
 
 
 def choose(
-    scores: Float[Array, "T E"], config: RouterConfig
+    scores: Float[Array, "T E"], bias: Float[Array, " E"] | None, config: RouterConfig
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"]]:
-    """Exact top-k of float32 scores under the group limit; ties go to the lower expert id."""
-    allowed = scores
-    if config.group_limit == "max":
-        groups = scores.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
-        _, best = jax.lax.top_k(groups.max(axis=-1), config.top_groups)
+    """Exact top-k of float32 scores under the group limit; ties go to the lower expert id.
+
+    Args:
+        bias: added to the scores for the choice only; gates are made of the scores.
+    """
+    ranked = scores if bias is None else scores + bias
+    if config.group_limit != "none":
+        groups = ranked.reshape(-1, config.num_groups, config.num_experts // config.num_groups)
+        strongest = 1 if config.group_limit == "max" else 2
+        strength = jax.lax.top_k(groups, strongest)[0].sum(axis=-1)
+        _, best = jax.lax.top_k(strength, config.top_groups)
         open_groups = jax.nn.one_hot(best, config.num_groups, dtype=bool).any(axis=1)
-        allowed = jnp.where(open_groups[:, :, None], groups, 0.0).reshape(scores.shape)
-    gates, ids = jax.lax.top_k(allowed, config.top_k)
+        # Not 0: a biased score may be negative.
+        ranked = jnp.where(open_groups[:, :, None], groups, -jnp.inf).reshape(scores.shape)
+    gates, ids = jax.lax.top_k(ranked, config.top_k)
+    if bias is not None:
+        gates = jnp.take_along_axis(scores, ids, axis=-1)
     if config.renormalise:
-        gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+        total = gates.sum(axis=-1, keepdims=True)
+        gates = gates / jnp.maximum(total, config.least_sum)
     return ids, gates * config.scale
 
 
 class Router(nnx.Module):
-    """Softmax over experts, top-k after it (DeepSeek-V2). Scores are always float32: lower
-    precision flips experts.
+    """Scores over all experts, top-k after them. Scores are always float32: lower precision flips
+    experts.
     """
 
     def __init__(self, size: int, config: RouterConfig, params: ParamFactory):
-        self.weight = params.weight((size, config.num_experts), ("embed", None))
+        self.weight = params.weight((size, config.num_experts), ("embed", None), Role.ROUTER)
+        if config.selection_bias:
+            self.selection_bias = params.bias(config.num_experts, Role.SELECTION_BIAS)
         self.config = config
 
     def __call__(
@@ -67,17 +79,23 @@ class Router(nnx.Module):
         weight = self.weight[...].astype(jnp.float32)
         weight = jax.lax.reduce_precision(weight, kind.nexp, kind.nmant)
         logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
-        probs = jax.nn.softmax(logits, axis=-1)
+        score = jax.nn.softmax if self.config.score == "softmax" else jax.nn.sigmoid
+        scores = score(logits)
+        bias = self.selection_bias[...] if self.config.selection_bias else None
         select = partial(choose, config=self.config)
         if mesh is not None and mesh.size > 1:
             # Left alone, the compiler gathers the scores of all devices for a top-k.
             batch = PartitionSpec(RULES.batch)
             select = jax.shard_map(
-                select, mesh=mesh, in_specs=batch, out_specs=(batch, batch), check_vma=False
+                select,
+                mesh=mesh,
+                in_specs=(batch, PartitionSpec()),
+                out_specs=(batch, batch),
+                check_vma=False,
             )
-        ids, gates = select(probs)
+        ids, gates = select(scores, bias)
         return RouterOutput(
             expert_ids=jnp.where(keep[:, None], ids, self.config.num_experts),
             gates=jnp.where(keep[:, None], gates, 0.0),
-            probs=jnp.where(keep[:, None], probs, 0.0),
+            scores=jnp.where(keep[:, None], scores, 0.0),
         )

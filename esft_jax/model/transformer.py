@@ -16,15 +16,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.mesh import RULES, constrain_batch
-from esft_jax.model.attention import LatentAttention, LatentCache
-from esft_jax.model.config import ModelConfig
+from esft_jax.model.attention import Cache, empty_cache, make_attention
+from esft_jax.model.config import LayerRun, ModelConfig
 from esft_jax.model.exchange import Transport
 from esft_jax.model.experts import LearnedStack
 from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
@@ -48,17 +48,17 @@ class Block(nnx.Module):
     """Pre-norm attention and feed-forward with residual connections."""
 
     def __init__(self, config: ModelConfig, params: ParamFactory, *, moe: bool):
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
-        self.attention = LatentAttention(config, params)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, params)
+        self.attention = make_attention(config, params)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps, params)
         if moe:
             self.moe = MoE(config, params)
         else:
-            self.mlp = MLP(config.hidden_size, config.dense_width, params)
+            self.mlp = MLP(config.hidden_size, config.dense_width, params, Role.DENSE_MLP)
 
 
 class Transformer(nnx.Module):
-    """A DeepSeek-V2 style language model.
+    """A decoder language model whose feed-forward layers hold experts, all or some of them.
 
     Attributes:
         config: its shape.
@@ -83,17 +83,21 @@ class Transformer(nnx.Module):
         self.config, self.dtype, self.mesh = config, jnp.dtype(dtype), mesh
         self.transport = transport
         params = ParamFactory(rngs, param_dtype or dtype, config.init_std)
-        self.embedding = params.weight((config.vocab_size, config.hidden_size), (None, "embed"))
+        self.embedding = params.weight(
+            (config.vocab_size, config.hidden_size), (None, "embed"), Role.EMBEDDING
+        )
         moe_layers = len(config.moe_layers)
         self.dense_blocks = (
-            Block(config, params.stacked(config.first_dense_layers), moe=False)
-            if config.first_dense_layers
+            Block(config, params.stacked(config.num_dense_layers), moe=False)
+            if config.num_dense_layers
             else None
         )
         self.moe_blocks = Block(config, params.stacked(moe_layers), moe=True)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, params)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, params)
         if not config.tie_embeddings:
-            self.head = params.weight((config.hidden_size, config.vocab_size), (None, "vocab"))
+            self.head = params.weight(
+                (config.hidden_size, config.vocab_size), (None, "vocab"), Role.HEAD
+            )
         self.tuned_experts: TunedExperts | LowRankExperts | None = nnx.data(None)
 
     def __call__(
@@ -134,21 +138,17 @@ class Transformer(nnx.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = _positions(segment_ids)
-        cos, sin = rotation(self.config.rope, self.config.qk_rope_head_dim, positions)
-        keep = segment_ids > 0
+        cos, sin = rotation(self.config.rope, positions)
+        keep, residual = segment_ids > 0, self.config.multipliers.residual
 
         def attend(block: Block, x: Array) -> Array:
             x = constrain_batch(x, self.mesh)
-            return x + block.attention(block.attention_norm(x), cos, sin, segment_ids, self.mesh)
+            out = block.attention(block.attention_norm(x), cos, sin, segment_ids, self.mesh)
+            return x + residual * out
 
-        x = self._embed(tokens)
-        if self.dense_blocks is not None:
-            x, _ = _scan_blocks(
-                lambda block, x, layer: (_feed_forward(block, attend(block, x)), None),
-                self.dense_blocks,
-                x,
-                remat=remat,
-            )
+        def dense_layer(block: Block, x: Array, layer: Array) -> tuple:
+            x = attend(block, x)
+            return x + residual * block.mlp(block.ffn_norm(x)), None
 
         def moe_layer(
             block: Block, carry: tuple, layer: Array, tuned: TunedExperts | LowRankExperts | None
@@ -158,30 +158,35 @@ class Transformer(nnx.Module):
             out, router, carried = block.moe(
                 block.ffn_norm(x), keep, layer, tuned, carried, self.mesh, self.transport
             )
-            return (x + out, carried), router
+            return (x + residual * out, carried), router
 
+        x, carried = self._embed(tokens), None
+        routers: list[RouterOutput] = []
         # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
         # enters, so that the backward pass never reaches them.
-        total = len(self.config.moe_layers)
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
-        (x, _), below = _scan_blocks(
-            partial(moe_layer, tuned=None),
-            self.moe_blocks,
-            (x, None),
-            stop=first,
-            remat=remat,
-        )
-        (x, _), above = _scan_blocks(
-            partial(moe_layer, tuned=self.tuned_experts),
-            self.moe_blocks,
-            (x, self._carried()),
-            start=first,
-            stop=total,
-            remat=remat,
-            experts_learn=experts_learn,
-        )
-        router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *filter(None, (below, above)))
-        return self.norm(constrain_batch(x, self.mesh)), router
+        for run in self.config.runs:
+            if not run.moe:
+                x, _ = _scan_blocks(dense_layer, self.dense_blocks, x, run, remat=remat)
+                continue
+            below, above = run.split(first)
+            (x, _), router = _scan_blocks(
+                partial(moe_layer, tuned=None), self.moe_blocks, (x, None), below, remat=remat
+            )
+            routers += [router] if router else []
+            if above.start < above.stop and carried is None:
+                carried = self._carried()
+            (x, carried), router = _scan_blocks(
+                partial(moe_layer, tuned=self.tuned_experts),
+                self.moe_blocks,
+                (x, carried),
+                above,
+                remat=remat,
+                experts_learn=experts_learn,
+            )
+            routers += [router] if router else []
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routers)
+        return self._head_input(x), stacked
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """The head, float32 out."""
@@ -197,64 +202,64 @@ class Transformer(nnx.Module):
         """The head's matrix; the embedding's transpose when they are tied."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
-    def init_cache(self, batch: int, length: int) -> LatentCache:
+    def init_cache(self, batch: int, length: int) -> Cache:
         """An empty KV cache for `length` tokens per row, layers stacked."""
-        config = self.config
-        shape = (config.num_layers, batch, length)
-        return LatentCache(
-            jnp.zeros((*shape, config.kv_lora_rank), self.dtype),
-            jnp.zeros((*shape, config.qk_rope_head_dim), self.dtype),
-        )
+        return empty_cache(self.config, batch, length, self.dtype)
 
     def decode(
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         keep: Bool[Array, "B S"],
-        cache: LatentCache,
-    ) -> tuple[Float[Array, "B S V"], LatentCache]:
+        cache: Cache,
+    ) -> tuple[Float[Array, "B S V"], Cache]:
         """Logits of new tokens after those in the cache, and the cache with them.
 
         Args:
             positions: slot and position of each token; later slots are not seen.
             keep: False for padding, which no expert computes.
         """
-        cos, sin = rotation(self.config.rope, self.config.qk_rope_head_dim, positions)
+        cos, sin = rotation(self.config.rope, positions)
+        residual = self.config.multipliers.residual
 
-        def attend(block: Block, x: Array, cache: LatentCache) -> tuple[Array, LatentCache]:
+        def attend(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
             out, cache = block.attention.decode(block.attention_norm(x), cos, sin, positions, cache)
-            return x + out, cache
+            return x + residual * out, cache
 
-        def dense_layer(block: Block, x: Array, layer: Array, cache: LatentCache) -> tuple:
+        def dense_layer(block: Block, x: Array, layer: Array, cache: Cache) -> tuple:
             x, cache = attend(block, x, cache)
-            return _feed_forward(block, x), cache
+            return x + residual * block.mlp(block.ffn_norm(x)), cache
 
-        def moe_layer(block: Block, carry: tuple, layer: Array, cache: LatentCache) -> tuple:
+        def moe_layer(block: Block, carry: tuple, layer: Array, cache: Cache) -> tuple:
             x, carried = carry
             x, cache = attend(block, x, cache)
             out, _, carried = block.moe(
                 block.ffn_norm(x), keep, layer, self.tuned_experts, carried, self.mesh
             )
-            return (x + out, carried), cache
+            return (x + residual * out, carried), cache
 
-        first = self.config.first_dense_layers
-        x, caches = self._embed(tokens), []
-        if self.dense_blocks is not None:
-            below = jax.tree.map(lambda c: c[:first], cache)
-            x, new = _scan_blocks(dense_layer, self.dense_blocks, x, below)
+        x, carried, caches = self._embed(tokens), self._carried(), []
+        for run in self.config.runs:
+            part = jax.tree.map(lambda c, run=run: c[run.first : run.first + run.size], cache)
+            if run.moe:
+                (x, carried), new = _scan_blocks(
+                    moe_layer, self.moe_blocks, (x, carried), run, part
+                )
+            else:
+                x, new = _scan_blocks(dense_layer, self.dense_blocks, x, run, part)
             caches.append(new)
-        above = jax.tree.map(lambda c: c[first:], cache)
-        (x, _), new = _scan_blocks(moe_layer, self.moe_blocks, (x, self._carried()), above)
-        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches, new)
-        return self.logits(self.norm(x)), cache
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        return self.logits(self._head_input(x)), cache
+
+    def _head_input(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.config.multipliers.logits * self.norm(constrain_batch(x, self.mesh))
 
     def _carried(self) -> Carried | None:
         return carry_banks(self.tuned_experts.banks, self.mesh) if self.tuned_experts else None
 
     def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        return constrain_batch(look_up(self.embedding[...], tokens, self.mesh), self.mesh).astype(
-            self.dtype
-        )
+        rows = constrain_batch(look_up(self.embedding[...], tokens, self.mesh), self.mesh)
+        return rows.astype(self.dtype) * self.config.multipliers.embedding
 
 
 def look_up(
@@ -280,12 +285,8 @@ def look_up(
     )(table, tokens)
 
 
-def _feed_forward(block: Block, x: Array) -> Array:
-    return x + block.mlp(block.ffn_norm(x))
-
-
-def _is_base_expert(path: tuple, _: nnx.Variable) -> bool:
-    return "experts" in path
+def _is_base_expert(path: tuple, param: Any) -> bool:
+    return param.role is Role.ROUTED_EXPERT
 
 
 def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
@@ -297,44 +298,45 @@ def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
 
 def _scan_blocks(
     layer: Callable,
-    stack: Block,
+    stack: Block | None,
     carry: Any,
-    *inputs: LatentCache,
-    start: int = 0,
-    stop: int | None = None,
+    run: LayerRun,
+    *inputs: Cache,
     remat: Remat = "none",
     experts_learn: bool = False,
 ) -> tuple:
-    """Run layers `start` to `stop` of a stack.
+    """Go through the layers of a run, which are some of a stack.
 
     Each is `layer(block, carry, index, *inputs) -> (carry, output)`.
 
     Base experts are read where they lie; cutting a layer's out would copy them. A part of the stack
     is read by index, for the same reason.
     """
+    assert stack is not None, "a run is of layers that are there"
     graph, *states = nnx.split(stack, _is_base_expert, ...)
     experts, params = states
     total = jax.tree.leaves(params)[0].shape[0]
-    stop = total if stop is None else stop
-    if start == stop:
+    if run.start == run.stop:
         return carry, None
-    indices = jnp.arange(start, stop, dtype=jnp.int32)
+    indices = jnp.arange(run.start, run.stop, dtype=jnp.int32)
     # What is differentiated must enter the scan layer by layer, or a gradient of all layers would
     # exist for each.
     learned = experts if experts_learn else None
 
     @REMAT[remat]
-    def run(
+    def apply(
         carry: Any, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
     ) -> tuple:
         used = experts if learned is None else jax.tree.map(LearnedStack, experts, learned)
         return layer(nnx.merge(graph, used, params), carry, index, *inputs)
 
-    if (start, stop) == (0, total):
-        return jax.lax.scan(lambda c, xs: run(c, *xs), carry, (params, learned, indices, *inputs))
+    def by_index(carry: Any, scanned: tuple) -> tuple:
+        index, *rest = scanned
+        return apply(carry, jax.tree.map(lambda p: p[index], params), None, index, *rest)
 
-    def by_index(carry: Any, index: Array) -> tuple:
-        params_here, learned_here = jax.tree.map(lambda p: p[index], (params, learned))
-        return run(carry, params_here, learned_here, index)
-
-    return jax.lax.scan(by_index, carry, indices)
+    whole = run.size == total
+    if not whole and not experts_learn:
+        return jax.lax.scan(by_index, carry, (indices, *inputs))
+    if not whole:
+        params, learned = jax.tree.map(lambda p: p[run.start : run.stop], (params, learned))
+    return jax.lax.scan(lambda c, xs: apply(c, *xs), carry, (params, learned, indices, *inputs))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.experts.placement import Placement, place_experts
 from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
+from esft_jax.model.params import Role
 from esft_jax.ops.grouped_matmul import Bank
 
 
@@ -176,12 +177,17 @@ class TunedWindow(NamedTuple):
     groups: Int[Array, " E+1"]
 
 
+class TunedParam(nnx.Param):
+    """A bank of tuned experts."""
+
+
 class TunedExperts(nnx.Module):
     """The selected experts of all layers: `gate_up [R, D, 2F]`, `down [R, F, D]`."""
 
     def __init__(self, gate_up: Array, down: Array, layout: TunedLayout):
-        self.gate_up = nnx.Param(gate_up, axes=("experts", None, None))
-        self.down = nnx.Param(down, axes=("experts", None, None))
+        split, role = ("experts", None, None), Role.ROUTED_EXPERT
+        self.gate_up = TunedParam(gate_up, axes=split, role=role)
+        self.down = TunedParam(down, axes=split, role=role)
         self.layout = layout
 
     @property

@@ -13,6 +13,7 @@ from esft_jax.errors import InputError
 from esft_jax.experts.choose import affordable_experts
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import Trained
+from esft_jax.families import load_model_config
 from esft_jax.hf.load import local_folder
 from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.model.config import ModelConfig
@@ -120,7 +121,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     Raises:
         InputError: naming what does not fit together.
     """
-    model = ModelConfig.load(local_folder(config.model, files=("config.json",)))
+    model = load_model_config(local_folder(config.model, files=("config.json",)))
     devices = ahead_of_time_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA, Trained
-from esft_jax.hf.names import tensor_placements
+from esft_jax.families import tensor_table
 from esft_jax.mesh import EXPERT
-from esft_jax.model.config import ModelConfig
+from esft_jax.model.config import LatentAttentionConfig, ModelConfig
+from esft_jax.model.params import Role
 from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
 
 
@@ -184,16 +185,14 @@ def model_operations(
 def _low_rank_operations(config: ModelConfig, lora: LoRA) -> float:
     """Of the factors, per token: forward, gradients of what they meet, gradients of their own."""
     sides = 0.0
-    for name, place in tensor_placements(config).items():
-        if len(place.shape) != 2:
+    for place in tensor_table(config).places.values():
+        if not place.is_matrix:
             continue
-        if "experts" in place.path:
-            layer = int(name.split(".")[2])
-            if place.index[1] in lora.experts.experts.get(layer, ()):
+        if place.role is Role.ROUTED_EXPERT:
+            row, expert = place.index
+            if expert in lora.experts.experts.get(config.moe_layers[row], ()):
                 sides += sum(place.shape) * config.router.top_k / config.router.num_experts
-            continue
-        kinds = {"attention": "attention", "shared_experts": "shared_experts", "mlp": "dense_mlps"}
-        if any(part in kinds and kinds[part] in lora.targets for part in place.path):
+        elif place.role in lora.roles:
             sides += sum(place.shape)
     return 2 * 3 * lora.rank * sides
 
@@ -208,14 +207,16 @@ def _operations(
     """Of the model itself; gradients reach down to layer `first`."""
     rest = experts is None or experts.non_expert_modules
     shared_learn = experts is None or experts.shared_experts
-    size, heads, width = config.hidden_size, config.num_heads, config.qk_head_dim
-    query = size * heads * width
-    if config.q_lora_rank is not None:
-        query = config.q_lora_rank * (size + heads * width)
-    attention = query + size * (config.kv_lora_rank + config.qk_rope_head_dim)
-    attention += heads * config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    attention += heads * config.v_head_dim * size
-    scores = heads * (width + config.v_head_dim) * length / 2
+    size, kind = config.hidden_size, config.attention
+    if isinstance(kind, LatentAttentionConfig):
+        query = kind.heads * kind.head
+        attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
+        attention += size * (kind.latent + kind.rotated)
+        attention += kind.heads * kind.latent * (kind.plain + kind.value)
+        attention += kind.heads * kind.value * size
+    else:
+        attention = 2 * size * kind.head * (kind.heads + kind.key_heads)
+    scores = kind.heads * (kind.head + kind.value) * length / 2
     expert, router = 3 * size * config.expert_width, size * config.router.num_experts
     total = size * config.vocab_size * (2.0 + rest)
     for layer in range(config.num_layers):
@@ -230,7 +231,7 @@ def _operations(
         elif experts is not None:
             trained = len(experts.experts.get(layer, ())) / config.router.num_experts
         total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
-        total += config.num_shared_experts * expert * (passes + shared_learn)
+        total += 3 * size * config.shared_width * (passes + shared_learn)
     return 2 * total
 
 
@@ -238,5 +239,5 @@ def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:
     if experts is None or experts.non_expert_modules:
         return 0
     if experts.shared_experts:
-        return config.first_dense_layers
+        return config.moe_layers[0]
     return min(layer for layer, ids in experts.experts.items() if ids)

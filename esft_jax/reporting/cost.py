@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import TUNED, label
-from esft_jax.hf.names import tensor_placements
+from esft_jax.experts.partition import trains
+from esft_jax.families import tensor_table
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.planning.operations import model_operations
@@ -77,8 +77,8 @@ class CostModel:
         one = 3 * self.config.hidden_size * self.config.expert_width
         besides = sum(
             math.prod(place.shape)
-            for place in tensor_placements(self.config).values()
-            if label(place.path, experts) == TUNED
+            for place in tensor_table(self.config).places.values()
+            if trains(experts, place.role)
         )
         operations = model_operations(self.config, experts, self.length, served)
         return Cost(int(chosen.sum()) * one + besides, operations)

@@ -476,7 +476,8 @@ class _Run:
         assert outcome.tuned is not None
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
         if self.trains is None:
-            save_model(model, self.folder.model, self.setup.folder)
+            carried = None if self.source is None else self.source.carried
+            save_model(model, self.folder.model, self.setup.folder, carried=carried)
             return self.folder.model
         assert self.source is not None
         config = self.config

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from esft_jax.config import OptimizerConfig
-from esft_jax.experts.partition import FROZEN, TUNED, is_scale, map_by_path
+from esft_jax.experts.partition import FROZEN, TUNED, decays
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -67,7 +67,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             eps=config.epsilon,
             weight_decay=config.weight_decay,
             mask=lambda params: {
-                TUNED: map_by_path(params[TUNED], lambda path: not is_scale(path)),
+                TUNED: decays(params[TUNED]),
                 FROZEN: params[FROZEN],
             },
         ),

@@ -28,6 +28,7 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.score import score_experts
 from esft_jax.experts.scores import SCORES_FILE, ExpertScores
+from esft_jax.families import load_model_config
 from esft_jax.files import seen
 from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
 from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
@@ -123,7 +124,7 @@ def check_setup(
     run = RunFolder(config.output)
     run.check(config)
     folder = local_folder(config.model)
-    model_config = ModelConfig.load(folder)
+    model_config = load_model_config(folder)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     check_fit(config, model_config, mesh)
     check_memory(config, model_config, mesh)

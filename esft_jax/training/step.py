@@ -10,9 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.model.params import Role
 from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
+from esft_jax.model.tuned import TunedParam
 from esft_jax.ops.cross_entropy import cross_entropy_sums
 from esft_jax.training.state import TrainState
 
@@ -61,18 +63,20 @@ def sums_by_source(
 def balance_loss(router: RouterOutput) -> Float[Array, ""]:
     """Load-balancing loss, summed over MoE layers; 1 per layer when the load is uniform.
 
-    `sum_e f_e P_e` with f the share of assignments times E and P the mean probability over the
-    batch's tokens (arXiv 2405.04434, equations 23 to 25).
+    `sum_e f_e P_e` with f the share of assignments times E and P the mean share of the scores over
+    the batch's tokens (arXiv 2405.04434, equations 23 to 25; 2412.19437, 17 to 20).
     """
-    num_experts, top_k = router.probs.shape[-1], router.expert_ids.shape[-1]
+    num_experts, top_k = router.scores.shape[-1], router.expert_ids.shape[-1]
 
-    def layer(ids: Array, probs: Array) -> Array:
+    def layer(ids: Array, scores: Array) -> Array:
+        # Softmax scores have the sum 1 already; those of tokens that are masked out are all 0.
+        probs = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
         counts = jnp.zeros(num_experts).at[ids.reshape(-1)].add(1.0, mode="drop")
         tokens = jnp.maximum(counts.sum() / top_k, 1.0)
         share = counts * num_experts / (top_k * tokens)
         return jnp.sum(share * probs.reshape(-1, num_experts).sum(axis=0) / tokens)
 
-    return jax.vmap(layer)(router.expert_ids, router.probs).sum()
+    return jax.vmap(layer)(router.expert_ids, router.scores).sum()
 
 
 def make_train_step(
@@ -98,7 +102,10 @@ def make_train_step(
         tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
     ) -> tuple[Array, tuple[Array, Array, tuple | None]]:
         model = nnx.merge(graph, tuned, frozen)
-        experts_learn = any("experts" in path for path, _ in nnx.to_flat_state(tuned))
+        experts_learn = any(
+            param.role is Role.ROUTED_EXPERT and not isinstance(param, TunedParam | nnx.LoRAParam)
+            for _, param in nnx.to_flat_state(tuned)
+        )
         nll, rows, router = loss_sums(model, batch, remat, experts_learn=experts_learn)
         loss = nll / total_weight
         by_source = sums_by_source(rows, batch, len(sources)) if sources else None

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.families import load_model_config
 from esft_jax.mesh import make_mesh
-from esft_jax.model.config import ModelConfig
 from esft_jax.planning.program import local_bytes
 
 EXPERTS = {1: (0, 7), 3: (2,)}
@@ -19,7 +19,7 @@ def benchmark(script):
 
 
 def test_bytes_per_chip_of_each_method(benchmark, base):
-    config, mesh = ModelConfig.load(base), make_mesh(data=2, expert=4)
+    config, mesh = load_model_config(base), make_mesh(data=2, expert=4)
     size, chosen = {}, ExpertConfig(EXPERTS)
     for method in benchmark.METHODS:
         run = benchmark.method_config(method, base, 8, 16, "full")

@@ -8,7 +8,13 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation import generate
 from esft_jax.evaluation.generate import choose_tokens, generate_text, generate_tokens
 from esft_jax.mesh import make_mesh, param_shardings
-from esft_jax.model.config import ModelConfig, RopeConfig, RouterConfig
+from esft_jax.model.config import (
+    LatentAttentionConfig,
+    ModelConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnConfig,
+)
 from esft_jax.model.transformer import Transformer
 
 VOCABULARY = 23
@@ -16,21 +22,26 @@ CONFIG = ModelConfig(
     vocab_size=VOCABULARY,
     hidden_size=16,
     num_layers=2,
-    first_dense_layers=1,
+    moe_layers=(1,),
     dense_width=16,
     expert_width=8,
-    num_shared_experts=1,
-    num_heads=2,
-    q_lora_rank=None,
-    kv_lora_rank=8,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
+    shared_width=8,
+    shared_gate=False,
+    attention=LatentAttentionConfig(
+        heads=2,
+        query_rank=None,
+        latent=8,
+        plain=8,
+        rotated=4,
+        value=8,
+        bias=False,
+        scale=12**-0.5,
+    ),
     max_positions=40,
-    rms_norm_eps=1e-6,
+    norm_eps=1e-6,
     tie_embeddings=False,
     router=RouterConfig(num_experts=8, top_k=2),
-    rope=RopeConfig(factor=4.0, original_context=10, mscale=0.7, mscale_all_dim=0.7),
+    rope=RopeConfig(10000.0, 4, "interleaved", YarnConfig(4.0, 10, mscale=0.7, mscale_all_dim=0.7)),
 )
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 13, 3, 2]]
 NEW = 8

@@ -8,8 +8,8 @@ from esft_jax.errors import InputError
 from esft_jax.experts.choose import check_select, choose_experts, describe
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.scores import ExpertScores
+from esft_jax.families import load_model_config, tensor_table
 from esft_jax.hf.adapter import trained_names
-from esft_jax.hf.names import tensor_placements
 from esft_jax.model.config import ModelConfig
 
 EXPERT = 3 * 32 * 16  # parameters of one in the tiny model
@@ -17,7 +17,7 @@ EXPERT = 3 * 32 * 16  # parameters of one in the tiny model
 
 @pytest.fixture(scope="module")
 def model(base) -> ModelConfig:
-    return ModelConfig.load(base)
+    return load_model_config(base)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def scores() -> ExpertScores:
 
 def adapter_parameters(model: ModelConfig, experts: ExpertConfig) -> int:
     """Numbers in the adapter's tensors, by their names."""
-    places = tensor_placements(model)
+    places = tensor_table(model).places
     return sum(math.prod(places[name].shape) for name in trained_names(model, experts, "test"))
 
 

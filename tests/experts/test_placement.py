@@ -9,8 +9,9 @@ from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts
 from esft_jax.experts.placement import expected_loads, place_experts
 from esft_jax.experts.scores import load_scores
+from esft_jax.families import read_model_config
 from esft_jax.mesh import make_mesh, param_shardings
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 from tests.hf.checkpoints import SHAPE
 
 
@@ -53,7 +54,7 @@ def test_every_expert_has_a_place_and_tuned_ones_are_shared_out(ids: tuple[int, 
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_moved_experts_compute_the_same(shards: int) -> None:
-    config = ModelConfig.from_hugging_face(SHAPE | {"model_type": "deepseek_v2"})
+    config = read_model_config(SHAPE | {"model_type": "deepseek_v2"})
     mesh = make_mesh(expert=shards)
     tokens = np.random.default_rng(1).integers(1, 96, (8, 12)).astype(np.int32)
     layers, num_experts = len(config.moe_layers), config.router.num_experts

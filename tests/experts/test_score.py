@@ -5,8 +5,9 @@ from flax import nnx
 
 from esft_jax.experts.groups import count_together
 from esft_jax.experts.score import sample_scores, score_experts
+from esft_jax.families import read_model_config
 from esft_jax.mesh import make_mesh, param_shardings
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 
 RAW = {
     "model_type": "deepseek_v2",
@@ -30,7 +31,7 @@ RAW = {
 
 
 def make_model(**options) -> Transformer:
-    return Transformer(ModelConfig.from_hugging_face(RAW), rngs=nnx.Rngs(0), **options)
+    return Transformer(read_model_config(RAW), rngs=nnx.Rngs(0), **options)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_the_routing_of_so_many_tokens_is_kept(model, monkeypatch) -> None:
 
 
 def test_gate_scores_leave_out_the_routers_scaling_factor(model) -> None:
-    config = ModelConfig.from_hugging_face(RAW | {"routed_scaling_factor": 16.0})
+    config = read_model_config(RAW | {"routed_scaling_factor": 16.0})
     # One MoE layer's routing does not depend on the factor: it sees no scaled output yet.
     scaled = Transformer(config, rngs=nnx.Rngs(0))
     rows = make_rows(2)

@@ -90,3 +90,9 @@ def rewrite(source, target, change):
     tensors = safetensors.load_file(target / "model.safetensors")
     safetensors.save_file(change(tensors), target / "model.safetensors")
     return target
+
+
+def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
+    """Names of an expert's gate, up and down matrices in DeepSeek's models."""
+    prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+    return f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight"

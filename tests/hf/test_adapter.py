@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.families import tensor_table
 from esft_jax.hf import adapter as adapter_module
 from esft_jax.hf.adapter import apply_adapter, load_adapter, save_adapter, trained_tensors
 from esft_jax.hf.load import load_base, load_model
-from esft_jax.hf.names import expert_names, tensor_placements
 from esft_jax.mesh import make_mesh
-from tests.hf.checkpoints import assert_same, leaves
+from tests.hf.checkpoints import assert_same, expert_names, leaves
 
 EXPERTS = ExpertConfig({1: (5, 0), 2: (3,)})
 NAMES = [*expert_names(1, 0), *expert_names(1, 5), *expert_names(2, 3)]
@@ -53,7 +53,7 @@ def test_holds_only_the_trained_tensors_under_their_names(tiny, saved):
     model, _ = train(load_model(tiny[1]), EXPERTS)
     tensors = load_file(saved / "model.safetensors")
     assert sorted(tensors) == sorted(NAMES)
-    placements = tensor_placements(model.config)
+    placements = tensor_table(model.config).places
     rows = {(layer, expert): row for layer, expert, row in model.tuned_experts.layout.rows()}
     gate_up = model.tuned_experts.gate_up[...][rows[1, 3]]
     gate, up, down = expert_names(2, 3)

@@ -8,15 +8,15 @@ import pytest
 import transformers
 
 from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, read_model_config, tensor_table
 from esft_jax.hf import export as export_module
 from esft_jax.hf.adapter import apply_adapter, load_adapter, model_tensors, save_adapter
 from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.export import export_model, exported_config, save_model
 from esft_jax.hf.load import load_base, load_model
-from esft_jax.hf.names import tensor_placements
+from esft_jax.hf.model_tensors import ModelTensors
 from esft_jax.hf.source import HuggingFaceSource
 from esft_jax.hf.tensor_files import TensorFiles
-from esft_jax.model import ModelConfig
 from tests.hf.checkpoints import (
     YARN,
     assert_same,
@@ -181,7 +181,7 @@ def test_config_json_has_both_spellings_of_rope(tiny, tokens, tmp_path, spelling
     assert "auto_map" not in config
     for key in ("rope_parameters", "rope_scaling"):
         alone = {k: v for k, v in config.items() if k != key}
-        assert ModelConfig.from_hugging_face(alone) == ModelConfig.load(folder)
+        assert read_model_config(alone) == load_model_config(folder)
     found = torch_logits(from_pretrained(tmp_path / "export"), tokens)
     np.testing.assert_array_equal(found, torch_logits(model, tokens))
 
@@ -207,22 +207,21 @@ def test_saving_a_whole_model(tiny, tmp_path, training, merged):
 
 def test_where_the_first_process_cannot_write_all_read_on(tiny, tmp_path, merged, monkeypatch):
     """Every tensor is gathered from all processes: the others would wait for it forever."""
-    read, model_tensors = [], export_module.model_tensors
+    read, tensor = [], ModelTensors.tensor
 
-    def count(*args):
-        for name, tensor in model_tensors(*args):
-            read.append(name)
-            yield name, tensor
+    def count(tensors, name):
+        read.append(name)
+        return tensor(tensors, name)
 
     def full(folder, specs, tensors, max_bytes):
         next(tensors)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export_module, "model_tensors", count)
+    monkeypatch.setattr(ModelTensors, "tensor", count)
     monkeypatch.setattr(export_module, "write_tensors", full)
     with pytest.raises(InputError, match="model: cannot be written: No space left on device"):
         save_model(merged, tmp_path / "model", tiny[1])
-    assert read == list(tensor_placements(merged.config))
+    assert read == list(tensor_table(merged.config).places)
 
 
 def test_a_template_of_another_model_is_refused(tmp_path, merged):

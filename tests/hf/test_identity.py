@@ -17,8 +17,8 @@ from esft_jax.hf.convert import convert_checkpoint
 from esft_jax.hf.export import export_model
 from esft_jax.hf.identity import tokenizer_fingerprint
 from esft_jax.hf.load import open_source
-from esft_jax.hf.names import expert_names
 from esft_jax.hf.tensor_files import TensorFiles
+from tests.hf.checkpoints import expert_names
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from flax import nnx
 from safetensors.torch import save_file
 
 from esft_jax.errors import InputError
+from esft_jax.families import load_model_config
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import make_mesh, param_shardings
-from esft_jax.model import ModelConfig, Transformer
-from esft_jax.model.config import RopeConfig
+from esft_jax.model import Transformer
 from esft_jax.model.rope import inverse_frequencies
 from tests.hf.checkpoints import (
     assert_same,
@@ -106,10 +107,10 @@ def test_the_fingerprint_ignores_shards_and_sees_every_value(tiny, tmp_path):
 def test_a_tied_head_and_rotary_buffers_are_tolerated(tmp_path, stored):
     model = torch_model(tie_word_embeddings=True).to(stored)
     folder = save(model, tmp_path / "tied")
-    rope = ModelConfig.load(folder).rope
+    rope = load_model_config(folder).rope
 
     def add(tensors):
-        plain, yarn = inverse_frequencies(RopeConfig(), 8), inverse_frequencies(rope, 8)
+        plain, yarn = inverse_frequencies(replace(rope, yarn=None)), inverse_frequencies(rope)
         tensors["lm_head.weight"] = model.lm_head.weight.detach().float()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.tensor(plain).to(stored)
         tensors["model.rotary_emb.inv_freq"] = torch.tensor(yarn).to(stored)

@@ -15,11 +15,11 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.partition import attach, partition
+from esft_jax.families import tensor_table
 from esft_jax.hf.adapter import apply_adapter, load_adapter
 from esft_jax.hf.export import export_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.lora import save_lora
-from esft_jax.hf.names import tensor_placements
 from esft_jax.hf.tensor_files import TensorFiles
 from esft_jax.mesh import make_mesh, param_shardings
 from tests.hf.checkpoints import assert_same, leaves, logits, torch_logits, torch_model
@@ -216,7 +216,7 @@ def test_merged_weights_are_base_and_update(tiny, adapters, tmp_path, kind):
     before = {path: np.asarray(leaf) for path, leaf in leaves(base.model).items()}
     apply_adapter(base.model, load_adapter(folder), base.fingerprint)
     after = leaves(base.model)
-    stored, placements = read(folder), tensor_placements(base.model.config)
+    stored, placements = read(folder), tensor_table(base.model.config).places
     changed = {path for path in after if not np.array_equal(after[path], before[path])}
     names = [name for name in placements if f"base_model.model.{name[:-7]}.lora_A.weight" in stored]
     assert changed == {placements[name].path for name in names}

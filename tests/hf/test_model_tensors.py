@@ -14,9 +14,8 @@ from esft_jax.hf.adapter import apply_adapter, load_adapter, trained_tensors
 from esft_jax.hf.export import export_model, save_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.lora import save_lora
-from esft_jax.hf.names import expert_names
 from esft_jax.mesh import make_mesh
-from tests.hf.checkpoints import logits
+from tests.hf.checkpoints import expert_names, logits
 from tests.hf.test_lora import with_factors
 
 MESHES = [None, (2, 4)]

@@ -10,8 +10,9 @@ import numpy as np
 import transformers
 from flax import nnx
 
+from esft_jax.families import tensor_table
+from esft_jax.families.tensors import LeafPath
 from esft_jax.hf.load import load_model
-from esft_jax.hf.names import LeafPath, fused_slices, tensor_placements
 from esft_jax.model import ModelConfig, Transformer
 from tests.hf.checkpoints import save, torch_model
 
@@ -63,12 +64,8 @@ class Pair:
 
     def jax_layer(self, layer: int) -> Any:
         """One decoder layer, taken out of its stack."""
-        dense = self.config.first_dense_layers
-        stack, row = (
-            (self.jax.dense_blocks, layer)
-            if layer < dense
-            else (self.jax.moe_blocks, layer - dense)
-        )
+        moe, row = self.config.place(layer)
+        stack = self.jax.moe_blocks if moe else self.jax.dense_blocks
         graph, params = nnx.split(stack)
         return nnx.merge(graph, jax.tree.map(lambda p: np.asarray(p)[row], params))
 
@@ -89,9 +86,9 @@ def make_pair(folder: Any, **changes: Any) -> Pair:
 
 def stacked(tensors: Mapping[str, Any], config: ModelConfig) -> dict[LeafPath, np.ndarray]:
     """Tensors under transformers' names in memory, as our stacked leaves."""
-    slices = fused_slices(config)
+    slices = tensor_table(config).fused
     parts: dict[LeafPath, list] = {}
-    for name, place in tensor_placements(config).items():
+    for name, place in tensor_table(config).places.items():
         if name in slices:
             fused, expert, begin, end = slices[name]
             tensor = tensors[fused][expert, begin:end]

@@ -3,7 +3,7 @@
 import pytest
 
 from esft_jax.errors import InputError
-from esft_jax.model.config import ModelConfig
+from esft_jax.families import read_model_config
 from tests.hf.checkpoints import SHAPE, YARN
 
 RAW = SHAPE | {"model_type": "deepseek_v2"}
@@ -53,19 +53,19 @@ def yarn(**changes):
 )
 def test_senseless_values_are_named(changes, message):
     with pytest.raises(InputError, match=message):
-        ModelConfig.from_hugging_face(RAW | changes)
+        read_model_config(RAW | changes)
 
 
 def test_values_without_effect_are_read():
-    config = ModelConfig.from_hugging_face(RAW)
+    config = read_model_config(RAW)
     same = yarn(attention_factor=1.0, truncate=True, beta_fast=None, partial_rotary_factor=1)
-    assert ModelConfig.from_hugging_face(RAW | same) == config
-    assert ModelConfig.from_hugging_face(RAW | {"partial_rotary_factor": None}) == config
-    assert ModelConfig.from_hugging_face(RAW | {"n_shared_experts": None}).num_shared_experts == 0
+    assert read_model_config(RAW | same) == config
+    assert read_model_config(RAW | {"partial_rotary_factor": None}) == config
+    assert read_model_config(RAW | {"n_shared_experts": None}).shared_width == 0
 
 
 def test_the_fingerprint_is_of_what_a_model_computes():
-    config = ModelConfig.from_hugging_face(RAW)
+    config = read_model_config(RAW)
     old = {key: value for key, value in YARN.items() if key not in ("rope_type", "rope_theta")}
     spelled = {"rope_parameters": None, "rope_scaling": old | {"type": "yarn"}, "rope_theta": 1e4}
     for same in (
@@ -73,7 +73,7 @@ def test_the_fingerprint_is_of_what_a_model_computes():
         {"rope_scaling": YARN | {"type": "yarn"}},
         {"initializer_range": 0.5, "max_position_embeddings": 8192, "torch_dtype": "float16"},
     ):
-        assert ModelConfig.from_hugging_face(RAW | same).fingerprint == config.fingerprint
+        assert read_model_config(RAW | same).fingerprint == config.fingerprint
     for other in (
         {"rms_norm_eps": 1e-5},
         {"norm_topk_prob": True},
@@ -81,4 +81,4 @@ def test_the_fingerprint_is_of_what_a_model_computes():
         yarn(rope_theta=10001.0),
         yarn(mscale=0.5),
     ):
-        assert ModelConfig.from_hugging_face(RAW | other).fingerprint != config.fingerprint
+        assert read_model_config(RAW | other).fingerprint != config.fingerprint

@@ -10,14 +10,15 @@ from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.partition import attach, partition
+from esft_jax.families import read_model_config
 from esft_jax.mesh import make_mesh, param_shardings, place_batch
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 from esft_jax.model.lora import LowRankLayout
 from esft_jax.training.step import loss_sum
 from tests.hf.checkpoints import SHAPE
 from tests.model.test_tuned import LAYOUTS
 
-CONFIG = ModelConfig.from_hugging_face(SHAPE | {"model_type": "deepseek_v2"})
+CONFIG = read_model_config(SHAPE | {"model_type": "deepseek_v2"})
 SELECTED = ExpertConfig({1: (5, 0, 1), 2: (3,)})
 MODULES = ("attention", "dense_mlps", "shared_experts")
 
@@ -160,8 +161,6 @@ def test_updates_of_zero_change_nothing_and_decoding_has_them(params, batch):
 
 
 def test_a_model_without_the_targets_is_refused():
-    config = ModelConfig.from_hugging_face(
-        SHAPE | {"model_type": "deepseek_v2", "first_k_dense_replace": 0}
-    )
+    config = read_model_config(SHAPE | {"model_type": "deepseek_v2", "first_k_dense_replace": 0})
     with pytest.raises(InputError, match=r"lora.targets: the model has no dense_mlps"):
         LoRA.on(config, 8, 16.0, ("dense_mlps",), None)

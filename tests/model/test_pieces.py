@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from esft_jax.model import ModelConfig
+from esft_jax.families import read_model_config
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.rope import inverse_frequencies, rotate, rotation
@@ -57,29 +57,34 @@ def test_yarn_frequencies_and_scales(changes):
     model = torch_model(
         rope_parameters=YARN | changes, qk_rope_head_dim=dim, max_position_embeddings=163840
     )
-    rope = ModelConfig.from_hugging_face(model.config.to_dict()).rope
+    config = read_model_config(model.config.to_dict())
+    rope = config.rope
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](model.config)
-    np.testing.assert_allclose(inverse_frequencies(rope, dim), frequencies.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(inverse_frequencies(rope), frequencies.numpy(), rtol=1e-6)
     assert rope.rotation_scale == pytest.approx(scale)
-    head = SHAPE["qk_nope_head_dim"] + dim
     theirs = model.model.layers[0].self_attn.scaling
-    assert rope.softmax_scale * head**-0.5 == pytest.approx(theirs)
+    assert config.attention.scale == pytest.approx(theirs)
 
 
 def test_plain_rope_frequencies():
-    rope = ModelConfig.from_hugging_face(
+    config = read_model_config(
         SHAPE | {"model_type": "deepseek_v2", "rope_parameters": None, "rope_theta": 500.0}
-    ).rope
+    )
+    rope = config.rope
     expected = [500.0 ** -(i / 8) for i in (0, 2, 4, 6)]
-    np.testing.assert_allclose(inverse_frequencies(rope, 8), expected, rtol=1e-6)
-    assert (rope.rotation_scale, rope.softmax_scale) == (1, 1)
+    np.testing.assert_allclose(inverse_frequencies(rope), expected, rtol=1e-6)
+    assert (rope.rotation_scale, config.attention.scale) == (1, 24**-0.5)
 
 
 def test_rotation_of_queries(pair):
     x = normal(2, 6, 3, 8)
-    turned = jax.jit(lambda x, positions: rotate(x, *rotation(pair.config.rope, 8, positions)))(
-        x, POSITIONS
-    )
+    rope = pair.config.rope
+
+    @jax.jit
+    def turn(x, positions):
+        return rotate(x, *rotation(rope, positions), rope.pairing)
+
+    turned = turn(x, POSITIONS)
     angles = far_angles(pair)
     query = torch.tensor(x).transpose(1, 2)
     expected, _ = deepseek.apply_rotary_emb(query, query, angles)
@@ -144,8 +149,8 @@ def test_router_by_the_published_definition(topk_method, norm_topk_prob, top_k):
     scores = np.exp(normal(40, 16))
     scores[0] = 1  # ties go to the lower expert
     scores /= scores.sum(axis=1, keepdims=True)
-    config = ModelConfig.from_hugging_face(raw).router
-    ids, gates = jax.jit(lambda s: choose(s, config))(scores)
+    config = read_model_config(raw).router
+    ids, gates = jax.jit(lambda s: choose(s, None, config))(scores)
     expected_ids, expected_gates = published_router(scores, raw)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(gates, expected_gates, rtol=1e-5)
@@ -161,9 +166,9 @@ def test_router(pair):
     ids = np.take_along_axis(ids.numpy(), order, axis=1)
     np.testing.assert_array_equal(ours.expert_ids[keep], ids[keep])
     np.testing.assert_allclose(ours.gates[keep], gates[keep], **CLOSE)
-    np.testing.assert_allclose(ours.probs[keep], logits.softmax(dim=-1).numpy()[keep], **CLOSE)
+    np.testing.assert_allclose(ours.scores[keep], logits.softmax(dim=-1).numpy()[keep], **CLOSE)
     assert (ours.expert_ids[~keep] == pair.config.router.num_experts).all()
-    assert not ours.gates[~keep].any() and not ours.probs[~keep].any()
+    assert not ours.gates[~keep].any() and not ours.scores[~keep].any()
 
 
 def test_router_is_float32_whatever_the_activations_are(lite):
@@ -172,7 +177,7 @@ def test_router_is_float32_whatever_the_activations_are(lite):
     weight = router.weight[...].astype(x.dtype)  # a trained one is saved in this type
     logits = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(run(router, x, np.ones(24, bool)).probs, expected, **CLOSE)
+    np.testing.assert_allclose(run(router, x, np.ones(24, bool)).scores, expected, **CLOSE)
 
 
 def moe(pair, x, keep):

@@ -10,7 +10,8 @@ from jax.extend.core import jaxprs_in_params
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.families import read_model_config
+from esft_jax.model import Transformer
 from esft_jax.model.tuned import TunedLayout
 from esft_jax.training.step import loss_sum
 from tests.hf.checkpoints import SHAPE
@@ -93,7 +94,7 @@ def shapes(jaxpr, reverse_scans):
     ],
 )
 def test_the_backward_pass_stops_below_the_lowest_tuned_layer(experts, layers):
-    config = ModelConfig.from_hugging_face(
+    config = read_model_config(
         SHAPE | {"model_type": "deepseek_v2", "num_hidden_layers": 7, "first_k_dense_replace": 2}
     )
 

@@ -19,10 +19,10 @@ SCALE = 0.7
 IMPLEMENTATIONS = ("cpu", "xla", "tpu", "gpu")
 
 
-def make_inputs(length, width, value_width):
+def make_inputs(length, width, value_width, heads=H, key_heads=H):
     rng = np.random.default_rng(0)
-    shapes = [(B, length, H, w) for w in (width, width, value_width)]
-    query, key, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    sizes = (heads, width), (key_heads, width), (key_heads, value_width)
+    query, key, value = (rng.normal(size=(B, length, *s)).astype(np.float32) for s in sizes)
     # Documents that straddle blocks, padding that fills whole ones, and a number that comes back.
     segments = np.zeros((B, length), np.int32)
     segments[0], segments[0, : length // 2 - 1] = 2, 1
@@ -39,6 +39,8 @@ def inputs():
 def expected(query, key, value, segments):
     """Result, and gradients of the sum of its squares, in float64."""
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
+    key_heads = key.shape[2]
+    key, value = (np.repeat(x, query.shape[2] // key_heads, axis=2) for x in (key, value))
     length = query.shape[1]
     seen = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
     weights = np.exp(SCALE * np.einsum("bqhr,bshr->bhqs", query, key)) * seen[:, None]
@@ -47,10 +49,15 @@ def expected(query, key, value, segments):
     dweights = np.einsum("bqhw,bshw->bhqs", 2 * out, value)
     dscores = dweights - (dweights * weights).sum(axis=-1, keepdims=True)
     dscores *= weights * SCALE
+
+    def added(parts):
+        """Of the heads of queries that meet one of keys and values."""
+        return parts.reshape(B, length, key_heads, -1, parts.shape[-1]).sum(axis=3)
+
     return out, (
         np.einsum("bhqs,bshr->bqhr", dscores, key),
-        np.einsum("bhqs,bqhr->bshr", dscores, query),
-        np.einsum("bhqs,bqhw->bshw", weights, 2 * out),
+        added(np.einsum("bhqs,bqhr->bshr", dscores, query)),
+        added(np.einsum("bhqs,bqhw->bshw", weights, 2 * out)),
     )
 
 
@@ -75,7 +82,9 @@ def close(found, wanted, tolerance):
 
 
 # The second size has several blocks, a row that they do not divide, and heads like those of MLA.
-@pytest.mark.parametrize("size", [(S, R, W), (300, 24, 16)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(S, R, W), (300, 24, 16), (S, R, W, 6, 2), (300, 16, 16, 4, 1)], ids=str
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
     inputs = make_inputs(*size)
@@ -143,11 +152,11 @@ def test_an_unknown_implementation_is_named(inputs):
 
 WRONG = {
     "fewer key heads": ({"key": (B, S, 1, R)}, "expected as many heads"),
-    "fewer key and value heads": (
-        {"key": (B, S, 1, R), "value": (B, S, 1, W)},
-        r"key float32 \(2, 24, 1, 4\)",
+    "more key and value heads": (
+        {"key": (B, S, 3, R), "value": (B, S, 3, W)},
+        r"key float32 \(2, 24, 3, 4\)",
     ),
-    "fewer query heads": ({"query": (B, S, 1, R)}, "expected as many heads"),
+    "fewer query heads": ({"query": (B, S, 1, R)}, "expected as many heads of keys"),
     "other widths": ({"key": (B, S, H, R + 1)}, "queries and keys of one width"),
     "no width": ({"query": (B, S, H, 0), "key": (B, S, H, 0)}, "queries and keys of one width"),
     "fewer keys": ({"key": (B, S - 1, H, R)}, "a value per key"),
@@ -207,8 +216,8 @@ def test_the_gradient_holds_scores_of_one_block_at_a_time(inputs, monkeypatch):
     monkeypatch.setattr(xla, "BLOCKS", 3)
     program = str(jax.make_jaxpr(run)(inputs))
     for keys in (8, 16, 24):  # no block meets keys after its last query
-        assert f"f32[2,2,8,{keys}]" in program
-    assert "[2,2,24,24]" not in program
+        assert f"f32[2,2,1,8,{keys}]" in program
+    assert "24,24]" not in program
 
 
 def test_a_query_that_sees_nothing_is_finite(inputs):

@@ -57,7 +57,7 @@ report(
 ATTENTION = """
 from esft_jax.ops.attention import causal_attention
 
-dtype, (length, heads, width, value_width) = sys.argv[1], map(int, sys.argv[2:])
+dtype, (length, heads, key_heads, width, value_width) = sys.argv[1], map(int, sys.argv[2:])
 
 def gradients(query, key, value, segments):
     def loss(query, key, value):
@@ -67,7 +67,8 @@ def gradients(query, key, value, segments):
 
 report(
     gradients,
-    *(abstract((1, length, heads, w), dtype) for w in (width, width, value_width)),
+    abstract((1, length, heads, width), dtype),
+    *(abstract((1, length, key_heads, w), dtype) for w in (width, value_width)),
     abstract((1, length), jnp.int32),
 )
 """
@@ -102,10 +103,20 @@ def check(dtype, layer):
 def test_attention_of_deepseek_v2_lite(dtype):
     """The kernels fit, and memory is linear in the length of a row."""
     length, heads, width, value_width = 4096, 16, 192, 128
-    found = compile_for_h100(ATTENTION, dtype, length, heads, width, value_width)
+    found = compile_for_h100(ATTENTION, dtype, length, heads, heads, width, value_width)
     assert found["kernels"] == 3  # the forward pass, gradients of queries, of keys and values
     # The result, and two numbers per query.
     assert found["temporary"] < length * heads * (value_width * BYTES[dtype] + 8) + 2**20
+
+
+def test_attention_of_qwen3_30b():
+    """Heads of keys and values are not repeated; each head of queries has its part of their
+    gradients.
+    """
+    length, heads, key_heads, width = 4096, 32, 4, 128
+    found = compile_for_h100(ATTENTION, "bfloat16", length, heads, key_heads, width, width)
+    assert found["kernels"] == 3
+    assert found["temporary"] < length * heads * (3 * width * 2 + 8) + 2**20
 
 
 @pytest.mark.slow

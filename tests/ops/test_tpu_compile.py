@@ -61,7 +61,7 @@ report(
 ATTENTION = """
 from esft_jax.ops.attention import causal_attention
 
-length, heads, width, value_width = map(int, sys.argv[2:])
+length, heads, key_heads, width, value_width = map(int, sys.argv[2:])
 
 def gradients(query, key, value, segments):
     def loss(query, key, value):
@@ -71,7 +71,8 @@ def gradients(query, key, value, segments):
 
 report(
     gradients,
-    *(abstract((1, length, heads, w), jnp.bfloat16) for w in (width, width, value_width)),
+    abstract((1, length, heads, width), jnp.bfloat16),
+    *(abstract((1, length, key_heads, w), jnp.bfloat16) for w in (width, value_width)),
     abstract((1, length), jnp.int32),
 )
 """
@@ -96,23 +97,35 @@ def check(chip, layer):
     assert found["temporary"] < 1.1 * (2 * 2 * rows * f + 2 * tuned * d * f) + 2**20
 
 
-def check_attention(chip, length, heads, width, value_width):
+def check_attention(chip, length, heads, key_heads, width, value_width):
     """The kernels were chosen, they fit, and memory is linear in the length of a row."""
-    found = compile_for(chip, ATTENTION, length, heads, width, value_width)
+    found = compile_for(chip, ATTENTION, length, heads, key_heads, width, value_width)
     assert found["kernels"] == 3  # the forward pass, gradient of queries, of keys and values
-    padded = 2 * -(-width // 128) * 128 + -(-value_width // 128) * 128
+    width, value_width = (-(-w // 128) * 128 for w in (width, value_width))
+    padded = heads * width + key_heads * (width + value_width)
     numbers = 4 * 128 * length * heads  # per query, as wide as a register
-    assert found["temporary"] < 4 * 2 * length * heads * padded + 2 * numbers + 2**20
+    assert found["temporary"] < 4 * 2 * length * padded + 2 * numbers + 2**20
 
 
 def test_attention_on_v5e():
-    check_attention("v5e", 1024, 4, 192, 128)
+    check_attention("v5e", 1024, 4, 4, 192, 128)
+
+
+def test_attention_of_few_heads_of_keys_on_v5e():
+    check_attention("v5e", 1024, 8, 2, 128, 128)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", SLICES)
 def test_attention_of_deepseek_v2_lite(chip):
-    check_attention(chip, 4096, 16, 192, 128)
+    check_attention(chip, 4096, 16, 16, 192, 128)
+
+
+# libtpu 0.0.52 fails inside itself on tpu7x with 32 heads, whether keys have as many or fewer.
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [chip for chip in SLICES if chip != "tpu7x"])
+def test_attention_of_qwen3_30b(chip):
+    check_attention(chip, 4096, 32, 4, 128, 128)
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec
 
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
+from esft_jax.families import load_model_config
 from esft_jax.mesh import EXPERT, make_mesh
-from esft_jax.model.config import ModelConfig
 from esft_jax.ops.attention import causal_attention
 from esft_jax.planning.operations import Routing, count_operations, model_operations
 
@@ -55,7 +55,7 @@ def test_a_group_is_charged_the_pieces_it_touches() -> None:
 
 
 def test_operations_of_the_model_by_what_is_trained(base) -> None:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     top, bottom = config.moe_layers[-1], config.moe_layers[0]
 
     def operations(*layers: int, **flags: bool) -> float:
@@ -74,7 +74,7 @@ def test_operations_of_the_model_by_what_is_trained(base) -> None:
 
 
 def test_operations_of_low_rank_updates(base) -> None:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     top, bottom = config.moe_layers[-1], config.moe_layers[0]
 
     def operations(rank: int, *layers: int) -> float:

@@ -14,8 +14,8 @@ from esft_jax import plan
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
 from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.families import load_model_config
 from esft_jax.mesh import make_mesh
-from esft_jax.model.config import ModelConfig
 from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
 from esft_jax.training import loop
@@ -200,7 +200,7 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pods").glob("*.yaml")), ids=str)
 def test_pod_configurations(path) -> None:
     config = load_config(path)
-    model = ModelConfig.load(ROOT / "models" / Path(config.model).name)
+    model = load_model_config(ROOT / "models" / Path(config.model).name)
     assert model.router.num_experts % config.mesh.expert == 0
 
 

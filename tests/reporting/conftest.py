@@ -8,7 +8,7 @@ import pytest
 
 from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.experts.scores import ExpertScores
-from esft_jax.model import ModelConfig
+from esft_jax.families import load_model_config
 from esft_jax.report import main
 from esft_jax.sweeping.config import BASE, Cell, config_sha256, load_sweep, run_config
 from esft_jax.sweeping.record import CellResult, Record
@@ -32,7 +32,7 @@ def write_scores(folder: Path, layers: tuple[int, ...], num_experts: int, seed: 
 
 @pytest.fixture(scope="session")
 def scored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     folder = tmp_path_factory.mktemp("scored")
     paths = [folder / "one", folder / "two" / "scores"]  # scores, and those in a run's folder
     for seed, path in enumerate(paths):

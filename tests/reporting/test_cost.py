@@ -4,13 +4,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.families import load_model_config
+from esft_jax.model import Transformer
 from esft_jax.planning.operations import model_operations
 from esft_jax.reporting.cost import CostModel
 
 
 def test_costs_of_a_choice(base) -> None:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     costs = CostModel(config, 64)
     state = nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param)
     assert costs.full.parameters == sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -31,7 +32,7 @@ def test_costs_of_a_choice(base) -> None:
 
 
 def test_an_expert_is_charged_for_what_it_serves(base) -> None:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     costs = CostModel(config, 64)
     layers, experts = len(config.moe_layers), config.router.num_experts
     chosen = np.zeros((layers, experts), bool)

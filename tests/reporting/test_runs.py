@@ -16,7 +16,7 @@ from esft_jax.experts.choose import choose_experts
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.scores import load_scores
 from esft_jax.experts.select import select_experts
-from esft_jax.model import ModelConfig
+from esft_jax.families import load_model_config
 from esft_jax.report import main
 from esft_jax.reporting.cost import CostModel
 
@@ -50,7 +50,7 @@ def make_run(base: Path, scored: list[Path], tmp_path: Path) -> MakeRun:
         if scores:
             shutil.copytree(scored[0], folder / "scores")
         if trained and config.selects_experts:
-            experts = choose_experts(config.select, [found], ModelConfig.load(base), "bfloat16")
+            experts = choose_experts(config.select, [found], load_model_config(base), "bfloat16")
             experts.save(folder / "expert_cfg.json")
         return folder
 
@@ -181,7 +181,7 @@ def test_what_is_trained_besides_is_paid_for(make_run: MakeRun, base: Path, tmp_
     more = make_run(select=SelectConfig(top_p=0.4, shared_experts=True, non_expert_modules=True))
     assert main([str(more), "--output", str(out)]) == 0
     (here,) = [row for row in rows(out, "threshold") if row["top_p"] == "0.4"]
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     total, one = CostModel(config, 64).full.parameters, 3 * 32 * 16
     count = len(config.moe_layers) * config.router.num_experts - int(here["experts"])
     assert int(here["parameters"]) == total - count * one
@@ -265,7 +265,7 @@ def test_what_a_report_cannot_be_of_is_named(
 
     path, other = run / "scores" / "scores.json", tmp_path / "other"
     content = json.loads(path.read_text())
-    content["provenance"]["config_fingerprint"] = ModelConfig.load(base).fingerprint
+    content["provenance"]["config_fingerprint"] = load_model_config(base).fingerprint
     path.write_text(json.dumps(content))
     shutil.copytree(base, other)
     raw = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-3}

@@ -25,7 +25,8 @@ def test_schedule_cosine_ends_at_its_fraction() -> None:
 
 def _params() -> dict[str, nnx.State]:
     def state(**arrays: jax.Array) -> nnx.State:
-        return nnx.State({name: nnx.Param(value, axes=()) for name, value in arrays.items()})
+        named = {name: nnx.Param(x, axes=(None,) * x.ndim) for name, x in arrays.items()}
+        return nnx.State(named)
 
     tuned = state(weight=jnp.full((2, 2), 2.0), scale=jnp.full(2, 2.0))
     return {TUNED: tuned, FROZEN: state(weight=jnp.ones((100, 100)))}

@@ -11,8 +11,9 @@ from esft_jax.config import OptimizerConfig
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.lora import LoRA
 from esft_jax.experts.partition import attach, attach_tuned_experts, partition
+from esft_jax.families import load_model_config
 from esft_jax.hf.load import load_model
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 from esft_jax.model.router import RouterOutput
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state
@@ -126,14 +127,14 @@ def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
     uniform = RouterOutput(ids, jnp.ones((1, 1, 8, 2)), jnp.full((1, 1, 8, 4), 0.25))
     np.testing.assert_allclose(balance_loss(uniform), 1.0, rtol=1e-6)
     skewed = uniform.replace(
-        expert_ids=ids % 2, probs=jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), (1, 1, 8, 4))
+        expert_ids=ids % 2, scores=jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), (1, 1, 8, 4))
     )
     np.testing.assert_allclose(balance_loss(skewed), 2.0, rtol=1e-6)
 
 
 def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
     """Arguments and temporaries of the compiled step, experts holding most of the weights."""
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     config = dataclasses.replace(
         config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
     )
@@ -191,7 +192,7 @@ def test_other_modules_train_when_asked_for(base, batch, experts, trained) -> No
 
 
 def test_a_lora_step_has_gradients_and_moments_of_factors_only(base, batch) -> None:
-    config = ModelConfig.load(base)
+    config = load_model_config(base)
     config = dataclasses.replace(
         config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
     )

@@ -11,12 +11,13 @@ from flax import nnx
 from esft_jax.config import OptimizerConfig
 from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.families import load_model_config
 from esft_jax.mesh import make_mesh
-from esft_jax.model import ModelConfig, Transformer
+from esft_jax.model import Transformer
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state, state_shardings
 
-CONFIG = ModelConfig.load(Path(__file__).parents[2] / "models" / "deepseek-v2-lite")
+CONFIG = load_model_config(Path(__file__).parents[2] / "models" / "deepseek-v2-lite")
 EXPERT_SIZE = 3 * CONFIG.hidden_size * CONFIG.expert_width
 
 

@@ -33,8 +33,8 @@ BLOCK = 128  # queries per block, at most
 
 def causal_attention(
     query: Float[Array, "B S H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:
@@ -47,7 +47,7 @@ def causal_attention(
         if array.dtype != jnp.float32:
             raise ValueError(f"attention: 'cpu' takes float32, not {array.dtype}")
     foreign.register("esft_jax_attention", _blocks, _attend)
-    foreign.register("esft_jax_attention_gradient", _heads, _gradient)
+    foreign.register("esft_jax_attention_gradient", _key_heads, _gradient)
     return _causal_attention(scale, query, key, value, segment_ids.astype(jnp.int32))
 
 
@@ -65,7 +65,7 @@ def _forward(
     call = jax.ffi.ffi_call(
         "esft_jax_attention",
         (
-            jax.ShapeDtypeStruct(value.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, heads, value.shape[-1]), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
     )
@@ -94,6 +94,12 @@ def _matrix(array: foreign.Buffer, row: int, token: int, head: int) -> Matrix:
     length, heads, width = extent(array, 1), extent(array, 2), extent(array, 3)
     place = ((row * length + token) * heads + head) * width
     return Matrix(array.address + 4 * place, heads * width)
+
+
+@compiled
+def _key_head(query: foreign.Buffer, key: foreign.Buffer, head: int) -> int:
+    """The head of keys and values that a head of queries meets."""
+    return head // (extent(query, 2) // extent(key, 2))
 
 
 @compiled
@@ -205,7 +211,8 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
     width = stop - first
     scores, powers = np.empty((stop - start, width), np.float32), np.empty(width, np.float32)
     weights = Matrix(address_of(scores), width)
-    q, k = _matrix(query, row, start, head), _matrix(key, row, first, head)
+    key_head = _key_head(query, key, head)
+    q, k = _matrix(query, row, start, head), _matrix(key, row, first, key_head)
     rows, inner, outer = stop - start, extent(query, 3), extent(value, 3)
     multiply_matrices(q, k, weights, rows, width, inner, False, True, _number(frame, 4), _ZERO)
     totals = np.empty(stop - start, np.float32)
@@ -223,7 +230,7 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
         totals[i - start] = total
         logs[i] = top + np.log(total)
     out = _matrix(mixed, row, start, head)
-    v = _matrix(value, row, first, head)
+    v = _matrix(value, row, first, key_head)
     multiply_matrices(weights, v, out, rows, outer, width, False, False, _ONE, _ZERO)
     for i in range(rows):
         values = view(out.address + 4 * i * out.stride, outer, np.float32)
@@ -233,9 +240,9 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
 
 
 @compiled
-def _heads(frame: int) -> int:
-    query = operand(frame, 0)
-    return extent(query, 0) * extent(query, 2)
+def _key_heads(frame: int) -> int:
+    key = operand(frame, 1)
+    return extent(key, 0) * extent(key, 2)
 
 
 @compiled
@@ -245,18 +252,16 @@ def _clear(matrix: Matrix, rows: int, columns: int) -> None:
 
 
 @compiled
-def _gradient(frame: int, index: int) -> None:
-    """Of one head of one row: blocks add to what its keys and values get."""
+def _add_gradient(frame: int, row: int, head: int, key_head: int) -> None:
+    """Of one head of queries in one row, block by block."""
     query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     mixed, grad, scale = operand(frame, 4), operand(frame, 6), _number(frame, 7)
     dquery, dkey, dvalue = result(frame, 0), result(frame, 1), result(frame, 2)
     length, heads = extent(query, 1), extent(query, 2)
     inner, outer = extent(query, 3), extent(value, 3)
-    row, head = index // heads, index % heads
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
-    logs = view(operand(frame, 5).address + 4 * index * length, length, np.float32)
-    _clear(_matrix(dkey, row, 0, head), length, inner)
-    _clear(_matrix(dvalue, row, 0, head), length, outer)
+    begin = 4 * (row * heads + head) * length
+    logs = view(operand(frame, 5).address + begin, length, np.float32)
     start = 0
     while start < length:
         first, stop = _document(segments, start, min((start // BLOCK + 1) * BLOCK, length))
@@ -264,8 +269,8 @@ def _gradient(frame: int, index: int) -> None:
         scores, dscores = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
         powers = np.empty(width, np.float32)
         weights, dweights = Matrix(address_of(scores), width), Matrix(address_of(dscores), width)
-        q, k = _matrix(query, row, start, head), _matrix(key, row, first, head)
-        g, v = _matrix(grad, row, start, head), _matrix(value, row, first, head)
+        q, k = _matrix(query, row, start, head), _matrix(key, row, first, key_head)
+        g, v = _matrix(grad, row, start, head), _matrix(value, row, first, key_head)
         multiply_matrices(q, k, weights, rows, width, inner, False, True, scale, _ZERO)
         multiply_matrices(g, v, dweights, rows, width, outer, False, True, _ONE, _ZERO)
         out = _matrix(mixed, row, start, head)
@@ -285,10 +290,26 @@ def _gradient(frame: int, index: int) -> None:
                 dscores[i, j] = scores[i, j] * (dscores[i, j] - mean) * scale
             for j in range(seen, width):
                 scores[i, j] = dscores[i, j] = 0
-        dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, head)
-        dv = _matrix(dvalue, row, first, head)
+        dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, key_head)
+        dv = _matrix(dvalue, row, first, key_head)
         multiply_matrices(dweights, k, dq, rows, inner, width, False, False, _ONE, _ZERO)
         multiply_matrices(dweights, q, dk, width, inner, rows, True, False, _ONE, _ONE)
         multiply_matrices(weights, g, dv, width, outer, rows, True, False, _ONE, _ONE)
         keep(scores, dscores)
         start = stop
+
+
+@compiled
+def _gradient(frame: int, index: int) -> None:
+    """Of one head of keys and values in one row, and of the query heads that meet it.
+
+    They add to what its keys and values get, one after the other.
+    """
+    query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    dkey, dvalue = result(frame, 1), result(frame, 2)
+    key_heads, together = extent(key, 2), extent(query, 2) // extent(key, 2)
+    row, key_head = index // key_heads, index % key_heads
+    _clear(_matrix(dkey, row, 0, key_head), extent(key, 1), extent(key, 3))
+    _clear(_matrix(dvalue, row, 0, key_head), extent(value, 1), extent(value, 3))
+    for head in range(key_head * together, (key_head + 1) * together):
+        _add_gradient(frame, row, head, key_head)

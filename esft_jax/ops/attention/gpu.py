@@ -32,8 +32,8 @@ _HIDDEN = -1e30  # below every score, and finite: differences of two are no NaN
 
 def causal_attention(
     query: Float[Array, "B S H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:
@@ -56,7 +56,7 @@ def _forward(
         partial(_forward_kernel, sizes=_Sizes.of(query, value), scale=scale),
         (query, key, value, segment_ids),
         (
-            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, value.shape[3]), value.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         block=FORWARD_QUERIES,
@@ -73,7 +73,12 @@ def _backward(scale: float, residuals: tuple, grad: Float[Array, "B S H W"]) -> 
     mean = jnp.einsum("bshw,bshw->bhs", grad, mixed, preferred_element_type=jnp.float32)
     operands = (query, key, value, segment_ids, grad, denominators, mean)
     sizes = _Sizes.of(query, value)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+    batch, length, heads, _ = query.shape
+    # Each head of queries adds a part to what its head of keys and values gets.
+    shapes = [
+        jax.ShapeDtypeStruct((batch, length, heads, x.shape[3]), x.dtype)
+        for x in (query, key, value)
+    ]
     options = {"block": GRADIENT, "warps": 4}
     (dquery,) = _call(
         partial(_query_gradient_kernel, sizes=sizes, scale=scale),
@@ -89,7 +94,14 @@ def _backward(scale: float, residuals: tuple, grad: Float[Array, "B S H W"]) -> 
         name="attention_key_gradient",
         **options,
     )
-    return dquery, dkey, dvalue, None
+
+    def added(parts: Array, heads: int) -> Array:
+        if parts.shape[2] == heads:
+            return parts
+        groups = parts.reshape(batch, length, heads, -1, parts.shape[3])
+        return groups.astype(jnp.float32).sum(axis=3).astype(parts.dtype)
+
+    return dquery, added(dkey, key.shape[2]), added(dvalue, value.shape[2]), None
 
 
 _causal_attention.defvjp(_forward, _backward)
@@ -114,7 +126,10 @@ def _call(
         match x.ndim:
             case 4:
                 width = pl.next_power_of_2(x.shape[3])
-                return pl.BlockSpec((None, length, None, width), lambda _, b, h: (b, 0, h, 0))
+                together = heads // x.shape[2]  # heads of queries to one of keys and values
+                return pl.BlockSpec(
+                    (None, length, None, width), lambda _, b, h: (b, 0, h // together, 0)
+                )
             case 3:
                 return pl.BlockSpec((None, None, length), lambda _, b, h: (b, h, 0))
         return pl.BlockSpec((None, length), lambda _, b, h: (b, 0))

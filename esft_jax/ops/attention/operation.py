@@ -22,8 +22,8 @@ KEPT = "attention"
 
 def causal_attention(
     query: Float[Array, "B S H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
     *,
@@ -75,8 +75,11 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
         raise ValueError(f"attention: {found}; expected [rows, tokens, heads, width] of each")
     if query.dtype not in (jnp.float32, jnp.bfloat16) or {query.dtype} != {key.dtype, value.dtype}:
         raise ValueError(f"attention: {found}; expected float32 or bfloat16, the same for all")
-    if not query.shape[2] == key.shape[2] == value.shape[2]:
-        raise ValueError(f"attention: {found}; expected as many heads of each")
+    if key.shape[2] != value.shape[2] or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"attention: {found}; expected as many heads of keys as of values, and of queries as "
+            "many, or a multiple"
+        )
     if not len(query) == len(key) == len(value) or key.shape[1] != value.shape[1]:
         raise ValueError(f"attention: {found}; expected as many rows of each, and a value per key")
     if query.shape[3] != key.shape[3] or query.shape[3] == 0:

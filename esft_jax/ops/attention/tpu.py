@@ -18,8 +18,8 @@ BLOCKS = (512, 256, 128)
 
 def causal_attention(
     query: Float[Array, "B S H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:

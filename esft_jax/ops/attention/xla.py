@@ -1,4 +1,8 @@
-"""Attention in plain XLA, for any platform."""
+"""Attention in plain XLA, for any platform.
+
+Letters: B rows, S keys, Q queries, H query heads; G heads of keys and values, each met by N query
+heads; R and W features of a key and of a value.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -22,8 +26,8 @@ _HIDDEN = jnp.finfo(jnp.float32).min
 
 def masked_attention(
     query: Float[Array, "B Q H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     visible: Bool[Array, "B Q S"],
     scale: float,
 ) -> Float[Array, "B Q H W"]:
@@ -39,14 +43,14 @@ def masked_attention(
         raise ValueError(
             f"attention: visible is {visible.dtype} {visible.shape}; expected bool {expected}"
         )
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    return _attend(query, key, value, visible, scale)[0].swapaxes(1, 2)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return _by_head(_attend(_by_group(query, key), key, value, visible, scale)[0])
 
 
 def causal_attention(
     query: Float[Array, "B S H R"],
-    key: Float[Array, "B S H R"],
-    value: Float[Array, "B S H W"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
 ) -> Float[Array, "B S H W"]:
@@ -55,30 +59,41 @@ def causal_attention(
     The backward pass makes scores again from the queries, the keys, and one number per query
     (FlashAttention-2, arXiv 2307.08691): nothing of size `[S, S]` is kept.
     """
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    return _causal_attention(query, key, value, segment_ids, scale).swapaxes(1, 2)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return _by_head(_causal_attention(_by_group(query, key), key, value, segment_ids, scale))
+
+
+def _by_group(query: Float[Array, "B Q H R"], key: Array) -> Float[Array, "B G N Q R"]:
+    """Queries by the head of keys and values that they meet."""
+    rows, length, _, width = query.shape
+    return query.reshape(rows, length, key.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
+
+
+def _by_head(mixed: Float[Array, "B G N Q W"]) -> Float[Array, "B Q H W"]:
+    rows, _, _, length, width = mixed.shape
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, -1, width)
 
 
 def _attend(
-    query: Float[Array, "B H Q R"],
-    key: Float[Array, "B H S R"],
-    value: Float[Array, "B H S W"],
+    query: Float[Array, "B G N Q R"],
+    key: Float[Array, "B G S R"],
+    value: Float[Array, "B G S W"],
     visible: Bool[Array, "B Q S"],
     scale: float,
-) -> tuple[Float[Array, "B H Q W"], Float[Array, "B H Q"]]:
+) -> tuple[Float[Array, "B G N Q W"], Float[Array, "B G N Q"]]:
     """The mixed values, and the logarithm of each query's softmax denominator."""
     scores = _scores(query, key, visible, scale)
     top = scores.max(axis=-1, keepdims=True)
     # Dividing by the sum after the product with the values passes over [Q, S] less often.
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1)
-    mixed = _product("bhqs,bhsw->bhqw", weights.astype(value.dtype), value)
+    mixed = _product("bgnqs,bgsw->bgnqw", weights.astype(value.dtype), value)
     return (mixed / total[..., None]).astype(value.dtype), top[..., 0] + jnp.log(total)
 
 
-def _scores(query: Array, key: Array, visible: Array, scale: float) -> Float[Array, "B H Q S"]:
-    scores = _product("bhqr,bhsr->bhqs", query, key)
-    return jnp.where(visible[:, None], scores * scale, _HIDDEN)
+def _scores(query: Array, key: Array, visible: Array, scale: float) -> Float[Array, "B G N Q S"]:
+    scores = _product("bgnqr,bgsr->bgnqs", query, key)
+    return jnp.where(visible[:, None, None], scores * scale, _HIDDEN)
 
 
 def _product(formula: str, *arrays: Array) -> Float[Array, "..."]:
@@ -99,7 +114,7 @@ def _blocks(segment_ids: Int[Array, "B S"]) -> Iterator[tuple[slice, slice, Bool
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _causal_attention(
     query: Array, key: Array, value: Array, segment_ids: Array, scale: float
-) -> Float[Array, "B H S W"]:
+) -> Float[Array, "B G N S W"]:
     return _forward(query, key, value, segment_ids, scale)[0]
 
 
@@ -107,31 +122,32 @@ def _forward(
     query: Array, key: Array, value: Array, segment_ids: Array, scale: float
 ) -> tuple[Array, tuple]:
     parts = [
-        _attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], visible, scale)
+        _attend(query[..., queries, :], key[:, :, keys], value[:, :, keys], visible, scale)
         for queries, keys, visible in _blocks(segment_ids)
     ]
     mixed, denominators = (
-        checkpoint_name(jnp.concatenate(part, axis=2), KEPT) for part in zip(*parts, strict=True)
+        checkpoint_name(jnp.concatenate(part, axis=3), KEPT) for part in zip(*parts, strict=True)
     )
     return mixed, (query, key, value, segment_ids, mixed, denominators)
 
 
-def _backward(scale: float, residuals: tuple, grad: Float[Array, "B H S W"]) -> tuple:
+def _backward(scale: float, residuals: tuple, grad: Float[Array, "B G N S W"]) -> tuple:
     query, key, value, segment_ids, mixed, denominators = residuals
     # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
-    mean = _product("bhqw,bhqw->bhq", grad, mixed)
+    mean = _product("bgnqw,bgnqw->bgnq", grad, mixed)
     dqueries = []
     dkey, dvalue = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
     for queries, keys, visible in _blocks(segment_ids):
-        q, g, k, v = query[:, :, queries], grad[:, :, queries], key[:, :, keys], value[:, :, keys]
-        weights = jnp.exp(_scores(q, k, visible, scale) - denominators[:, :, queries, None])
-        dweights = _product("bhqw,bhsw->bhqs", g, v)
-        dscores = (weights * (dweights - mean[:, :, queries, None]) * scale).astype(q.dtype)
-        dqueries.append(_product("bhqs,bhsr->bhqr", dscores, k).astype(q.dtype))
-        dkey = dkey.at[:, :, keys].add(_product("bhqs,bhqr->bhsr", dscores, q))
+        q, g = query[..., queries, :], grad[..., queries, :]
+        k, v = key[:, :, keys], value[:, :, keys]
+        weights = jnp.exp(_scores(q, k, visible, scale) - denominators[..., queries, None])
+        dweights = _product("bgnqw,bgsw->bgnqs", g, v)
+        dscores = (weights * (dweights - mean[..., queries, None]) * scale).astype(q.dtype)
+        dqueries.append(_product("bgnqs,bgsr->bgnqr", dscores, k).astype(q.dtype))
+        dkey = dkey.at[:, :, keys].add(_product("bgnqs,bgnqr->bgsr", dscores, q))
         weights = weights.astype(g.dtype)
-        dvalue = dvalue.at[:, :, keys].add(_product("bhqs,bhqw->bhsw", weights, g))
-    dquery = jnp.concatenate(dqueries, axis=2)
+        dvalue = dvalue.at[:, :, keys].add(_product("bgnqs,bgnqw->bgsw", weights, g))
+    dquery = jnp.concatenate(dqueries, axis=3)
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
 
 

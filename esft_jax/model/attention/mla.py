@@ -1,21 +1,21 @@
-"""Multi-head latent attention (MLA) of DeepSeek-V2 (arXiv 2405.04434, section 2.1)."""
+"""Multi-head latent attention (MLA, arXiv 2405.04434, section 2.1)."""
 
-from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.struct import dataclass
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import RULES
-from esft_jax.model.config import ModelConfig
+from esft_jax.model.attention.core import attend
+from esft_jax.model.config import LatentAttentionConfig, RopeConfig
 from esft_jax.model.lora import project
 from esft_jax.model.norm import RMSNorm
-from esft_jax.model.params import ParamFactory
+from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.rope import rotate
-from esft_jax.ops.attention import causal_attention, masked_attention
+from esft_jax.ops.attention import masked_attention
 
 # The published code gives the norms of the low-rank latents this epsilon, whatever rms_norm_eps is.
 LATENT_NORM_EPS = 1e-6
@@ -23,7 +23,7 @@ LATENT_NORM_EPS = 1e-6
 
 @dataclass
 class LatentCache:
-    """MLA's compressed KV cache: one latent and one rotated key per token, not per head.
+    """The compressed KV cache: one latent and one rotated key per token, not per head.
 
     The model stacks its layers on a leading axis.
 
@@ -39,42 +39,63 @@ class LatentCache:
 class LatentAttention(nnx.Module):
     """Queries, keys and values from low-rank latents; RoPE on a separate part of each head."""
 
-    def __init__(self, config: ModelConfig, params: ParamFactory):
-        self.config = config
-        size, heads = config.hidden_size, config.num_heads
-        query_width = heads * config.qk_head_dim
-        if config.q_lora_rank is None:
-            self.q = params.weight((size, query_width), ("embed", None))
+    def __init__(
+        self, size: int, config: LatentAttentionConfig, rope: RopeConfig, params: ParamFactory
+    ):
+        self.config, self.pairing = config, rope.pairing
+        query_width, rank = config.heads * config.head, config.query_rank
+
+        def reading(width: int) -> nnx.Param:
+            return params.weight((size, width), ("embed", None), Role.ATTENTION)
+
+        def writing(inner: int, width: int) -> nnx.Param:
+            return params.weight((inner, width), (None, "embed"), Role.ATTENTION)
+
+        if rank is None:
+            self.q = reading(query_width)
         else:
-            self.q_down = params.weight((size, config.q_lora_rank), ("embed", None))
-            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, params)
-            self.q_up = params.weight((config.q_lora_rank, query_width), (None, "embed"))
-        self.kv_down = params.weight(
-            (size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", None)
-        )
-        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, params)
-        self.kv_up = params.weight(
-            (config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)),
-            (None, "embed"),
-        )
-        self.out = params.weight((heads * config.v_head_dim, size), (None, "embed"))
+            self.q_down = reading(rank)
+            self.q_norm = RMSNorm(rank, LATENT_NORM_EPS, params)
+            self.q_up = writing(rank, query_width)
+        self.kv_down = reading(config.latent + config.rotated)
+        self.kv_norm = RMSNorm(config.latent, LATENT_NORM_EPS, params)
+        self.kv_up = writing(config.latent, config.heads * (config.plain + config.value))
+        self.out = writing(config.heads * config.value, size)
+        if config.bias:
+            if rank is not None:
+                self.q_down_bias = params.bias(rank, Role.ATTENTION)
+            self.kv_down_bias = params.bias(config.latent + config.rotated, Role.ATTENTION)
+            self.out_bias = params.bias(size, Role.ATTENTION)
         self.lora: nnx.Dict = nnx.Dict()  # of any of these weights, by name
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the weights that low-rank updates are for."""
+        query = ("q",) if self.config.query_rank is None else ("q_down", "q_up")
+        return (*query, "kv_down", "kv_up", "out")
+
+    @staticmethod
+    def empty_cache(config: LatentAttentionConfig, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Nothing kept yet, for `shape`: layers, rows, tokens."""
+        latent = jnp.zeros((*shape, config.latent), dtype)
+        return LatentCache(latent, jnp.zeros((*shape, config.rotated), dtype))
 
     def _queries(
         self, x: Float[Array, "B S D"], cos: Array, sin: Array
     ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H R"]]:
-        if self.config.q_lora_rank is None:
+        if self.config.query_rank is None:
             query = project(x, self, "q")
         else:
             query = project(self.q_norm(project(x, self, "q_down")), self, "q_up")
-        query = query.reshape(*x.shape[:2], self.config.num_heads, self.config.qk_head_dim)
-        plain, turned = jnp.split(query, [self.config.qk_nope_head_dim], axis=-1)
-        return plain, rotate(turned, cos, sin)
+        query = query.reshape(*x.shape[:2], self.config.heads, self.config.head)
+        plain, turned = jnp.split(query, [self.config.plain], axis=-1)
+        return plain, rotate(turned, cos, sin, self.pairing)
 
     def _latents(self, x: Float[Array, "B S D"], cos: Array, sin: Array) -> LatentCache:
         both = project(x, self, "kv_down")
-        latent, key = jnp.split(both, [self.config.kv_lora_rank], axis=-1)
-        return LatentCache(self.kv_norm(latent), rotate(key[:, :, None], cos, sin)[:, :, 0])
+        latent, key = jnp.split(both, [self.config.latent], axis=-1)
+        turned = rotate(key[:, :, None], cos, sin, self.pairing)[:, :, 0]
+        return LatentCache(self.kv_norm(latent), turned)
 
     def _up_projections(self, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Per-head maps from the latent to keys `[C, H, N]` and to values `[C, H, W]`."""
@@ -85,8 +106,8 @@ class LatentAttention(nnx.Module):
 
     def _by_head(self, joint: Float[Array, "*B HNW"]) -> tuple[Array, Array]:
         """The parts of keys `[*B, H, N]` and values `[*B, H, W]`, which lie side by side."""
-        heads = joint.reshape(*joint.shape[:-1], self.config.num_heads, -1)
-        key, value = jnp.split(heads, [self.config.qk_nope_head_dim], axis=-1)
+        heads = joint.reshape(*joint.shape[:-1], self.config.heads, -1)
+        key, value = jnp.split(heads, [self.config.plain], axis=-1)
         return key, value
 
     def _keys_and_values(
@@ -111,17 +132,13 @@ class LatentAttention(nnx.Module):
         kv = self._latents(x, cos, sin)
         key, value = self._keys_and_values(kv.latent)
         shared = jnp.broadcast_to(kv.rotated_key[:, :, None], turned.shape)
-        attend = partial(causal_attention, scale=self.config.attention_scale)
-        if mesh is not None:
-            batch = PartitionSpec(RULES.batch)
-            attend = jax.shard_map(
-                attend, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False
-            )
         mixed = attend(
             jnp.concatenate([plain, turned], axis=-1),
             jnp.concatenate([key, shared], axis=-1),
             value,
             segment_ids,
+            self.config.scale,
+            mesh,
         )
         return project(mixed.reshape(*x.shape[:2], -1), self, "out")
 
@@ -131,7 +148,7 @@ class LatentAttention(nnx.Module):
         cos: Float[Array, "B S P"],
         sin: Float[Array, "B S P"],
         positions: Int[Array, "B S"],
-        cache: LatentCache,
+        cache: Any,
     ) -> tuple[Float[Array, "B S D"], LatentCache]:
         """Append tokens to the cache at `positions` and attend to all slots up to their own.
 
@@ -154,8 +171,8 @@ class LatentAttention(nnx.Module):
             query.reshape(len(x), -1, 1, query.shape[-1]),
             key[:, :, None],
             cache.latent[:, :, None],
-            jnp.repeat(visible, self.config.num_heads, axis=1),
-            self.config.attention_scale,
+            jnp.repeat(visible, self.config.heads, axis=1),
+            self.config.scale,
         )
         mixed = jnp.einsum("bshc,chw->bshw", mixed.reshape(*query.shape[:3], -1), value_up)
         return project(mixed.reshape(*x.shape[:2], -1), self, "out"), cache

@@ -1,0 +1,58 @@
+"""GLM-4.5, GLM-4.6 and GLM-4.5-Air: GQA, half of each head turned, DeepSeek-V3's routing."""
+
+from esft_jax.families.keys import (
+    Raw,
+    dense_first,
+    extra_layers,
+    flag,
+    integer,
+    number,
+    read_biased_router,
+    read_grouped_attention,
+    read_rope,
+    require,
+)
+from esft_jax.families.tensors import Table
+from esft_jax.model.config import ModelConfig
+
+
+def read_config(raw: Raw) -> ModelConfig:
+    """See `esft_jax.families`."""
+    require(raw, "hidden_act", "silu")
+    layers, width = integer(raw, "num_hidden_layers", 46), integer(raw, "moe_intermediate_size")
+    attention = read_grouped_attention(
+        raw,
+        bias=(flag(raw, "attention_bias", False), False),
+        norm="head" if flag(raw, "use_qk_norm", False) else "none",
+    )
+    return ModelConfig(
+        vocab_size=integer(raw, "vocab_size"),
+        hidden_size=integer(raw, "hidden_size"),
+        num_layers=layers,
+        moe_layers=dense_first(raw, layers, 1),
+        dense_width=integer(raw, "intermediate_size"),
+        expert_width=width,
+        shared_width=integer(raw, "n_shared_experts", 1, least=0) * width,
+        shared_gate=False,
+        attention=attention,
+        rope=read_rope(raw, attention.head, "half", rotated_share=0.5),
+        router=read_biased_router(raw),
+        norm_eps=number(raw, "rms_norm_eps", 1e-5),
+        tie_embeddings=flag(raw, "tie_word_embeddings", False),
+        max_positions=integer(raw, "max_position_embeddings", 131072),
+        carried=extra_layers(raw, layers, 1),
+        init_std=number(raw, "initializer_range", 0.02),
+    )
+
+
+def names(config: ModelConfig) -> Table:
+    """See `esft_jax.families`."""
+    table = Table(config)
+    for layer in table.layers():
+        layer.grouped_attention()
+        layer.norms()
+        layer.feed_forward(
+            shared="mlp.shared_experts",
+            selection_bias=("mlp.gate.e_score_correction_bias", (config.router.num_experts,)),
+        )
+    return table

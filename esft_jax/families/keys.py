@@ -1,0 +1,314 @@
+"""Reading keys of a `config.json`, and what many families say in the same words."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from esft_jax.errors import InputError
+from esft_jax.model.config import (
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnConfig,
+)
+
+Raw = Mapping[str, Any]
+
+
+def require(raw: Raw, key: str, *supported: Any) -> None:
+    """Refuse a key whose value is none of the supported ones; the first stands for an absent key.
+
+    Raises:
+        InputError: naming the key.
+    """
+    value = raw.get(key, supported[0])
+    if not any(type(value) is type(known) and value == known for known in supported):
+        expected = " or ".join(repr(known) for known in supported)
+        raise InputError(f"{key}: {value!r} is not supported; expected {expected}")
+
+
+def integer(
+    raw: Raw, key: str, default: int | None = None, *, least: int = 1, also: str | None = None
+) -> int:
+    """An integer; `default` stands for an absent key, and without one the key is needed.
+
+    Args:
+        also: another name of the key: transformers 5 renames some.
+
+    Raises:
+        InputError: naming the key; or both names are there, and differ.
+    """
+    value = raw.get(key, default)
+    if also is not None and raw.get(also) is not None:
+        value = raw.get(key, raw[also])
+        if value != raw[also]:
+            raise InputError(f"{key}: {value!r}, and {also}: {raw[also]!r}; they mean one thing")
+    if type(value) is not int or value < least:
+        raise InputError(f"{key}: {value!r}; expected an integer from {least}")
+    return value
+
+
+def number(raw: Raw, key: str, default: float | None = None, above: float = 0) -> float:
+    """A finite number above a bound; see `integer`."""
+    value = raw.get(key, default)
+    if type(value) not in (int, float) or not above < value < math.inf:
+        raise InputError(f"{key}: {value!r}; expected a number above {above:g}")
+    return float(value)
+
+
+def flag(raw: Raw, key: str, default: bool) -> bool:
+    """True or false; null is false. See `integer`."""
+    value = raw.get(key, default)
+    value = False if value is None else value
+    if type(value) is not bool:
+        raise InputError(f"{key}: {value!r}; expected true or false")
+    return value
+
+
+def read_rope(
+    raw: Raw,
+    head: int,
+    pairing: Literal["interleaved", "half"],
+    *,
+    theta: float = 10000.0,
+    rotated_share: float | None = None,
+) -> RopeConfig:
+    """RoPE in both spellings: `rope_parameters` (transformers 5), or `rope_theta` and
+    `rope_scaling`.
+
+    Args:
+        head: features of a head.
+        theta: of an absent key.
+        rotated_share: share of a head that turns, where the key is absent; None: the family turns
+            all of it, and no other share is supported.
+
+    Raises:
+        InputError: naming the key.
+    """
+
+    def spelled(name: str) -> RopeConfig:
+        return _rope_of(raw, name, head, pairing, theta, rotated_share)
+
+    found = [spelled(name) for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    if len(found) > 1 and found[0] != found[1]:
+        raise InputError(
+            "rope_scaling: says something else than rope_parameters; expected one of them, or both "
+            "alike"
+        )
+    return found[0] if found else spelled("rope_scaling")
+
+
+def _rope_of(
+    raw: Raw,
+    name: str,
+    head: int,
+    pairing: Literal["interleaved", "half"],
+    theta: float,
+    rotated_share: float | None,
+) -> RopeConfig:
+    """What one of the spellings says, with `rope_theta` inside or beside it."""
+    parameters = raw.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise InputError(f"{name}: {parameters!r}; expected an object")
+    given = {**raw, **parameters}
+    for key, other in (("rope_theta", raw), ("rope_type", {"rope_type": parameters.get("type")})):
+        inside, beside = parameters.get(key), other.get(key)
+        if inside is not None and beside is not None and inside != beside:
+            raise InputError(f"{name}.{key}: {inside!r} and {beside!r}; expected one value")
+    share = rotated_share or 1.0
+    if given.get("partial_rotary_factor") is not None:
+        share = number(given, "partial_rotary_factor")
+    if share > 1 or (rotated_share is None and share != 1):
+        raise InputError(f"partial_rotary_factor: {share:g} is not supported; expected 1.0")
+    rotated = int(head * share)
+    if rotated % 2 or not rotated:
+        raise InputError(f"RoPE turns {rotated} features of a head of {head}; expected pairs")
+    base = number(given, "rope_theta", theta, above=1)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(base, rotated, pairing)
+    if kind not in ("yarn", "deepseek_yarn"):
+        raise InputError(f"{name}.rope_type: {kind!r}; expected 'default' or 'yarn'")
+    try:
+        return RopeConfig(base, rotated, pairing, _read_yarn(parameters, raw))
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
+
+
+def _read_yarn(parameters: Raw, raw: Raw) -> YarnConfig:
+    def optional(key: str, default: float) -> float:
+        """Null and 0 stand for the default."""
+        return number(parameters, key) if parameters.get(key) else default
+
+    attention_factor = parameters.get("attention_factor")
+    return YarnConfig(
+        factor=number(parameters, "factor"),
+        original_context=integer(
+            parameters,
+            "original_max_position_embeddings",
+            raw.get("original_max_position_embeddings"),
+        ),
+        beta_fast=optional("beta_fast", 32.0),
+        beta_slow=optional("beta_slow", 1.0),
+        mscale=optional("mscale", 0.0),
+        mscale_all_dim=optional("mscale_all_dim", 0.0),
+        truncate=flag(parameters, "truncate", True),
+        attention_factor=None
+        if attention_factor is None
+        else number(parameters, "attention_factor"),
+    )
+
+
+def read_latent_attention(raw: Raw) -> tuple[LatentAttentionConfig, RopeConfig]:
+    """MLA as the DeepSeek families spell it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    plain, rotated = integer(raw, "qk_nope_head_dim"), integer(raw, "qk_rope_head_dim")
+    interleaved = flag(raw, "rope_interleave", True)
+    rope = read_rope(raw, rotated, "interleaved" if interleaved else "half")
+    attention = LatentAttentionConfig(
+        heads=integer(raw, "num_attention_heads"),
+        query_rank=None if raw.get("q_lora_rank") is None else integer(raw, "q_lora_rank"),
+        latent=integer(raw, "kv_lora_rank"),
+        plain=plain,
+        rotated=rotated,
+        value=integer(raw, "v_head_dim"),
+        bias=flag(raw, "attention_bias", False),
+        scale=(plain + rotated) ** -0.5 * (1.0 if rope.yarn is None else rope.yarn.softmax_scale),
+    )
+    return attention, rope
+
+
+def read_biased_router(
+    raw: Raw, *, groups: tuple[int, int] = (1, 1), renormalise: bool = True, scale: float = 1.0
+) -> RouterConfig:
+    """DeepSeek-V3's `noaux_tc`: sigmoid scores, a selection bias, groups by their two best.
+
+    Args:
+        groups: of absent keys: `n_group` and `topk_group`.
+        renormalise, scale: of absent keys.
+
+    Raises:
+        InputError: naming the key.
+    """
+    require(raw, "scoring_func", "sigmoid")
+    require(raw, "topk_method", "noaux_tc")
+    experts = integer(raw, "n_routed_experts", also="num_local_experts")
+    num_groups = integer(raw, "n_group", groups[0])
+    top_groups = integer(raw, "topk_group", groups[1])
+    if num_groups > 1 and experts // num_groups < 2:
+        raise InputError(f"n_group: {num_groups} groups of {experts} experts; expected pairs")
+    return RouterConfig(
+        num_experts=experts,
+        top_k=integer(raw, "num_experts_per_tok"),
+        score="sigmoid",
+        selection_bias=True,
+        group_limit="top2_sum" if num_groups > 1 else "none",
+        num_groups=num_groups,
+        top_groups=top_groups,
+        renormalise=flag(raw, "norm_topk_prob", renormalise),
+        scale=number(raw, "routed_scaling_factor", scale),
+    )
+
+
+def read_grouped_attention(
+    raw: Raw,
+    *,
+    bias: tuple[bool, bool],
+    norm: Literal["none", "head", "whole"] = "none",
+    norm_first: bool = True,
+    head: int | None = None,
+    scale: float | None = None,
+    clip: float | None = None,
+) -> GroupedAttentionConfig:
+    """GQA in the usual keys.
+
+    Args:
+        bias: of queries, keys and values; of the projection back.
+        norm, norm_first, clip: see `GroupedAttentionConfig`.
+        head: features of a head, where the key is absent; None: an even share.
+        scale: of scores before the softmax; None: one over the root of `head`.
+
+    Raises:
+        InputError: naming the key.
+    """
+    heads = integer(raw, "num_attention_heads")
+    key_heads = heads
+    if raw.get("num_key_value_heads") is not None:
+        key_heads = integer(raw, "num_key_value_heads")
+    if heads % key_heads:
+        raise InputError(
+            f"num_key_value_heads: {key_heads} does not divide num_attention_heads = {heads}"
+        )
+    if raw.get("head_dim") is not None:
+        head = integer(raw, "head_dim")
+    elif head is None:
+        head = integer(raw, "hidden_size") // heads
+    return GroupedAttentionConfig(
+        heads=heads,
+        key_heads=key_heads,
+        head=head,
+        input_bias=bias[0],
+        output_bias=bias[1],
+        norm=norm,
+        norm_first=norm_first,
+        clip=clip,
+        scale=head**-0.5 if scale is None else scale,
+    )
+
+
+def sparse_layers(raw: Raw, layers: int) -> tuple[int, ...]:
+    """Indices of the MoE layers as Qwen spells it: each `decoder_sparse_step`-th one.
+
+    Raises:
+        InputError: naming the key.
+    """
+    step, dense = integer(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise InputError(f"mlp_only_layers: {dense!r}; expected a list of layer indices")
+    found = tuple(n for n in range(layers) if (n + 1) % step == 0 and n not in set(dense))
+    if not found:
+        raise InputError(
+            f"mlp_only_layers, decoder_sparse_step = {step}: leave no MoE layer among "
+            f"num_hidden_layers = {layers}"
+        )
+    return found
+
+
+def refuse_windows(raw: Raw) -> None:
+    """Refuse layers that see a part of the row only.
+
+    Raises:
+        InputError: naming the key.
+    """
+    kinds = raw.get("layer_types")
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        raise InputError(f"layer_types: {kinds!r}; expected 'full_attention' only")
+
+
+def extra_layers(raw: Raw, layers: int, default: int) -> tuple[str, ...]:
+    """What the tensors of layers for multi-token prediction begin with; fine-tuning leaves them.
+
+    Args:
+        default: number of them where the key is absent.
+    """
+    count = integer(raw, "num_nextn_predict_layers", default, least=0, also="num_mtp_layers")
+    return tuple(f"model.layers.{layers + extra}." for extra in range(count))
+
+
+def dense_first(raw: Raw, layers: int, default: int) -> tuple[int, ...]:
+    """Indices of the MoE layers: all but the lowest `first_k_dense_replace`.
+
+    Raises:
+        InputError: naming the key.
+    """
+    require(raw, "moe_layer_freq", 1)
+    first = integer(raw, "first_k_dense_replace", default, least=0)
+    if first >= layers:
+        raise InputError(
+            f"first_k_dense_replace: {first} leaves no MoE layer among num_hidden_layers = {layers}"
+        )
+    return tuple(range(first, layers))

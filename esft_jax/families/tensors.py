@@ -1,0 +1,339 @@
+"""Where each tensor of a Hugging Face checkpoint lies among our stacked parameters.
+
+Hugging Face stores one matrix `[out, in]` per projection, layer and expert; we store `[in, out]`,
+gate and up side by side, with layers and experts stacked in front. A family fills a `Table`, the
+only place that knows both.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from esft_jax.hf.blocks import Box, assign_transposed
+from esft_jax.model.config import (
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+)
+from esft_jax.model.params import Role
+
+LeafPath = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The place of one Hugging Face tensor.
+
+    Attributes:
+        path: the parameter, as a path in the state of `Transformer`.
+        index: leading indices into it: none, `(layer,)` or `(layer, expert)`; layers count within
+            their stack.
+        columns: the slice of its last axis, or None for all of it.
+        transposed: whether the parameter holds the transpose.
+        shape: the tensor's shape in the Hugging Face checkpoint.
+        role: of the parameter.
+    """
+
+    path: LeafPath
+    index: tuple[int, ...]
+    columns: tuple[int, int] | None
+    transposed: bool
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is one, with more than one output: what low-rank updates are for."""
+        return len(self.shape) == 2 and self.shape[0] > 1
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor as the parameter holds it; a vector, if it is a single row."""
+        if self.transposed:
+            return self.shape[::-1]
+        return self.shape[1:] if len(self.shape) == 2 and self.shape[0] == 1 else self.shape
+
+    @property
+    def box(self) -> Box:
+        """The block of the parameter that holds the tensor."""
+        matrix = [slice(0, size) for size in self.stored_shape]
+        if self.columns is not None:
+            matrix[-1] = slice(*self.columns)
+        return (*(slice(i, i + 1) for i in self.index), *matrix)
+
+    def to_block(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as the block that its box selects."""
+        stored = _transposed(tensor) if self.transposed else tensor
+        return stored.reshape((1,) * len(self.index) + self.stored_shape)
+
+    def from_block(self, block: np.ndarray) -> np.ndarray:
+        """The tensor, from the block that its box selects."""
+        stored = block.reshape(self.stored_shape)
+        return _transposed(stored) if self.transposed else stored.reshape(self.shape)
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    found = np.empty(matrix.shape[::-1], matrix.dtype)
+    assign_transposed(found, matrix)
+    return found
+
+
+class FusedSlice(NamedTuple):
+    """One expert's matrix inside a fused tensor: `tensor[expert, begin:end]`."""
+
+    name: str
+    expert: int
+    begin: int
+    end: int
+
+
+class ExpertNames(NamedTuple):
+    """How a family names its routed experts, within a layer.
+
+    Attributes:
+        prefix: what the names of experts begin with.
+        gate, up, down: of the matrices of one expert.
+        fused: names of `gate_up` and `down` of all experts of a layer, as they may be stored too.
+        stored_fused: the family's files have the fused tensors, and no others.
+    """
+
+    prefix: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    stored_fused: bool = False
+
+
+# The names that most families have.
+PER_EXPERT = ExpertNames()
+
+
+@dataclass
+class Table:
+    """All tensors of a family's checkpoint.
+
+    Attributes:
+        config: the model's shape.
+        experts: how routed experts are named.
+        places: every tensor, experts one by one, by its Hugging Face name.
+        fused: where each expert matrix, by its own name, lies in the fused form.
+        fused_shapes: the fused tensors `[E, out, in]`.
+    """
+
+    config: ModelConfig
+    experts: ExpertNames = PER_EXPERT
+    places: dict[str, Placement] = field(default_factory=dict)
+    fused: dict[str, FusedSlice] = field(default_factory=dict)
+    fused_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Place what is in no layer. A tied head has no tensor of its own."""
+        config = self.config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.add("model.embed_tokens.weight", ("embedding",), vocabulary, Role.EMBEDDING)
+        self.add("model.norm.weight", ("norm", "scale"), vocabulary[1:], Role.NORM)
+        if not config.tie_embeddings:
+            self.add("lm_head.weight", ("head",), vocabulary, Role.HEAD, transposed=True)
+
+    def add(
+        self,
+        name: str,
+        path: LeafPath,
+        shape: tuple[int, ...],
+        role: Role,
+        index: tuple[int, ...] = (),
+        columns: tuple[int, int] | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """Place one tensor."""
+        self.places[name] = Placement(path, index, columns, transposed, shape, role)
+
+    def layers(self) -> Iterator["Layer"]:
+        """Every decoder layer, to be filled."""
+        for number in range(self.config.num_layers):
+            yield Layer(self, number, *self.config.place(number))
+
+    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
+        """Names of an expert's gate, up and down matrices; `layer` is a decoder layer index."""
+        names, prefix = self.experts, f"model.layers.{layer}.{self.experts.prefix}.{expert}"
+        gate, up, down = (f"{prefix}.{part}.weight" for part in (names.gate, names.up, names.down))
+        return gate, up, down
+
+
+class Layer(NamedTuple):
+    """One decoder layer of a table.
+
+    Attributes:
+        number: its decoder layer index.
+        moe: whether it holds routed experts.
+        row: its index among the layers of its kind.
+    """
+
+    table: Table
+    number: int
+    moe: bool
+    row: int
+
+    def _add(
+        self,
+        name: str,
+        path: LeafPath,
+        shape: tuple[int, ...],
+        role: Role,
+        columns: tuple[int, int] | None = None,
+        expert: tuple[int, ...] = (),
+    ) -> None:
+        stack = "moe_blocks" if self.moe else "dense_blocks"
+        self.table.add(
+            f"model.layers.{self.number}.{name}",
+            (stack, *path),
+            shape,
+            role,
+            (self.row, *expert),
+            columns,
+            transposed=len(shape) == 2,
+        )
+
+    def norm(self, name: str, path: LeafPath, width: int) -> None:
+        """The scale of a norm."""
+        self._add(f"{name}.weight", (*path, "scale"), (width,), Role.NORM)
+
+    def linear(self, name: str, path: LeafPath, shape: tuple[int, int], *, bias: bool) -> None:
+        """A projection `[out, in]` of attention, and its bias."""
+        self._add(f"{name}.weight", path, shape, Role.ATTENTION)
+        if bias:
+            *module, leaf = path
+            self._add(f"{name}.bias", (*module, f"{leaf}_bias"), shape[:1], Role.ATTENTION)
+
+    def mlp(
+        self,
+        name: str,
+        path: LeafPath,
+        width: int,
+        role: Role,
+        parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        expert: tuple[int, ...] = (),
+    ) -> None:
+        """Gate, up and down of a gated feed-forward layer."""
+        size, (gate, up, down) = self.table.config.hidden_size, parts
+        gate_up = (*path, "gate_up")
+        self._add(f"{name}.{gate}.weight", gate_up, (width, size), role, (0, width), expert)
+        self._add(f"{name}.{up}.weight", gate_up, (width, size), role, (width, 2 * width), expert)
+        self._add(f"{name}.{down}.weight", (*path, "down"), (size, width), role, None, expert)
+
+    def norms(
+        self, attention: str = "input_layernorm", feed_forward: str = "post_attention_layernorm"
+    ) -> None:
+        """The two norms in front of attention and of the feed-forward part."""
+        size = self.table.config.hidden_size
+        self.norm(attention, ("attention_norm",), size)
+        self.norm(feed_forward, ("ffn_norm",), size)
+
+    def latent_attention(self) -> None:
+        """MLA under the names of DeepSeek."""
+        config, size = self.table.config.attention, self.table.config.hidden_size
+        assert isinstance(config, LatentAttentionConfig)
+        query = config.heads * config.head
+        if config.query_rank is None:
+            self.linear("self_attn.q_proj", ("attention", "q"), (query, size), bias=False)
+        else:
+            rank = config.query_rank
+            down = ("attention", "q_down")
+            self.linear("self_attn.q_a_proj", down, (rank, size), bias=config.bias)
+            self.norm("self_attn.q_a_layernorm", ("attention", "q_norm"), rank)
+            self.linear("self_attn.q_b_proj", ("attention", "q_up"), (query, rank), bias=False)
+        self.linear(
+            "self_attn.kv_a_proj_with_mqa",
+            ("attention", "kv_down"),
+            (config.latent + config.rotated, size),
+            bias=config.bias,
+        )
+        self.norm("self_attn.kv_a_layernorm", ("attention", "kv_norm"), config.latent)
+        key_value = config.heads * (config.plain + config.value)
+        up = ("attention", "kv_up")
+        self.linear("self_attn.kv_b_proj", up, (key_value, config.latent), bias=False)
+        out = (size, config.heads * config.value)
+        self.linear("self_attn.o_proj", ("attention", "out"), out, bias=config.bias)
+
+    def grouped_attention(
+        self, norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    ) -> None:
+        """Queries, keys, values and the way back, each a projection of its own.
+
+        Args:
+            norms: names of the norms of queries and keys, where there are some.
+        """
+        config, size = self.table.config.attention, self.table.config.hidden_size
+        assert isinstance(config, GroupedAttentionConfig)
+        widths = {"q": config.heads, "k": config.key_heads, "v": config.key_heads}
+        for name, heads in widths.items():
+            shape = (heads * config.head, size)
+            path = ("attention", name)
+            self.linear(f"self_attn.{name}_proj", path, shape, bias=config.input_bias)
+        out = (size, config.heads * config.head)
+        self.linear("self_attn.o_proj", ("attention", "out"), out, bias=config.output_bias)
+        if config.norm != "none":
+            for name, leaf in zip(norms, "qk", strict=True):
+                width = config.head * (widths[leaf] if config.norm == "whole" else 1)
+                self.norm(name, ("attention", f"{leaf}_norm"), width)
+
+    def feed_forward(
+        self,
+        *,
+        dense: str = "mlp",
+        router: str = "mlp.gate",
+        selection_bias: tuple[str, tuple[int, ...]] | None = None,
+        shared: str | None = None,
+        shared_gate: str | None = None,
+    ) -> None:
+        """A dense layer; or router, routed experts and shared experts.
+
+        Args:
+            dense, router, shared, shared_gate: names of modules.
+            selection_bias: the bias's name, and its shape.
+        """
+        config, names = self.table.config, self.table.experts
+        size, experts, width = config.hidden_size, config.router.num_experts, config.expert_width
+        if not self.moe:
+            self.mlp(dense, ("mlp",), config.dense_width, Role.DENSE_MLP)
+            return
+        self._add(f"{router}.weight", ("moe", "router", "weight"), (experts, size), Role.ROUTER)
+        if config.router.selection_bias:
+            assert selection_bias is not None
+            name, shape = selection_bias
+            self.table.add(
+                f"model.layers.{self.number}.{name}",
+                ("moe_blocks", "moe", "router", "selection_bias"),
+                shape,
+                Role.SELECTION_BIAS,
+                (self.row,),
+            )
+        parts = names.gate, names.up, names.down
+        for expert in range(experts):
+            prefix = f"{names.prefix}.{expert}"
+            self.mlp(prefix, ("moe", "experts"), width, Role.ROUTED_EXPERT, parts, (expert,))
+        self._fuse(names)
+        if config.shared_width:
+            assert shared is not None
+            self.mlp(shared, ("moe", "shared_experts"), config.shared_width, Role.SHARED_EXPERT)
+            if config.shared_gate:
+                assert shared_gate is not None
+                path, role = ("moe", "shared_gate"), Role.SHARED_EXPERT
+                self._add(f"{shared_gate}.weight", path, (1, size), role)
+
+    def _fuse(self, names: ExpertNames) -> None:
+        """Where the matrices of this layer's experts lie in the fused tensors."""
+        table, config = self.table, self.table.config
+        experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
+        gate_up, down = (f"model.layers.{self.number}.{name}" for name in names.fused)
+        table.fused_shapes[gate_up] = (experts, 2 * width, size)
+        table.fused_shapes[down] = (experts, size, width)
+        for expert in range(experts):
+            gate_name, up_name, down_name = table.expert_names(self.number, expert)
+            table.fused[gate_name] = FusedSlice(gate_up, expert, 0, width)
+            table.fused[up_name] = FusedSlice(gate_up, expert, width, 2 * width)
+            table.fused[down_name] = FusedSlice(down, expert, 0, size)

@@ -1,0 +1,26 @@
+"""What all kinds of attention share: the mixing of values over a mesh."""
+
+from functools import partial
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from esft_jax.mesh import RULES
+from esft_jax.ops.attention import causal_attention
+
+
+def attend(
+    query: Float[Array, "B S H R"],
+    key: Float[Array, "B S G R"],
+    value: Float[Array, "B S G W"],
+    segment_ids: Int[Array, "B S"],
+    scale: float,
+    mesh: Mesh | None,
+) -> Float[Array, "B S H W"]:
+    """Causal attention within segments; every device mixes its own rows."""
+    mix = partial(causal_attention, scale=scale)
+    if mesh is not None:
+        batch = PartitionSpec(RULES.batch)
+        mix = jax.shard_map(mix, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
+    return mix(query, key, value, segment_ids)

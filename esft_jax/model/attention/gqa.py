@@ -1,0 +1,130 @@
+"""Grouped-query attention (GQA, arXiv 2305.13245).
+
+Letters: H query heads, G heads of keys and values, R features of each.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.struct import dataclass
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from esft_jax.model.attention.core import attend
+from esft_jax.model.config import GroupedAttentionConfig, RopeConfig
+from esft_jax.model.lora import project
+from esft_jax.model.norm import RMSNorm
+from esft_jax.model.params import ParamFactory, Role
+from esft_jax.model.rope import rotate
+from esft_jax.ops.attention import masked_attention
+
+
+@dataclass
+class KeyValueCache:
+    """The KV cache, by heads of keys and values.
+
+    The model stacks its layers on a leading axis.
+
+    Attributes:
+        key: rotated keys, `[B, S, G, R]`.
+        value: values, `[B, S, G, R]`.
+    """
+
+    key: Float[Array, "*L B S G R"]
+    value: Float[Array, "*L B S G R"]
+
+
+class GroupedAttention(nnx.Module):
+    """Queries of H heads; keys and values of G, each shared by H / G of them."""
+
+    def __init__(
+        self,
+        size: int,
+        config: GroupedAttentionConfig,
+        rope: RopeConfig,
+        params: ParamFactory,
+        norm_eps: float,
+    ):
+        self.config, self.pairing = config, rope.pairing
+        queries, keys = config.heads * config.head, config.key_heads * config.head
+        self.q = params.weight((size, queries), ("embed", None), Role.ATTENTION)
+        self.k = params.weight((size, keys), ("embed", None), Role.ATTENTION)
+        self.v = params.weight((size, keys), ("embed", None), Role.ATTENTION)
+        self.out = params.weight((queries, size), (None, "embed"), Role.ATTENTION)
+        if config.input_bias:
+            self.q_bias = params.bias(queries, Role.ATTENTION)
+            self.k_bias = params.bias(keys, Role.ATTENTION)
+            self.v_bias = params.bias(keys, Role.ATTENTION)
+        if config.output_bias:
+            self.out_bias = params.bias(size, Role.ATTENTION)
+        if config.norm != "none":
+            whole = config.norm == "whole"
+            self.q_norm = RMSNorm(queries if whole else config.head, norm_eps, params)
+            self.k_norm = RMSNorm(keys if whole else config.head, norm_eps, params)
+        self.lora: nnx.Dict = nnx.Dict()  # of any of these weights, by name
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the weights that low-rank updates are for."""
+        return "q", "k", "v", "out"
+
+    @staticmethod
+    def empty_cache(
+        config: GroupedAttentionConfig, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Any:
+        """Nothing kept yet, for `shape`: layers, rows, tokens."""
+        zeros = jnp.zeros((*shape, config.key_heads, config.head), dtype)
+        return KeyValueCache(zeros, zeros)
+
+    def _heads(
+        self, x: Float[Array, "B S D"], cos: Array, sin: Array
+    ) -> tuple[Float[Array, "B S H R"], Float[Array, "B S G R"], Float[Array, "B S G R"]]:
+        """Queries, keys and values; the first two normalised and turned."""
+        config = self.config
+        query, key, value = (project(x, self, name) for name in ("q", "k", "v"))
+        if config.norm == "whole":
+            query, key = self.q_norm(query), self.k_norm(key)
+        if config.clip is not None:
+            query, key, value = (
+                jnp.clip(a, -config.clip, config.clip) for a in (query, key, value)
+            )
+        query, key, value = (a.reshape(*x.shape[:2], -1, config.head) for a in (query, key, value))
+        if config.norm == "head" and config.norm_first:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (rotate(a, cos, sin, self.pairing) for a in (query, key))
+        if config.norm == "head" and not config.norm_first:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S P"],
+        sin: Float[Array, "B S P"],
+        segment_ids: Int[Array, "B S"],
+        mesh: Mesh | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Causal attention within segments, over whole rows."""
+        query, key, value = self._heads(x, cos, sin)
+        mixed = attend(query, key, value, segment_ids, self.config.scale, mesh)
+        return project(mixed.reshape(*x.shape[:2], -1), self, "out")
+
+    def decode(
+        self,
+        x: Float[Array, "B S D"],
+        cos: Float[Array, "B S P"],
+        sin: Float[Array, "B S P"],
+        positions: Int[Array, "B S"],
+        cache: Any,
+    ) -> tuple[Float[Array, "B S D"], KeyValueCache]:
+        """Append tokens to the cache at `positions` and attend to all slots up to their own."""
+        query, key, value = self._heads(x, cos, sin)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = KeyValueCache(
+            cache.key.at[rows, positions].set(key), cache.value.at[rows, positions].set(value)
+        )
+        visible = jnp.arange(cache.key.shape[1]) <= positions[:, :, None]
+        mixed = masked_attention(query, cache.key, cache.value, visible, self.config.scale)
+        return project(mixed.reshape(*x.shape[:2], -1), self, "out"), cache

@@ -1,0 +1,133 @@
+"""What every command does, for families that are no DeepSeek-V2: a run from scores to an export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from esft_jax import convert, export, generate, report, train
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.families import load_model_config
+from esft_jax.hf.export import save_model
+from esft_jax.hf.load import load_base, load_model
+from esft_jax.model.transformer import Transformer
+from tests.hf.checkpoints import assert_same
+
+EMBEDDED = Path(__file__).parents[2] / "models" / "tiny-moe"
+SHARED = {
+    "vocab_size": 4096,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "dtype": "float32",
+}
+MODELS = {
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
+    "glm4_moe": {"n_routed_experts": 8, "use_qk_norm": True, "num_nextn_predict_layers": 1},
+    "granitemoe": {"num_local_experts": 8, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+}
+MTP = "model.layers.3.mlp.gate.weight"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A folder with random weights; that of GLM has a tensor for multi-token prediction, too."""
+    template = tmp_path_factory.mktemp("template")
+    for path in EMBEDDED.glob("*token*.json"):
+        shutil.copy(path, template)
+    raw = SHARED | MODELS[request.param] | {"model_type": request.param}
+    (template / "config.json").write_text(json.dumps(raw))
+    made = Transformer(load_model_config(template), rngs=nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    save_model(made, folder, template)
+    if request.param == "glm4_moe":
+        from safetensors.numpy import save_file
+
+        extra = {MTP: np.ones((8, 40), np.float32)}
+        save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def config(model, chats, tmp_path):
+    content = {
+        "model": str(model),
+        "output": str(tmp_path / "run"),
+        "dtype": "float32",
+        "data": {"train": [str(chats)], "valid": [str(chats)], "sequence_length": 32},
+        "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
+        "select": {"top_p": 0.3},
+        "train": {"steps": 4, "batch_size": 8, "verify_frozen": True},
+        "optimizer": {"learning_rate": 1e-2},
+        "mesh": {"expert": 4},
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_selected_experts_are_trained_and_exported(config, model, tmp_path, capsys):
+    assert train.main(["--config", str(config)]) == 0
+    run = tmp_path / "run"
+    experts = ExpertConfig.load(run / "expert_cfg.json")
+    stored = load_file(run / "adapter" / "model.safetensors")
+    assert len(stored) == 3 * experts.num_experts_selected
+    assert report.main([str(run), "--output", str(tmp_path / "report")]) == 0
+    target = tmp_path / "export"
+    arguments = ["--base", str(model), "--adapter", str(run / "adapter"), "--to", str(target)]
+    assert export.main(arguments) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (model, target))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    fused = {name for name in changed if name.endswith("_linear.weight")}
+    if fused:  # Granite's files hold all experts of a layer in two tensors
+        assert changed == fused
+    else:
+        assert changed == set(stored)
+    if MTP in before:
+        np.testing.assert_array_equal(before[MTP], after[MTP])
+    arguments = ["--model", str(target), "--prompt", "What is 2 plus 2?", "--max-new-tokens", "4"]
+    capsys.readouterr()
+    assert generate.main(arguments) == 0
+    merged = capsys.readouterr().out
+    arguments[1] = str(model)
+    assert generate.main([*arguments, "--adapter", str(run / "adapter")]) == 0
+    assert capsys.readouterr().out == merged
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_methods(config, model, tmp_path, method):
+    # The largest rank of a head of keys.
+    overrides = ["lora.rank=2", "optimizer.learning_rate=0.001"]
+    assert train.main(["--config", str(config), f"method={method}", *overrides]) == 0
+    result = tmp_path / "run" / ("adapter" if method == "lora" else "model")
+    if method == "full":
+        before, after = (load_file(f / "model.safetensors") for f in (model, result))
+        kept = {name for name in after if (before[name] == after[name]).all()}
+        assert all("e_score_correction_bias" in name for name in kept)
+    else:
+        assert load_file(result / "adapter_model.safetensors")
+
+
+def test_a_converted_checkpoint_holds_the_same(model, tmp_path):
+    target = tmp_path / "converted"
+    assert convert.main(["--from", str(model), "--to", str(target)]) == 0
+    assert_same(load_model(model), load_model(target))
+    assert load_base(target).fingerprint == load_base(model).fingerprint
+    exported = tmp_path / "exported"
+    assert export.main(["--base", str(target), "--to", str(exported)]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (model, exported))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(tensor, after[name], name)
