@@ -98,7 +98,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
         file.truncate(ballast.stat().st_size - 24 * 1024)
     later = again()
     assert later.returncode == 2, later.stdout + later.stderr
-    (line,) = later.stderr.splitlines()
+    line = later.stderr.removesuffix("\n")
+    assert "\n" not in line, line
     assert line.startswith(f"error: {output}") and "No space left on device" in line
     assert complete()[-1] >= before[-1]
     ballast.unlink()

@@ -21,6 +21,9 @@ from esft_jax.training.relayout import Rows, move_rows, saved_shapes
 from esft_jax.training.state import TrainState
 from esft_jax.training.timing import Spent
 
+# tensorstore has no type of its own for what the system refuses.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+
 
 @dataclass(frozen=True)
 class Position:
@@ -212,12 +215,17 @@ class Checkpoints:
         self._quiet.close()  # after a failure threads may still be at work
 
 
+def _is_no_write(record: logging.LogRecord) -> bool:
+    return _OS_ERROR.search(str(record.exc_info and record.exc_info[1])) is None
+
+
 @contextmanager
 def _one_voice() -> Iterator[None]:
     """Leave it to `_failed_writes` to say that a write failed.
 
     Threads of Orbax log the same error, each with a traceback; those of tensorstore print another
-    one, for nobody waits any more for what they have written.
+    one, for nobody waits any more for what they have written; and asyncio logs the errors of all
+    writes that failed beside the first one.
     """
 
     def of_others(record: logging.LogRecord) -> bool:
@@ -229,6 +237,8 @@ def _one_voice() -> Iterator[None]:
 
     logger, before = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(of_others)
+    # It stays: a task is forgotten, and its error logged, at any later time.
+    logging.getLogger("asyncio").addFilter(_is_no_write)
     sys.unraisablehook = print_others
     try:
         yield
@@ -243,8 +253,7 @@ def _failed_writes(folder: os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        # tensorstore has no type of its own for it.
-        found = re.search(r"os_error_code='(\d+)'", str(error))
+        found = _OS_ERROR.search(str(error))
         code = error.errno if isinstance(error, OSError) else found and int(found[1])
         if not code:
             raise

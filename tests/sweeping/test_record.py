@@ -85,7 +85,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         ({"trained": 10**400}, "trained: is 1000"),
         ({"trained": 0.5}, "trained: is 0.5"),
         ({"retention": []}, "retention: is "),
-        ({"more": 1}, "more: is 1"),
+        ({"more": 1}, "more: is no key that is known here"),
         (
             {"cell": dataclasses.asdict(ONE.cell) | {"seed": "0"}},
             "cell.seed: is",

@@ -68,7 +68,9 @@ def test_a_run_without_an_update_has_no_result(make_given, monkeypatch) -> None:
 
 
 def test_parameters_that_are_not_finite_are_no_result(make_given) -> None:
-    config = make_given(optimizer={"learning_rate": 1e39}, train={"steps": 1, "batch_size": 4})
+    # The largest rate that float32 holds, times an update of about 1 and a little more.
+    optimizer = {"learning_rate": 3.4e38, "weight_decay": 10.0}
+    config = make_given(optimizer=optimizer, train={"steps": 1, "batch_size": 4})
     with pytest.raises(Diverged, match=r"step 1: the parameter tuned_experts\.\w+ is not finite"):
         run(config)
     assert not RunFolder(config.output).adapter.exists()
