@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
+
+from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.experts.lora import LoRA
+from esft_jax.experts.partition import attach, partition
+from esft_jax.mesh import param_shardings
 
 YARN = {
     "rope_type": "yarn",
@@ -96,3 +102,34 @@ def expert_names(layer: int, expert: int) -> tuple[str, str, str]:
     """Names of an expert's gate, up and down matrices in DeepSeek's models."""
     prefix = f"model.layers.{layer}.mlp.experts.{expert}"
     return f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight"
+
+
+SELECTED = ExpertConfig({1: (5, 0), 2: (3,)})
+
+
+def with_factors(base, targets, rank=3):
+    """A model with factors of which none is 0, as after training."""
+    model = base.model
+    lora = LoRA.on(model.config, rank, 2.0 * rank, targets, SELECTED)
+    attach(model, lora, seed=1)
+    graph, tuned, frozen = partition(model, lora)
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+
+    def trained(path, factor):
+        if path[-1] == "a":
+            return factor
+        value = factor.get_value()
+        if path[0] == "tuned_experts":
+            # As the row's expert says, wherever the row is.
+            rows = model.tuned_experts.layout.by_row()
+            key, noise = next(keys), []
+            for row in rows:
+                own = jax.random.fold_in(key, row[0] * 8 + row[1] if row else 0)
+                noise.append(jax.random.normal(own, value.shape[1:]))
+            return factor.replace(0.1 * jnp.stack(noise))
+        return factor.replace(0.1 * jax.random.normal(next(keys), value.shape))
+
+    tuned = nnx.map_state(trained, tuned)
+    if model.mesh is not None:
+        tuned = jax.tree.map(jax.device_put, tuned, param_shardings(tuned, model.mesh))
+    return (graph, tuned, frozen), lora

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from safetensors.torch import save_file
 
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
@@ -27,6 +25,7 @@ from tests.hf.checkpoints import (
     torch_logits,
     torch_model,
 )
+from tests.yardstick import safetensors, torch
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_hidden_files_are_nobodys(tiny, tmp_path):
 def test_of_several_files_the_usual_one_counts(tiny, tmp_path):
     """As for `transformers`; others are of another tool, if they say nothing of its tensors."""
     folder = rewrite(tiny[1], tmp_path / "copy", lambda tensors: tensors)
-    save_file({"layers.0.wq": torch.zeros(2)}, folder / "consolidated.safetensors")
+    safetensors.save_file({"layers.0.wq": torch.zeros(2)}, folder / "consolidated.safetensors")
     assert_same(load_model(folder), load_model(tiny[1]))
     shutil.copy(folder / "model.safetensors", folder / "best.safetensors")
     with pytest.raises(InputError, match="best.safetensors: has tensor 'lm_head.weight', as"):

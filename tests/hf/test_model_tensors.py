@@ -15,8 +15,7 @@ from esft_jax.hf.export import export_model, save_model
 from esft_jax.hf.load import load_base, load_model
 from esft_jax.hf.lora import save_lora
 from esft_jax.mesh import make_mesh
-from tests.hf.checkpoints import expert_names, logits
-from tests.hf.test_lora import with_factors
+from tests.hf.checkpoints import expert_names, logits, with_factors
 
 MESHES = [None, (2, 4)]
 EXPERTS = ExpertConfig({1: (5, 0), 2: (3, 4, 7)})
