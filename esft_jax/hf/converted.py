@@ -230,17 +230,21 @@ def create_arrays(
     return arrays
 
 
+def _chunk_sizes(array: ts.TensorStore) -> tuple[int, ...]:
+    # None, in general, where a layout leaves a size open; `create_arrays` leaves none open.
+    return array.chunk_layout.write_chunk.shape  # type: ignore[return-value]
+
+
 def chunk_file(path: Path, array: ts.TensorStore, box: Box) -> Path:
     """The file of the chunk of an array that a box lies in."""
-    sizes: tuple[int, ...] = array.chunk_layout.write_chunk.shape  # type: ignore[assignment]
+    sizes = _chunk_sizes(array)
     place = (str(s.start // size) for s, size in zip(box, sizes, strict=True))
     return path.joinpath("c", *place)
 
 
 def chunk_boxes(array: ts.TensorStore, box: Box) -> Iterator[Box]:
     """The parts of a box that lie in one chunk of an array each."""
-    # None, in general, where a layout leaves a size open; `create_arrays` leaves none open.
-    sizes: tuple[int, ...] = array.chunk_layout.write_chunk.shape  # type: ignore[assignment]
+    sizes = _chunk_sizes(array)
     axes = [
         [
             slice(max(begin, s.start), min(begin + size, s.stop))
