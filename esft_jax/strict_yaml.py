@@ -22,7 +22,7 @@ from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from esft_jax.errors import InputError, one_line, shown
+from esft_jax.errors import InputError, shown
 from esft_jax.files import read_text, write_text_atomic
 
 Config = TypeVar("Config")
@@ -146,9 +146,14 @@ def _parse(text: str, place: str) -> tuple[Any, Node | None]:
             return None, None
         _check_aliases(root)
         return yaml.constructor.construct_document(root), root
-    except (RecursionError, OverflowError) as error:  # the latter: an escape beyond Unicode
-        problem = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise InputError(f"{place}: {problem}; expected valid YAML 1.2") from None
+    except RecursionError:
+        raise InputError(f"{place}: nested too deeply; expected valid YAML 1.2") from None
+    except InputError:
+        raise
+    except (OverflowError, ValueError):  # of `chr`: Python's versions differ in which and when
+        raise InputError(
+            f"{place}: an escape of no Unicode character; expected valid YAML 1.2"
+        ) from None
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         # The first line of the problem says it; the others explain YAML.

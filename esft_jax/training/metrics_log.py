@@ -95,12 +95,24 @@ class MetricsLog:
             return
         self._bar.close()
         for close, path in (
-            (self._board.close, self._folder.tensorboard),
+            (self._close_board, self._folder.tensorboard),
             (self._file.close, self._folder.metrics),
         ):
             # An error that is on its way says it already.
             with _written(path) if error is None else suppress(OSError):
                 close()
+
+    def _close_board(self) -> None:
+        """Close the events' file also where its last flush fails.
+
+        tensorboardX leaves it open then, and Python complains of it when it collects it.
+        """
+        try:
+            self._board.close()
+        except OSError:
+            with suppress(OSError):
+                self._board._py_recordio_writer.close()
+            raise
 
 
 @contextmanager

@@ -371,7 +371,7 @@ def test_a_judge_scores_a_task(
         ("evaluation.others.text={}", "others.text: nothing to evaluate; expected data or valid"),
         ("evaluation.others={task: {valid: [a]}}", "others.task: expected a name"),
         ("evaluation.others={a/b: {valid: [a]}}", "others.a/b: expected a name"),
-        (f"evaluation.others={{{65 * 'a'}: {{valid: [a]}}}}", "expected a name of at most 64"),
+        (f"evaluation.others={{{65 * 'a'}: {{valid: [a]}}}}", "expected a name of at most 60"),
         ("evaluation={data: EVAL, metric: bleu}", "EVAL: bleu: the longest answer has 1 tokens"),
         ("evaluation.others.text.data=nowhere.jsonl", "nowhere.jsonl: cannot be read"),
         ("evaluation.others.chats.metric=intent", "an answer is not JSON, which intent needs"),
