@@ -28,8 +28,8 @@ import measuring
 import ml_dtypes
 import numpy as np
 
+from esft_jax.checkpoint.folder import TensorSpec, write_tensors
 from esft_jax.families import load_model_config, tensor_table
-from esft_jax.hf.folder import TensorSpec, write_tensors
 
 MODEL = Path(__file__).parents[1] / "models" / "deepseek-v2-lite" / "config.json"
 SHARD_BYTES = 5_000_000_000  # as `export` cuts them: its files must come out equal
@@ -174,10 +174,11 @@ def load_share(folder: Path, report: Path, argv: Sequence[str]) -> None:
     """In a process of several: load a folder on four devices; report the bytes read and held."""
     import jax
 
+    from esft_jax.checkpoint.load import load_base
+    from esft_jax.checkpoint.tensor_files import TensorFiles
     from esft_jax.cli import add_process_arguments, join_processes
-    from esft_jax.hf.load import load_base
-    from esft_jax.hf.tensor_files import TensorFiles
-    from esft_jax.mesh import make_mesh, split_cpu
+    from esft_jax.processes import split_cpu
+    from esft_jax.sharding import make_mesh
 
     parser = argparse.ArgumentParser()
     add_process_arguments(parser)

@@ -22,7 +22,7 @@ import numpy as np
 import esft_jax
 from esft_jax.data.pipeline import build_dataset, eval_batches
 from esft_jax.evaluation.tasks import heldout_loss
-from esft_jax.experts.scores import ExpertScores
+from esft_jax.routing.scores import ExpertScores
 
 # The model was pre-trained on rows of this length.
 SEQUENCE_LENGTH = 256

@@ -25,7 +25,7 @@ import torch
 from measuring import alternate, available_bytes, machine, pin, print_table, write_report
 
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.moe.grouped_matmul import grouped_matmul
 
 OURS = "esft_jax"  # with the name of an implementation behind it where one was asked for
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the largest value of a result

@@ -24,7 +24,7 @@ from measuring import machine, pin, print_table, write_report
 
 from esft_jax.config import RunConfig, load_config
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.mesh import split_cpu
+from esft_jax.processes import split_cpu
 from esft_jax.training import loop
 from esft_jax.training.setup import open_setup
 

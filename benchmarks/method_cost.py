@@ -19,7 +19,7 @@ from measuring import in_new_process, machine, pin, print_table, write_report
 
 from esft_jax.config import EvaluationConfig
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.mesh import split_cpu
+from esft_jax.processes import split_cpu
 from esft_jax.reporting.findings import size_text
 from esft_jax.sweeping.config import load_sweep, run_config, search_cells
 from esft_jax.training.loop import run_training

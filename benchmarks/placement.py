@@ -12,9 +12,9 @@ from pathlib import Path
 
 from measuring import print_table
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.placement import expected_loads, place_experts
-from esft_jax.experts.scores import load_scores
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.placement import expected_loads, place_experts
+from esft_jax.routing.scores import load_scores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,13 +14,14 @@ from flax import nnx
 from measuring import Measured, run_steps
 
 import esft_jax
+from esft_jax.adapt.attach import attach_tuned_experts
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import partition
+from esft_jax.checkpoint.export import save_model
 from esft_jax.config import OptimizerConfig
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import attach_tuned_experts, partition
 from esft_jax.families import load_model_config
-from esft_jax.hf.export import save_model
-from esft_jax.mesh import make_mesh, place_batch
 from esft_jax.model import Transformer
+from esft_jax.sharding import make_mesh, place_batch
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import place_state
 from esft_jax.training.step import jit_train_step, make_eval_step, make_train_step

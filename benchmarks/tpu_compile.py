@@ -36,17 +36,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from measuring import machine, print_table, write_report
 
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.config import RunConfig
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import FROZEN, TUNED
 from esft_jax.families import load_model_config
-from esft_jax.mesh import make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.remat import Remat
 from esft_jax.model.transformer import Transformer
-from esft_jax.planning.operations import Routing, count_operations, model_operations
+from esft_jax.planning.operations import Routing, count_operations
 from esft_jax.planning.program import StepShapes, compile_step, run_parts, step_shapes
+from esft_jax.sharding import make_mesh
 from esft_jax.topology import ahead_of_time_devices
+from esft_jax.training.operations import model_operations
 from esft_jax.training.optimizer import make_optimizer
 
 METHODS = ("esft", "full-bf16", "full-fp32", "masked")

@@ -59,7 +59,7 @@ def command(
         try:
             with _flushed_output():
                 arguments = [_as_text(a) for a in (sys.argv[1:] if argv is None else argv)]
-                from esft_jax.mesh import skip_absent_tpu
+                from esft_jax.processes import skip_absent_tpu
 
                 skip_absent_tpu()
                 return main(arguments) or 0
@@ -218,7 +218,7 @@ def open_config(args: argparse.Namespace) -> RunConfig:
     Raises:
         InputError: in the configuration, or in what is said of other processes.
     """
-    from esft_jax.mesh import split_cpu
+    from esft_jax.processes import split_cpu
 
     _check_processes(args)
     config = load_config(*named_config(args))

@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Sequence
 
+from esft_jax.checkpoint.load import local_folder
+from esft_jax.checkpoint.manifest import RUN_DTYPES
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
 from esft_jax.data.tokenizer import Tokenizer
-from esft_jax.evaluation.generate import check_length, generate_tokens
+from esft_jax.decode.generation import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.families import load_model_config
-from esft_jax.hf.load import local_folder
-from esft_jax.hf.manifest import RUN_DTYPES
 
 
 @command

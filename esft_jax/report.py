@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from esft_jax.checkpoint.identity import check_same_base, tokenizer_fingerprint
+from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, Share
 from esft_jax.errors import InputError
-from esft_jax.experts.scores import SCORE_METHODS
 from esft_jax.families import load_model_config
 from esft_jax.files import (
     check_no_links,
@@ -23,8 +24,6 @@ from esft_jax.files import (
     write_bytes_atomic,
     write_text_atomic,
 )
-from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
-from esft_jax.hf.load import local_folder
 from esft_jax.model.config import ModelConfig
 from esft_jax.reporting.comparison import read_comparison, verdict
 from esft_jax.reporting.cost import CostModel
@@ -34,6 +33,7 @@ from esft_jax.reporting.page import render_page
 from esft_jax.reporting.tables import tables, to_csv
 from esft_jax.reporting.tasks import Named, read_arguments, read_tasks
 from esft_jax.reporting.vocabulary import load_tokenizer
+from esft_jax.routing.scores import SCORE_METHODS
 from esft_jax.sweeping.table import MethodRow
 from esft_jax.sweeping.table import to_csv as methods_csv
 from esft_jax.terminal import Terminal

@@ -10,9 +10,9 @@ import jax
 
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
 from esft_jax.config import LocalPath
-from esft_jax.experts.choose import choose_experts, describe
 from esft_jax.files import check_writable
-from esft_jax.mesh import on_first_process
+from esft_jax.processes import on_first_process
+from esft_jax.routing.choose import choose_experts, describe
 from esft_jax.select import print_selection
 from esft_jax.terminal import Terminal
 from esft_jax.training.run_folder import RunFolder

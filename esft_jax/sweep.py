@@ -8,7 +8,7 @@ from rich.table import Table
 from esft_jax.cli import Parser, add_config_arguments, command, named_config
 from esft_jax.errors import InputError, shown
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.mesh import split_cpu
+from esft_jax.processes import split_cpu
 from esft_jax.sweeping.config import base_cells, load_sweep, run_config
 from esft_jax.sweeping.table import MethodRow, summarise
 from esft_jax.terminal import Terminal

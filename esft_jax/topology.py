@@ -9,7 +9,7 @@ import jax
 from jax.experimental import topologies
 
 from esft_jax.errors import InputError
-from esft_jax.mesh import split_cpu
+from esft_jax.processes import split_cpu
 
 # A v4 chip has two cores, which work as one device only when asked to.
 _CONFIG = {"v4": {"chip_config_name": "megacore"}}

@@ -20,7 +20,7 @@ from esft_jax.evaluation.run import (
     run_evaluation,
 )
 from esft_jax.huge_pages import restart_with_huge_pages
-from esft_jax.mesh import on_first_process
+from esft_jax.processes import on_first_process
 from esft_jax.terminal import Terminal
 from esft_jax.training.loop import RunResult, run_training
 from esft_jax.training.preemption import watch_preemption

@@ -59,8 +59,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Not before `pytest_configure` has set up the environment of JAX.
     from flax import nnx
 
+    from esft_jax.checkpoint.export import save_model
     from esft_jax.families import load_model_config
-    from esft_jax.hf.export import save_model
     from esft_jax.model import Transformer
 
     embedded = Path(__file__).parents[1] / "models" / "tiny-moe"
@@ -115,3 +115,25 @@ def short_run(base: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("config") / "run.json"
     path.write_text(json.dumps(content))
     return path
+
+
+@pytest.fixture(scope="session")
+def lite(tmp_path_factory: pytest.TempPathFactory):
+    """A small DeepSeek-V2-Lite, here and in transformers (`tests.model.parity`)."""
+    from tests.model.parity import LITE, make_pair
+
+    return make_pair(tmp_path_factory.mktemp("pair") / "lite", **LITE)
+
+
+@pytest.fixture(scope="session")
+def v2(tmp_path_factory: pytest.TempPathFactory):
+    """A small DeepSeek-V2, here and in transformers."""
+    from tests.model.parity import V2, make_pair
+
+    return make_pair(tmp_path_factory.mktemp("pair") / "v2", **V2)
+
+
+@pytest.fixture(scope="session", params=["lite", "v2"])
+def pair(request: pytest.FixtureRequest):
+    """Each of both."""
+    return request.getfixturevalue(request.param)

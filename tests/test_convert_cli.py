@@ -1,8 +1,8 @@
 import json
 
+from esft_jax.checkpoint.load import load_model
 from esft_jax.convert import main
-from esft_jax.hf.load import load_model
-from tests.hf.checkpoints import assert_same, save, torch_model
+from tests.checkpoint.checkpoints import assert_same, save, torch_model
 
 
 def test_converts(tmp_path, capsys):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from esft_jax.checkpoint.load import open_source
 from esft_jax.convert import main as convert
 from esft_jax.errors import InputError
-from esft_jax.hf.load import open_source
 from esft_jax.train import main as train
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from esft_jax import evaluate, generate
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.adapter import save_adapter, trained_names
+from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.decode.generation import generate_text, generate_tokens
 from esft_jax.errors import InputError
 from esft_jax.evaluation import run as evaluation
-from esft_jax.evaluation.generate import generate_text, generate_tokens
 from esft_jax.evaluation.metrics import read_completions
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.hf.adapter import save_adapter, trained_names
-from esft_jax.hf.load import load_base, load_model
-from tests.hf.checkpoints import save, torch_model
+from tests.checkpoint.checkpoints import save, torch_model
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "tiny-moe"
 ROWS = [

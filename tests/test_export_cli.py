@@ -1,12 +1,12 @@
 import jax.numpy as jnp
 import numpy as np
 
-from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.adapter import save_adapter
+from esft_jax.checkpoint.load import load_base
+from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.export import main
-from esft_jax.hf.adapter import save_adapter
-from esft_jax.hf.load import load_base
-from esft_jax.hf.tensor_files import TensorFiles
-from tests.hf.checkpoints import expert_names, save, torch_model
+from tests.checkpoint.checkpoints import expert_names, save, torch_model
 
 
 def test_exports(tmp_path, capsys):

@@ -14,14 +14,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from esft_jax import harness
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.adapter import save_adapter, trained_names
+from esft_jax.checkpoint.export import export_model
+from esft_jax.checkpoint.load import load_base
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import lm_eval_model
 from esft_jax.evaluation.lm_eval_model import EsftJaxLM
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.hf.adapter import save_adapter, trained_names
-from esft_jax.hf.export import export_model
-from esft_jax.hf.load import load_base
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -130,7 +130,7 @@ def test_completions_equal_those_of_transformers(models: tuple[EsftJaxLM, "HFLM"
 def test_long_completions_end_soon_after_a_stop_sequence(
     models: tuple[EsftJaxLM, "HFLM"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esft_jax.evaluation import generate
+    from esft_jax.decode import generation as generate
 
     blocks: list[int] = []
     extend = generate._extend

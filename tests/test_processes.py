@@ -111,7 +111,7 @@ import json, sys
 import jax
 import numpy as np
 
-from esft_jax.mesh import make_mesh, place_whole_batch
+from esft_jax.sharding import make_mesh, place_whole_batch
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from esft_jax import score
-from esft_jax.experts.scores import load_scores
+from esft_jax.routing.scores import load_scores
 
 
 @pytest.mark.parametrize("named", [True, False])

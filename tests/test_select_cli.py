@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.scores import ExpertScores
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.routing.scores import ExpertScores
 from esft_jax.select import main
 
 

@@ -5,8 +5,8 @@ import importlib.util
 import jax
 import pytest
 
+from esft_jax.accelerators import PEAKS, peak_flops
 from esft_jax.errors import InputError
-from esft_jax.planning.roofline import PEAKS, peak_flops
 from esft_jax.topology import ahead_of_time_devices
 
 

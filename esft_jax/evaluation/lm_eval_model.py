@@ -12,15 +12,16 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from esft_jax.checkpoint.load import local_folder
+from esft_jax.checkpoint.manifest import RUN_DTYPES
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.decode.generation import DecodingOptions, check_options, generate_tokens
+from esft_jax.decode.likelihood import continuation_likelihoods
 from esft_jax.errors import InputError
-from esft_jax.evaluation.generate import DecodingOptions, check_options, generate_tokens
-from esft_jax.evaluation.likelihood import continuation_likelihoods
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.files import local_path
-from esft_jax.hf.load import local_folder
-from esft_jax.hf.manifest import RUN_DTYPES
-from esft_jax.mesh import make_mesh, split_cpu
+from esft_jax.processes import split_cpu
+from esft_jax.sharding import make_mesh
 
 # What tasks may set beside `until` and the number of tokens.
 _GENERATION_KEYS = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}

@@ -19,6 +19,12 @@ from jax.typing import DTypeLike
 from pydantic import NonNegativeInt
 from tqdm import tqdm
 
+from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
+from esft_jax.checkpoint.identity import tokenizer_fingerprint
+from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
+from esft_jax.checkpoint.manifest import RUN_DTYPES
+from esft_jax.checkpoint.peft import ADAPTER_CONFIG
+from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.config import EvaluationConfig, OtherConfig, RunConfig
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
@@ -36,15 +42,10 @@ from esft_jax.evaluation.tasks import (
 )
 from esft_jax.families import load_model_config
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
-from esft_jax.hf.adapter import apply_adapter, load_adapter
-from esft_jax.hf.identity import tokenizer_fingerprint
-from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
-from esft_jax.hf.lora import ADAPTER_CONFIG
-from esft_jax.hf.manifest import RUN_DTYPES
-from esft_jax.hf.tensor_files import TensorFiles
-from esft_jax.mesh import any_process, make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.processes import any_process
+from esft_jax.sharding import make_mesh
 from esft_jax.training.run_folder import RunFolder
 
 # The run's own task, among the names of `evaluation.others`.

@@ -16,16 +16,12 @@ from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
 from esft_jax.data.read import chat_example, checked_text, read_records
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.decode.generation import DecodingOptions, check_length, generate_tokens
 from esft_jax.errors import InputError
-from esft_jax.evaluation.generate import (
-    DecodingOptions,
-    check_length,
-    generate_tokens,
-)
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, Completion
-from esft_jax.mesh import device_multiple, place_batch
 from esft_jax.model.transformer import Transformer
+from esft_jax.sharding import device_multiple, place_batch
 from esft_jax.training.step import loss_sum
 
 

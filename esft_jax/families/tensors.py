@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esft_jax.hf.blocks import Box, assign_transposed
+from esft_jax.blocks import Box, assign_transposed
 from esft_jax.model.config import (
     GroupedAttentionConfig,
     LatentAttentionConfig,

@@ -1,36 +1,12 @@
 """The gated feed-forward layer of dense blocks and shared experts."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esft_jax.model.lora import project
+from esft_jax.model.linear import project
 from esft_jax.model.params import ParamFactory, Role
-
-
-@jax.custom_vjp
-def gated_silu(gate_up: Float[Array, "... F2"]) -> Float[Array, "... F"]:
-    """SwiGLU's gate: `silu(gate) * up` of the two halves of the last axis.
-
-    The backward pass makes everything again from them, in one pass.
-    """
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def _gated_silu_forward(gate_up: Array) -> tuple[Array, Array]:
-    return gated_silu(gate_up), gate_up
-
-
-def _gated_silu_backward(gate_up: Array, grad: Array) -> tuple[Array]:
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    share = jax.nn.sigmoid(gate)
-    dgate = grad * up * share * (1 + gate * (1 - share))
-    return (jnp.concatenate([dgate, grad * gate * share], axis=-1),)
-
-
-gated_silu.defvjp(_gated_silu_forward, _gated_silu_backward)
+from esft_jax.ops.activation import gated_silu
 
 
 class MLP(nnx.Module):

@@ -1,39 +1,41 @@
-"""The Mixture-of-Experts feed-forward layer, dropless, with experts split over devices.
-
-Tokens of one expert group (the devices along the `expert` mesh axis) are gathered, every device
-computes its own experts for them, and the results are summed back to the tokens' owners; or tokens
-are sent to the devices of their experts only, and results come back (`exchange.py`). Expert weights
-never move.
-"""
-
-import math
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
+"""The Mixture-of-Experts feed-forward layer: router, routed experts, shared experts."""
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.exchange import Transport, exchange_and_apply, owners_of
-from esft_jax.model.experts import (
-    BaseExperts,
-    LearnedStack,
-    RoutedExperts,
-    apply_experts,
-    base_bank,
-)
-from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.router import Router, RouterOutput
-from esft_jax.model.tuned import Carried, TunedExperts, TunedLayout
+from esft_jax.moe.carry import Carried
+from esft_jax.moe.layer import Routing, adapted_moe
+from esft_jax.moe.transport import Transport
+from esft_jax.moe.weights import Adapted, ExpertWeights
 
-# A device's share of a group's assignments that is computed in one piece, over an even share.
-ROOM = 1.25
+
+class RoutedExperts(nnx.Module):
+    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
+
+    In a scan over layers they are those of all layers, `[L, E, ...]`, or a `LearnedStack`.
+    """
+
+    def __init__(self, config: ModelConfig, params: ParamFactory):
+        experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
+        split = ("experts", None, None), Role.ROUTED_EXPERT
+        self.gate_up = params.weight((experts, size, 2 * width), *split)
+        self.down = params.weight((experts, width, size), *split)
+
+    @property
+    def params(self) -> ExpertWeights:
+        """Both parameters."""
+        return ExpertWeights(self.gate_up, self.down)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """Their values."""
+        return self.params.map(lambda param: param.get_value())
 
 
 class MoE(nnx.Module):
@@ -53,7 +55,7 @@ class MoE(nnx.Module):
         x: Float[Array, "B S D"],
         keep: Bool[Array, "B S"],
         layer: Int[Array, ""],
-        tuned: TunedExperts | LowRankExperts | None,
+        adapted: Adapted | None,
         carried: Carried | None,
         mesh: Mesh | None,
         transport: Transport = "all_gather",
@@ -62,84 +64,19 @@ class MoE(nnx.Module):
 
         Args:
             layer: this layer's index among the MoE layers, to find its experts.
-            carried: of the tuned experts, from layer to layer (`carry_banks`).
+            adapted: what replaces or updates experts.
+            carried: of it, from layer to layer (`carry_banks`).
         """
         shape = x.shape
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
-        banks = (self.experts.gate_up.get_value(), self.experts.down.get_value())
-        tuned_banks = tuned.banks if tuned else None
-        layout = tuned.layout if tuned else None
-        apply = partial(_apply_on_shard, layout=layout, transport=transport)
-        if mesh is None or mesh.size == 1:
-            with nullcontext() if mesh is None else use_abstract_mesh(mesh.abstract_mesh):
-                out, carried = apply(
-                    *(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, carried),
-                    shards=1,
-                )
-        else:
-            batch, experts = PartitionSpec(RULES.batch), PartitionSpec(RULES.experts)
-            base = tuple(map(_partition, banks))
-            copies = PartitionSpec((REPLICA, DATA), RULES.experts)
-            out, carried = jax.shard_map(
-                partial(apply, shards=mesh.shape[EXPERT]),
-                mesh=mesh,
-                in_specs=(batch, batch, batch, PartitionSpec(), base, experts, copies),
-                out_specs=(batch, copies),
-                check_vma=False,
-            )(x, routed.expert_ids, routed.gates, layer, banks, tuned_banks, carried)
+        routing = Routing(routed.expert_ids, routed.gates)
+        out, carried = adapted_moe(
+            x, routing, self.experts.weights, layer, adapted, carried, mesh, transport
+        )
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
             if self.gated:
                 shared *= jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
             out = out + shared
         return out, routed, carried
-
-
-def _partition(experts: BaseExperts) -> Any:
-    if isinstance(experts, LearnedStack):
-        return LearnedStack._make(map(_partition, experts))
-    return PartitionSpec(*[None] * (experts.ndim - 3), RULES.experts)
-
-
-def _apply_on_shard(
-    x: Float[Array, "B S D"],
-    expert_ids: Int[Array, "B S K"],
-    gates: Float[Array, "B S K"],
-    layer: Int[Array, ""],
-    base: tuple[BaseExperts, BaseExperts],
-    tuned_banks: tuple[Array, ...] | None,
-    carried: Carried | None,
-    *,
-    layout: TunedLayout | None,
-    transport: Transport,
-    shards: int,
-) -> tuple[Float[Array, "B S D"], Carried | None]:
-    """One device's part: its own tokens in and out, its own experts for the whole group."""
-    shape = x.shape
-    x, expert_ids, gates = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, gates))
-    shard: Array | int = 0 if shards == 1 else jax.lax.axis_index(EXPERT)
-    tuned = None
-    if tuned_banks is not None and layout is not None and carried is not None:
-        tuned, carried = layout.layer_window(tuned_banks, carried, layer, shard)
-    gate_up, down = (base_bank(experts, layer) for experts in base)
-    if shards > 1 and transport == "ragged_all_to_all":
-        owners = owners_of(layout, layer, len(gate_up), shards)
-        quota = math.ceil(ROOM * expert_ids.size / shards)
-        out = exchange_and_apply(x, expert_ids, gates, gate_up, down, tuned, owners, quota)
-        return out.reshape(shape), carried
-    if shards > 1:
-        x, expert_ids, gates = (
-            jax.lax.all_gather(a, EXPERT, tiled=True) for a in (x, expert_ids, gates)
-        )
-    piece = None if shards == 1 else _piece(expert_ids.size, shards)
-    first = shard * len(gate_up)
-    out = apply_experts(x, expert_ids, gates, gate_up, down, tuned, first, piece)
-    if shards > 1:
-        out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
-    return out.reshape(shape), carried
-
-
-def _piece(assignments: int, shards: int) -> int:
-    """Assignments that a device computes at once: its even share, and room for an uneven one."""
-    return min(assignments, math.ceil(ROOM * assignments / shards))

@@ -52,7 +52,7 @@ class ParamFactory:
         return (self.layers, *shape), ("layers", *axes)
 
     def weight(self, shape: tuple[int, ...], axes: tuple[str | None, ...], role: Role) -> nnx.Param:
-        """A normally distributed weight; `axes` are logical names (see `esft_jax.mesh`)."""
+        """A normally distributed weight; `axes` are logical names (see `esft_jax.sharding`)."""
         shape, axes = self._full(shape, axes)
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(value.astype(self.dtype), axes=axes, role=role)

@@ -6,12 +6,10 @@ from typing import Literal
 
 import jax
 
+from esft_jax.moe.experts import GATE_UP
 from esft_jax.ops.attention.operation import KEPT
 
 Remat = Literal["none", "dots", "experts", "attention", "full"]
-
-# Name of the product of a token's rows with their experts' `gate_up`.
-GATE_UP = "gate_up"
 
 _policies = jax.checkpoint_policies
 

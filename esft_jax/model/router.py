@@ -9,9 +9,9 @@ from flax.struct import dataclass
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import RULES
 from esft_jax.model.config import RouterConfig
 from esft_jax.model.params import ParamFactory, Role
+from esft_jax.sharding import RULES
 
 
 @dataclass

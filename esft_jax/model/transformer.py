@@ -15,12 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.mesh import RULES, constrain_batch
 from esft_jax.model.attention import Cache, empty_cache, make_attention
 from esft_jax.model.config import LayerRun, ModelConfig
-from esft_jax.model.exchange import Transport
-from esft_jax.model.experts import LearnedStack
-from esft_jax.model.lora import LowRankExperts
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
@@ -28,7 +24,10 @@ from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.remat import REMAT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
-from esft_jax.model.tuned import Carried, TunedExperts, carry_banks
+from esft_jax.moe.carry import Carried, carry_banks
+from esft_jax.moe.transport import Transport
+from esft_jax.moe.weights import Adapted, LearnedStack
+from esft_jax.sharding import RULES, constrain_batch
 
 
 @dataclass
@@ -98,7 +97,7 @@ class Transformer(nnx.Module):
             self.head = params.weight(
                 (config.hidden_size, config.vocab_size), (None, "vocab"), Role.HEAD
             )
-        self.tuned_experts: TunedExperts | LowRankExperts | None = nnx.data(None)
+        self.tuned_experts: Adapted | None = nnx.data(None)
 
     def __call__(
         self,
@@ -150,13 +149,11 @@ class Transformer(nnx.Module):
             x = attend(block, x)
             return x + residual * block.mlp(block.ffn_norm(x)), None
 
-        def moe_layer(
-            block: Block, carry: tuple, layer: Array, tuned: TunedExperts | LowRankExperts | None
-        ) -> tuple:
+        def moe_layer(block: Block, carry: tuple, layer: Array, adapted: Adapted | None) -> tuple:
             x, carried = carry
             x = attend(block, x)
             out, router, carried = block.moe(
-                block.ffn_norm(x), keep, layer, tuned, carried, self.mesh, self.transport
+                block.ffn_norm(x), keep, layer, adapted, carried, self.mesh, self.transport
             )
             return (x + residual * out, carried), router
 
@@ -171,13 +168,13 @@ class Transformer(nnx.Module):
                 continue
             below, above = run.split(first)
             (x, _), router = _scan_blocks(
-                partial(moe_layer, tuned=None), self.moe_blocks, (x, None), below, remat=remat
+                partial(moe_layer, adapted=None), self.moe_blocks, (x, None), below, remat=remat
             )
             routers += [router] if router else []
             if above.start < above.stop and carried is None:
                 carried = self._carried()
             (x, carried), router = _scan_blocks(
-                partial(moe_layer, tuned=self.tuned_experts),
+                partial(moe_layer, adapted=self.tuned_experts),
                 self.moe_blocks,
                 (x, carried),
                 above,

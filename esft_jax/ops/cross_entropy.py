@@ -10,7 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import DATA, EXPERT, REPLICA, RULES
+from esft_jax.sharding import DATA, EXPERT, REPLICA, RULES
 
 # Tokens of a chunk for each row; logits exist for one chunk at a time.
 CHUNK = 64

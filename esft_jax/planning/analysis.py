@@ -8,17 +8,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from esft_jax.accelerators import PEAKS
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import Trained
+from esft_jax.checkpoint.load import local_folder
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
-from esft_jax.experts.choose import affordable_experts
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import Trained
 from esft_jax.families import load_model_config
-from esft_jax.hf.load import local_folder
-from esft_jax.mesh import count_slices, make_mesh
 from esft_jax.model.config import ModelConfig
 from esft_jax.planning.collectives import received_bytes, within_slices
-from esft_jax.planning.operations import Routing, count_operations, model_operations
+from esft_jax.planning.operations import Routing, count_operations
 from esft_jax.planning.program import (
     StepMemory,
     StepShapes,
@@ -27,8 +26,11 @@ from esft_jax.planning.program import (
     run_parts,
     step_shapes,
 )
-from esft_jax.planning.roofline import PEAKS, Roofline
+from esft_jax.planning.roofline import Roofline
+from esft_jax.routing.choose import affordable_experts
+from esft_jax.sharding import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices, hardware
+from esft_jax.training.operations import model_operations
 from esft_jax.training.setup import check_fit, given_experts, low_rank_updates
 
 

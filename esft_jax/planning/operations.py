@@ -3,7 +3,6 @@
 XLA's own cost analysis counts the body of a loop once, and kernels not at all.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import LoRA, Trained
-from esft_jax.families import tensor_table
-from esft_jax.mesh import EXPERT
-from esft_jax.model.config import LatentAttentionConfig, ModelConfig
-from esft_jax.model.params import Role
-from esft_jax.ops.grouped_matmul.tpu_tiles import PIECES, plan_visits
+from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.model.config import ModelConfig
+from esft_jax.moe.grouped_matmul.tpu_tiles import PIECES, plan_visits
+from esft_jax.sharding import EXPERT
 
 
 @dataclass
@@ -89,7 +85,7 @@ def count_operations(jaxpr: Any, routing: Routing, devices: int) -> Operations:
     """Walk a program traced for TPUs, without what nobody reads.
 
     Outside `shard_map` shapes are global and split over all devices. Pieces of assignments
-    (`esft_jax.model.experts`) are one, as with a balanced router; every token has a target.
+    (`esft_jax.moe.experts`) are one, as with a balanced router; every token has a target.
     """
     found = Operations()
 
@@ -154,90 +150,3 @@ def _attention(equation: Any) -> float:
 
 def _padded(width: int, block: int) -> int:
     return -(-width // block) * block
-
-
-def model_operations(
-    config: ModelConfig,
-    trained: Trained,
-    length: int,
-    served: Mapping[int, float] | None = None,
-) -> float:
-    """Operations per trained token by arithmetic, nothing computed twice.
-
-    Every layer runs forward; from the lowest trained one up, the gradients of the activations take
-    as much again, and so do the gradients of weights that are trained. Attention is causal: half of
-    all scores, whose gradients take twice as much.
-
-    Args:
-        length: tokens per row.
-        served: by layer, the share of assignments that the trained experts serve; their share of
-            the layer's experts where it is not known.
-    """
-    if isinstance(trained, LoRA):
-        # Weights are frozen, and gradients of activations reach down to the lowest update.
-        first = trained.lowest_layer(config)
-        assert first is not None
-        frozen = _operations(config, ExpertConfig({}), first, length)
-        return frozen + _low_rank_operations(config, trained)
-    return _operations(config, trained, _lowest_trained(config, trained), length, served)
-
-
-def _low_rank_operations(config: ModelConfig, lora: LoRA) -> float:
-    """Of the factors, per token: forward, gradients of what they meet, gradients of their own."""
-    sides = 0.0
-    for place in tensor_table(config).places.values():
-        if not place.is_matrix:
-            continue
-        if place.role is Role.ROUTED_EXPERT:
-            row, expert = place.index
-            if expert in lora.experts.experts.get(config.moe_layers[row], ()):
-                sides += sum(place.shape) * config.router.top_k / config.router.num_experts
-        elif place.role in lora.roles:
-            sides += sum(place.shape)
-    return 2 * 3 * lora.rank * sides
-
-
-def _operations(
-    config: ModelConfig,
-    experts: ExpertConfig | None,
-    first: int,
-    length: int,
-    served: Mapping[int, float] | None = None,
-) -> float:
-    """Of the model itself; gradients reach down to layer `first`."""
-    rest = experts is None or experts.non_expert_modules
-    shared_learn = experts is None or experts.shared_experts
-    size, kind = config.hidden_size, config.attention
-    if isinstance(kind, LatentAttentionConfig):
-        query = kind.heads * kind.head
-        attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
-        attention += size * (kind.latent + kind.rotated)
-        attention += kind.heads * kind.latent * (kind.plain + kind.value)
-        attention += kind.heads * kind.value * size
-    else:
-        attention = 2 * size * kind.head * (kind.heads + kind.key_heads)
-    scores = kind.heads * (kind.head + kind.value) * length / 2
-    expert, router = 3 * size * config.expert_width, size * config.router.num_experts
-    total = size * config.vocab_size * (2.0 + rest)
-    for layer in range(config.num_layers):
-        passes = 1 + (layer >= first)
-        total += attention * (passes + rest) + scores * (3 if layer >= first else 1)
-        if layer not in config.moe_layers:
-            total += 3 * size * config.dense_width * (passes + rest)
-            continue
-        trained = 1.0
-        if served is not None:
-            trained = served[layer]
-        elif experts is not None:
-            trained = len(experts.experts.get(layer, ())) / config.router.num_experts
-        total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
-        total += 3 * size * config.shared_width * (passes + shared_learn)
-    return 2 * total
-
-
-def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:
-    if experts is None or experts.non_expert_modules:
-        return 0
-    if experts.shared_experts:
-        return config.moe_layers[0]
-    return min(layer for layer, ids in experts.experts.items() if ids)

@@ -15,12 +15,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from esft_jax.adapt.attach import attach
+from esft_jax.adapt.lora import Trained
+from esft_jax.adapt.partition import partition
 from esft_jax.config import RunConfig
-from esft_jax.experts.lora import Trained
-from esft_jax.experts.partition import attach, partition
-from esft_jax.mesh import param_shardings
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.sharding import param_shardings
 from esft_jax.topology import lowering_platform
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.program import known_refusals, trace_step

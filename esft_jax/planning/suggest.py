@@ -5,8 +5,8 @@ import math
 
 import jax.numpy as jnp
 
-from esft_jax.mesh import EXPERT, REPLICA, count_slices, make_mesh
 from esft_jax.planning.analysis import Case, Plan, what_is_trained
+from esft_jax.sharding import EXPERT, REPLICA, count_slices, make_mesh
 
 
 def suggestions(case: Case, plan: Plan) -> list[str]:

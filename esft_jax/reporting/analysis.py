@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, Int64
 
-from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.reporting.selection import Rule
+from esft_jax.routing.log import RoutingLog
 
 _OFF_SIZE = 0.25  # samples are whole sequences, which may miss the size that is asked for so far
 

@@ -8,12 +8,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import trains
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import trains
 from esft_jax.families import tensor_table
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
-from esft_jax.planning.operations import model_operations
+from esft_jax.training.operations import model_operations
 
 ADAPTER_BYTES = 2  # of a parameter: bfloat16
 STATE_BYTES = 16  # a float32 master, its gradient, and two moments of AdamW

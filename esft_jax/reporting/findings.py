@@ -8,13 +8,13 @@ from jaxtyping import Bool, Float64
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.experts.scores import ScoreMethod
-from esft_jax.experts.select import chosen_mask
 from esft_jax.reporting import analysis
 from esft_jax.reporting.cost import Cost, CostModel
 from esft_jax.reporting.selection import find_selection
 from esft_jax.reporting.tasks import Choice, Task, choose
 from esft_jax.reporting.vocabulary import Word, rank_words
+from esft_jax.routing.scores import ScoreMethod
+from esft_jax.routing.select import chosen_mask
 
 ENOUGH = 0.9  # agreement of two samples from which more tokens change little
 SURE = 0.8  # of the resamples choose an expert

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from esft_jax import strict_yaml
-from esft_jax.config import RunConfig
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.config import DEFAULT_TOP_P, RunConfig
 from esft_jax.errors import InputError
-from esft_jax.experts.choose import describe
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.scores import ExpertScores, ScoreMethod, round_scores
-from esft_jax.experts.select import DEFAULT_TOP_P, best_mask, chosen_mask, top_k_mask
+from esft_jax.routing.choose import describe
+from esft_jax.routing.scores import ExpertScores, ScoreMethod, round_scores
+from esft_jax.routing.select import best_mask, chosen_mask, top_k_mask
 from esft_jax.training.run_folder import RunFolder
 
 Rule = Callable[[Float[np.ndarray, "*N L E"]], Bool[np.ndarray, "*N L E"]]

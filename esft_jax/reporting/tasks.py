@@ -7,16 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
 
+from esft_jax.checkpoint.identity import check_same_base
 from esft_jax.errors import InputError
-from esft_jax.experts.routing_log import RoutingLog, load_routing
-from esft_jax.experts.scores import (
-    ExpertScores,
-    as_wide,
-    load_scores,
-)
-from esft_jax.hf.identity import check_same_base
 from esft_jax.reporting import analysis
 from esft_jax.reporting.selection import Run, Selection, find_run
+from esft_jax.routing.log import RoutingLog, load_routing
+from esft_jax.routing.scores import ExpertScores, as_wide, load_scores
 from esft_jax.training.run_folder import RunFolder
 
 MIN_SEQUENCES = 8  # of fewer, resamples say nothing

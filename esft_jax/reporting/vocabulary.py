@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from esft_jax.data.tokenizer import Tokenizer
-from esft_jax.experts.routing_log import RoutingLog
 from esft_jax.reporting import analysis
+from esft_jax.routing.log import RoutingLog
 
 MIN_COUNT = 10  # the mean of fewer places is chance
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}

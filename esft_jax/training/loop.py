@@ -17,36 +17,33 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from esft_jax.accelerators import peak_flops
+from esft_jax.adapt.attach import attach
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.partition import partition
+from esft_jax.adapt.placement import Placement, expected_loads, place_experts
+from esft_jax.adapt.slots import TunedLayout
+from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
+from esft_jax.checkpoint.export import save_model
+from esft_jax.checkpoint.finite import check_result
+from esft_jax.checkpoint.load import LoadedBase
+from esft_jax.checkpoint.peft import save_lora
+from esft_jax.checkpoint.source import Source
 from esft_jax.config import load_config
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
 from esft_jax.errors import Diverged
-from esft_jax.experts.choose import choose_experts, describe
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import LoRA, Trained
-from esft_jax.experts.partition import attach, partition
-from esft_jax.experts.placement import Placement, expected_loads, place_experts
-from esft_jax.experts.scores import load_scores
 from esft_jax.files import write_text_atomic
-from esft_jax.finite import check_result
-from esft_jax.hf.adapter import save_adapter, trained_tensors
-from esft_jax.hf.export import save_model
-from esft_jax.hf.load import LoadedBase
-from esft_jax.hf.lora import save_lora
-from esft_jax.hf.source import Source
 from esft_jax.memory import check_fits
-from esft_jax.mesh import (
-    EXPERT,
-    most_of_processes,
-    on_first_process,
-    place_batch,
-)
 from esft_jax.model.transformer import Transformer
-from esft_jax.model.tuned import TunedLayout
-from esft_jax.planning.operations import model_operations
-from esft_jax.planning.roofline import peak_flops
+from esft_jax.processes import most_of_processes, on_first_process
+from esft_jax.routing.choose import choose_experts, describe
+from esft_jax.routing.scores import load_scores
+from esft_jax.sharding import EXPERT, place_batch
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
+from esft_jax.training.operations import model_operations
 from esft_jax.training.optimizer import changed_rate, make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step

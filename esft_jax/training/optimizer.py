@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from esft_jax.adapt.partition import FROZEN, TUNED, decays
 from esft_jax.config import OptimizerConfig
-from esft_jax.experts.partition import FROZEN, TUNED, decays
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
-from esft_jax.mesh import batch_sharding
+from esft_jax.sharding import batch_sharding
 from esft_jax.training.state import TrainState, state_shardings
 from esft_jax.training.step import jit_train_step, make_train_step
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esft_jax.mesh import RULES
+from esft_jax.sharding import RULES
 
 # For every row of a bank, the layer (as an index of the MoE layers) and expert it holds, or None.
 Rows = Sequence[Sequence[int] | None]

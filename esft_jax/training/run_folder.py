@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from esft_jax.checkpoint.folder import check_way
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
 from esft_jax.files import (
@@ -22,7 +23,6 @@ from esft_jax.files import (
     visible,
     write_text_atomic,
 )
-from esft_jax.hf.folder import check_way
 from esft_jax.lock import NoLocks, locked
 
 # What a resumed run may change without becoming another run.

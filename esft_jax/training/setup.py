@@ -12,6 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA
+from esft_jax.checkpoint.identity import check_same_base, tokenizer_fingerprint
+from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.config import RunConfig
 from esft_jax.data.mix import MixedDataset, Source
 from esft_jax.data.pipeline import (
@@ -23,26 +27,16 @@ from esft_jax.data.pipeline import (
 )
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.experts.choose import check_select, choose_experts, load_tasks
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import LoRA
-from esft_jax.experts.score import score_experts
-from esft_jax.experts.scores import SCORES_FILE, ExpertScores
 from esft_jax.families import load_model_config
 from esft_jax.files import seen
-from esft_jax.hf.identity import check_same_base, tokenizer_fingerprint
-from esft_jax.hf.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.memory import check_fits
-from esft_jax.mesh import (
-    EXPERT,
-    device_multiple,
-    make_mesh,
-    on_all_processes,
-    on_first_process,
-    param_shardings,
-)
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.processes import on_all_processes, on_first_process
+from esft_jax.routing.choose import check_select, choose_experts, load_tasks
+from esft_jax.routing.score import score_experts
+from esft_jax.routing.scores import SCORES_FILE, ExpertScores
+from esft_jax.sharding import EXPERT, device_multiple, make_mesh, param_shardings
 from esft_jax.training.program import batch_shapes
 from esft_jax.training.run_folder import RunFolder
 

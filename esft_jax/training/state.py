@@ -10,8 +10,8 @@ from flax.struct import dataclass
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from esft_jax.experts.partition import FROZEN, TUNED
-from esft_jax.mesh import param_shardings
+from esft_jax.adapt.partition import FROZEN, TUNED
+from esft_jax.sharding import param_shardings
 
 
 @dataclass

@@ -9,12 +9,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esft_jax.experts.partition import FROZEN, TUNED
+from esft_jax.adapt.partition import FROZEN, TUNED
+from esft_jax.adapt.tuned import TunedParam
 from esft_jax.model.params import Role
 from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
-from esft_jax.model.tuned import TunedParam
 from esft_jax.ops.cross_entropy import cross_entropy_sums
 from esft_jax.training.state import TrainState
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.families import load_model_config
-from esft_jax.mesh import make_mesh
 from esft_jax.planning.program import local_bytes
+from esft_jax.sharding import make_mesh
 
 EXPERTS = {1: (0, 7), 3: (2,)}
 

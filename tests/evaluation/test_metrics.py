@@ -3,8 +3,13 @@ import re
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
+from esft_jax.config import METRIC_NAMES
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS, Completion, read_completions, write_completions
+
+
+def test_a_configuration_may_name_every_metric():
+    assert set(METRICS) == set(METRIC_NAMES)
 
 
 def test_stored_intent_scores_are_reproduced(esft_reference, tmp_path):

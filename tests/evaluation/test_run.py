@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from esft_jax import evaluate, train
+from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.config import load_config
 from esft_jax.data.chat_template import DEFAULT_TEMPLATE
 from esft_jax.data.pipeline import build_dataset
@@ -20,7 +21,6 @@ from esft_jax.evaluation.judge import VARIABLES
 from esft_jax.evaluation.metrics import read_completions
 from esft_jax.evaluation.run import Score, check_evaluation, run_evaluation
 from esft_jax.evaluation.tasks import EvaluationResult, HeldoutLoss, heldout_loss
-from esft_jax.hf.load import load_base, load_model
 from tests.evaluation.test_judge import KEY, Server
 
 TEXTS = ["In the beginning was the word.", "def add(a, b):\n    return a + b\n"]

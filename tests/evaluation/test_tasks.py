@@ -17,7 +17,7 @@ from esft_jax.evaluation import tasks
 from esft_jax.evaluation.metrics import Completion
 from esft_jax.evaluation.tasks import evaluate_task, heldout_loss, read_task
 from esft_jax.model.transformer import Transformer
-from tests.evaluation.test_generate import CONFIG
+from tests.decode.test_generation import CONFIG
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"prompt": "2 + 2 =", "raw_answers": ["4", "four"]}

@@ -7,9 +7,9 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
+from esft_jax.checkpoint.export import export_model
+from esft_jax.checkpoint.load import load_model
 from esft_jax.families import FAMILIES, load_model_config, tensor_table
-from esft_jax.hf.export import export_model
-from esft_jax.hf.load import load_model
 from esft_jax.model.transformer import Transformer
 from tests.yardstick import torch
 

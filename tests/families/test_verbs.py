@@ -10,12 +10,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from esft_jax import convert, export, generate, report, train
-from esft_jax.experts.expert_config import ExpertConfig
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.export import save_model
+from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.families import load_model_config
-from esft_jax.hf.export import save_model
-from esft_jax.hf.load import load_base, load_model
 from esft_jax.model.transformer import Transformer
-from tests.hf.checkpoints import assert_same
+from tests.checkpoint.checkpoints import assert_same
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "tiny-moe"
 SHARED = {

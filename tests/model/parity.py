@@ -10,11 +10,11 @@ import numpy as np
 import transformers
 from flax import nnx
 
+from esft_jax.checkpoint.load import load_model
 from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath
-from esft_jax.hf.load import load_model
 from esft_jax.model import ModelConfig, Transformer
-from tests.hf.checkpoints import save, torch_model
+from tests.checkpoint.checkpoints import save, torch_model
 
 # With 8 rotary features, the ramp of these numbers keeps, blends and interpolates some pair each.
 YARN = {

@@ -4,7 +4,7 @@ import pytest
 
 from esft_jax.errors import InputError
 from esft_jax.families import read_model_config
-from tests.hf.checkpoints import SHAPE, YARN
+from tests.checkpoint.checkpoints import SHAPE, YARN
 
 RAW = SHAPE | {"model_type": "deepseek_v2"}
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import attach_tuned_experts, partition
+from esft_jax.adapt.attach import attach_tuned_experts
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import partition
 from esft_jax.training.step import loss_sum
 from tests.model.parity import stacked
 from tests.yardstick import torch

@@ -12,7 +12,7 @@ from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.rope import inverse_frequencies, rotate, rotation
 from esft_jax.model.router import choose
-from tests.hf.checkpoints import SHAPE, torch_model
+from tests.checkpoint.checkpoints import SHAPE, torch_model
 from tests.model.parity import V2, YARN, normal, run
 from tests.yardstick import deepseek, torch
 

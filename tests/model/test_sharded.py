@@ -8,15 +8,16 @@ import optax
 import pytest
 from flax import nnx
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.partition import FROZEN, TUNED, attach_tuned_experts, partition
+from esft_jax.adapt.attach import attach_tuned_experts
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import FROZEN, TUNED, partition
 from esft_jax.families import read_model_config
-from esft_jax.mesh import make_mesh, param_shardings, place_batch
 from esft_jax.model import Transformer
 from esft_jax.planning.collectives import BETWEEN, received_bytes
+from esft_jax.sharding import make_mesh, param_shardings, place_batch
 from esft_jax.training.state import init_state, state_shardings
 from esft_jax.training.step import make_train_step
-from tests.hf.checkpoints import SHAPE
+from tests.checkpoint.checkpoints import SHAPE
 
 LAYERS, NUM_EXPERTS, D, F = 3, 8, 32, 14
 # No other array has sides of 32 and 28 or of 32 and 14, so expert weights are known by their shape.

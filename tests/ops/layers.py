@@ -13,7 +13,7 @@ LAYERS = {
 
 # A program of the compile tests: low-rank updates and their gradients.
 LOW_RANK = """
-from esft_jax.model.lora import update_rows
+from esft_jax.adapt.factors import update_rows
 
 rows, d, rank, f, updated = map(int, sys.argv[2:])
 

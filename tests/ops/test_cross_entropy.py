@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esft_jax.mesh import RULES, make_mesh
 from esft_jax.ops.cross_entropy import CHUNK, cross_entropy_sums
+from esft_jax.sharding import RULES, make_mesh
 
 B, S, D, V = 2, 2 * CHUNK, 8, 203
 

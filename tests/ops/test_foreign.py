@@ -121,8 +121,8 @@ import hashlib
 import jax, jax.numpy as jnp, numpy as np
 from esft_jax.ops import foreign
 from esft_jax.ops.attention import cpu as attention
-from esft_jax.ops.grouped_matmul import cpu as grouped
-from esft_jax.ops.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul import cpu as grouped
+from esft_jax.moe.grouped_matmul.bank import Bank
 
 normal = np.random.default_rng(0).normal
 x = jnp.array(normal(size=(3, 2, 200, 2, 16)), jnp.float32)

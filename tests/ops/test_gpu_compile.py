@@ -36,7 +36,7 @@ def report(gradients, *arguments):
 """
 
 LAYER = """
-from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.moe.grouped_matmul import grouped_matmul
 
 dtype, (rows, d, f, experts, tuned) = sys.argv[1], map(int, sys.argv[2:])
 

@@ -40,7 +40,7 @@ def report(gradients, *arguments):
 """
 
 LAYER = """
-from esft_jax.ops.grouped_matmul import grouped_matmul
+from esft_jax.moe.grouped_matmul import grouped_matmul
 
 rows, d, f, experts, tuned = map(int, sys.argv[2:])
 

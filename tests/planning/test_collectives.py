@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from esft_jax.mesh import DATA, EXPERT, make_mesh
 from esft_jax.planning.collectives import _group, received_bytes
+from esft_jax.sharding import DATA, EXPERT, make_mesh
 
 
 def compiled(step, *shape: int, out=None) -> str:

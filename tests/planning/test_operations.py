@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import LoRA
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA
 from esft_jax.families import load_model_config
-from esft_jax.mesh import EXPERT, make_mesh
 from esft_jax.ops.attention import causal_attention
-from esft_jax.planning.operations import Routing, count_operations, model_operations
+from esft_jax.planning.operations import Routing, count_operations
+from esft_jax.sharding import EXPERT, make_mesh
+from esft_jax.training.operations import model_operations
 
 ONE = Routing(np.array([1]), 0)
 

@@ -11,13 +11,13 @@ import jax
 import pytest
 
 from esft_jax import plan
+from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
-from esft_jax.experts.expert_config import ExpertConfig
 from esft_jax.families import load_model_config
-from esft_jax.mesh import make_mesh
 from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
+from esft_jax.sharding import make_mesh
 from esft_jax.training import loop
 from esft_jax.training.setup import open_setup
 from esft_jax.training.timing import Stopwatch
@@ -211,7 +211,7 @@ def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
         asked.append((name, allow_patterns))
         raise OSError("offline")
 
-    monkeypatch.setattr("esft_jax.hf.load.snapshot_download", download)
+    monkeypatch.setattr("esft_jax.checkpoint.load.snapshot_download", download)
     with pytest.raises(InputError, match="offline"):
         open_case(make_config(model="owner/name"), "cpu:8")
     assert asked == [("owner/name", ["config.json"])]

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esft_jax.experts.routing_log import RoutingLog
-from esft_jax.experts.scores import ExpertScores
 from esft_jax.families import load_model_config
 from esft_jax.report import main
+from esft_jax.routing.log import RoutingLog
+from esft_jax.routing.scores import ExpertScores
 from esft_jax.sweeping.config import BASE, Cell, config_sha256, load_sweep, run_config
 from esft_jax.sweeping.record import CellResult, Record
 

@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from esft_jax.experts.routing_log import RoutingLog
-from esft_jax.experts.select import chosen_mask
 from esft_jax.reporting import analysis
+from esft_jax.routing.log import RoutingLog
+from esft_jax.routing.select import chosen_mask
 
 
 def test_effective_experts_of_even_and_single_shares() -> None:

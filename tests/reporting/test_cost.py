@@ -6,8 +6,8 @@ from flax import nnx
 
 from esft_jax.families import load_model_config
 from esft_jax.model import Transformer
-from esft_jax.planning.operations import model_operations
 from esft_jax.reporting.cost import CostModel
+from esft_jax.training.operations import model_operations
 
 
 def test_costs_of_a_choice(base) -> None:

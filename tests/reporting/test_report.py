@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from esft_jax.experts.scores import load_scores
-from esft_jax.experts.select import select_experts
 from esft_jax.report import main
+from esft_jax.routing.scores import load_scores
+from esft_jax.routing.select import select_experts
 
 
 def rows(report: Path, name: str) -> list[dict[str, str]]:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from esft_jax import report
+from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.config import RunConfig, SelectConfig, save_config
-from esft_jax.experts.choose import choose_experts
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.scores import load_scores
-from esft_jax.experts.select import select_experts
 from esft_jax.families import load_model_config
 from esft_jax.report import main
 from esft_jax.reporting.cost import CostModel
+from esft_jax.routing.choose import choose_experts
+from esft_jax.routing.scores import load_scores
+from esft_jax.routing.select import select_experts
 
 MakeRun = Callable[..., Path]
 

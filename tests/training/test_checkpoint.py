@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esft_jax.errors import InputError
-from esft_jax.mesh import make_mesh
+from esft_jax.sharding import make_mesh
 from esft_jax.training.checkpoint import Checkpoints, Position
 from esft_jax.training.checksum import checksums, json_checksum
 from esft_jax.training.state import TrainState

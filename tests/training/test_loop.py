@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
+from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.config import RunConfig, load_config
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.errors import Diverged, InputError
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.groups import group_experts
-from esft_jax.experts.scores import load_scores
 from esft_jax.files import write_text_atomic
-from esft_jax.hf.adapter import apply_adapter, load_adapter
-from esft_jax.hf.load import load_base, load_model
 from esft_jax.planning.analysis import make_plan, open_case
+from esft_jax.routing.groups import group_experts
+from esft_jax.routing.scores import load_scores
 from esft_jax.training import loop
 from esft_jax.training.loop import RunResult
 from esft_jax.training.run_folder import RunFolder

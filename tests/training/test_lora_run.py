@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
+from esft_jax.checkpoint.load import load_base
 from esft_jax.data.pipeline import eval_batches
 from esft_jax.errors import InputError
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.hf.adapter import apply_adapter, load_adapter
-from esft_jax.hf.load import load_base
 from esft_jax.training.loop import run_training
 from esft_jax.training.setup import open_setup
 from esft_jax.training.step import loss_sum

@@ -5,8 +5,8 @@ import optax
 import pytest
 from flax import nnx
 
+from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.config import OptimizerConfig
-from esft_jax.experts.partition import FROZEN, TUNED
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 
 

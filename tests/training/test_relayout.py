@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esft_jax.mesh import make_mesh
-from esft_jax.model.tuned import TunedLayout
+from esft_jax.adapt.slots import TunedLayout
+from esft_jax.sharding import make_mesh
 from esft_jax.training.relayout import move_rows, saved_shapes
 
 SELECTED = ((0, 1, 2), (), (1, 6, 7), (3,))

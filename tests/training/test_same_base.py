@@ -11,7 +11,7 @@ from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.training import loop
 from esft_jax.training.setup import open_setup
-from tests.hf.test_identity import CHANGES
+from tests.checkpoint.test_identity import CHANGES
 
 
 def run(config: RunConfig) -> loop.RunResult:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from esft_jax.adapt.attach import attach, attach_tuned_experts
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA
+from esft_jax.adapt.partition import partition
+from esft_jax.checkpoint.load import load_model
 from esft_jax.config import OptimizerConfig
-from esft_jax.experts.expert_config import ExpertConfig
-from esft_jax.experts.lora import LoRA
-from esft_jax.experts.partition import attach, attach_tuned_experts, partition
 from esft_jax.families import load_model_config
-from esft_jax.hf.load import load_model
 from esft_jax.model import Transformer
 from esft_jax.model.router import RouterOutput
 from esft_jax.training.optimizer import make_optimizer

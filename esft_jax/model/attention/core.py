@@ -6,8 +6,8 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from esft_jax.mesh import RULES
 from esft_jax.ops.attention import causal_attention
+from esft_jax.sharding import RULES
 
 
 def attend(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.model.attention.core import attend
 from esft_jax.model.config import GroupedAttentionConfig, RopeConfig
-from esft_jax.model.lora import project
+from esft_jax.model.linear import project
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.rope import rotate

@@ -1,0 +1,162 @@
+"""Giving a model the parameters that a run adds to it: tuned experts, or low-rank factors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.factors import LowRank, LowRankExperts
+from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.slots import LowRankLayout, TunedLayout
+from esft_jax.adapt.tuned import TunedExperts
+from esft_jax.errors import InputError
+from esft_jax.model.transformer import Transformer
+from esft_jax.sharding import EXPERT, RULES
+
+
+def attach(
+    model: Transformer,
+    trained: Trained,
+    seed: int,
+    loads: Float[np.ndarray, "L E"] | None = None,
+) -> None:
+    """Give the model the parameters that a run adds to it.
+
+    Args:
+        seed: of the initialisation of low-rank factors.
+        loads: see `attach_tuned_experts`.
+    """
+    if isinstance(trained, LoRA):
+        attach_factors(model, trained, seed, loads)
+    elif trained is not None:
+        attach_tuned_experts(model, trained, loads)
+
+
+def attach_tuned_experts(
+    model: Transformer, experts: ExpertConfig, loads: Float[np.ndarray, "L E"] | None = None
+) -> None:
+    """Give the model a tuned bank: float32 copies of the selected experts.
+
+    From here on the model computes these experts from the bank; the base ones keep their values.
+    Without any selected expert (only shared or other modules are trained) there is no bank.
+
+    Args:
+        loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
+            experts move between devices, so that all compute about as many (`placement.py`).
+    """
+    check_plain(model)
+    config = model.config
+    experts.validate(config.moe_layers, config.router.num_experts)
+    if not experts.num_experts_selected:
+        return
+    shards = 1 if model.mesh is None else model.mesh.shape[EXPERT]
+    layout = TunedLayout.from_experts(
+        experts.experts, config.moe_layers, config.router.num_experts, shards, loads
+    )
+    _move(model, layout)
+    base = model.moe_blocks.moe.experts.weights
+    model.tuned_experts = TunedExperts.from_base(base, layout, model.mesh)
+
+
+def attach_factors(
+    model: Transformer,
+    lora: LoRA,
+    seed: int,
+    loads: Float[np.ndarray, "L E"] | None = None,
+) -> None:
+    """Give the model low-rank factors: updates of 0 at first, for B is 0.
+
+    Base experts move to where `place_updated_experts` has them.
+
+    Args:
+        loads: see `attach_tuned_experts`.
+    """
+    check_plain(model)
+    config, rank, scale, mesh = model.config, lora.rank, lora.scale, model.mesh
+    keys = nnx.Rngs(seed)
+
+    def update(module: Any, name: str, weight: str, parts: int = 1) -> None:
+        param = getattr(module, weight)
+        columns = param.get_value().shape[-1] // parts
+        module.lora[name] = LowRank.of(param, columns, rank, scale, keys.params(), mesh)
+
+    def update_mlp(mlp: Any) -> None:
+        for name in ("gate", "up"):
+            update(mlp, name, "gate_up", 2)
+        update(mlp, "down", "down")
+
+    blocks = (
+        [model.moe_blocks] if model.dense_blocks is None else [model.dense_blocks, model.moe_blocks]
+    )
+    if "attention" in lora.targets:
+        for block in blocks:
+            for name in block.attention.matrices:
+                update(block.attention, name, name)
+    if "dense_mlps" in lora.targets and model.dense_blocks is not None:
+        update_mlp(model.dense_blocks.mlp)
+    moe = model.moe_blocks.moe
+    if "shared_experts" in lora.targets and moe.shared_experts is not None:
+        update_mlp(moe.shared_experts)
+    lora.experts.validate_ids(config.moe_layers, config.router.num_experts)
+    if not lora.experts.num_experts_selected:
+        return
+    shards = 1 if mesh is None else mesh.shape[EXPERT]
+    layout = LowRankLayout.from_experts(
+        lora.experts.experts, config.moe_layers, config.router.num_experts, shards, loads
+    )
+    _move(model, layout)
+    model.tuned_experts = LowRankExperts.create(
+        config.hidden_size, config.expert_width, rank, scale, layout, keys.params(), mesh
+    )
+
+
+def check_plain(model: Transformer) -> None:
+    """Raise an `InputError` for a model that was given parameters: its experts may have moved."""
+    factors = any(isinstance(module, LowRank) for _, module in nnx.iter_modules(model))
+    if factors or model.tuned_experts is not None:
+        raise InputError("the model has tuned experts or factors already; expected a base model")
+
+
+def _move(model: Transformer, layout: TunedLayout) -> None:
+    """Move base experts to their places."""
+    for param in model.moe_blocks.moe.experts.params:
+        param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
+
+
+def _moved(
+    stack: Float[Array, "L E _ _"], positions: Sequence[Sequence[int]], mesh: Mesh | None
+) -> Float[Array, "L E _ _"]:
+    """Base experts at other places of their layers' stacks; the array is donated if they move."""
+    order = np.argsort(np.asarray(positions), axis=1)
+    if (order == np.arange(order.shape[1])).all():
+        return stack
+    sources = jnp.asarray(order)
+    if mesh is None:
+
+        def take(layer: Array, stack: Array) -> Array:
+            return stack.at[layer].set(stack[layer][sources[layer]])
+
+        alone = jax.jit(lambda s: jax.lax.fori_loop(0, len(s), take, s), donate_argnums=0)
+        return alone(stack)
+
+    def move(stack: Array) -> Array:
+        # One layer at a time: no device holds more than one whole layer beside its part of all.
+        def move_layer(layer: Array, stack: Array) -> Array:
+            local = stack.shape[1]
+            experts = jax.lax.all_gather(stack[layer], EXPERT, tiled=True)
+            mine = jax.lax.dynamic_slice_in_dim(
+                sources[layer], jax.lax.axis_index(EXPERT) * local, local
+            )
+            return stack.at[layer].set(experts[mine])
+
+        return jax.lax.fori_loop(0, len(stack), move_layer, stack)
+
+    spec = PartitionSpec(None, RULES.experts)
+    split = jax.shard_map(move, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(split, donate_argnums=0)(stack)

@@ -1,0 +1,287 @@
+"""Adapters: the trained tensors under Hugging Face names, and what they were trained on.
+
+A folder holds safetensors, `expert_cfg.json` and `manifest.json`. The adapters that the ESFT
+authors released have no manifest, and their names may lack the prefix `model.`. LoRA adapters have
+the layout of `peft` (`lora.py`).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from esft_jax.adapt.attach import check_plain
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import trains
+from esft_jax.blocks import read_block, write_blocks
+from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
+from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
+from esft_jax.checkpoint.model_tensors import ModelTensors, model_tensors
+from esft_jax.checkpoint.peft import ADAPTER_CONFIG, LoRAAdapter, open_lora
+from esft_jax.checkpoint.tensor_files import DTYPES, TensorFiles, is_finite
+from esft_jax.errors import InputError
+from esft_jax.families import tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.transformer import Transformer
+from esft_jax.processes import on_first_process
+
+EXPERT_CONFIG = "expert_cfg.json"
+
+_MAX_SHARD_BYTES = 4 << 30
+
+
+class AdapterTensors(Mapping[str, np.ndarray]):
+    """Tensors of an adapter by their full Hugging Face names, read when they are asked for."""
+
+    def __init__(self, files: TensorFiles):
+        self.files = files
+        self.stored: dict[str, str] = {}
+        for name in files:
+            full = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+            if full in self.stored:
+                raise InputError(
+                    f"{files.folder}: {name!r} and {self.stored[full]!r} are the same tensor"
+                )
+            self.stored[full] = name
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.files.read(self.stored[name])
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        return DTYPES[self.files[self.stored[name]].dtype]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk.
+
+    Attributes:
+        folder: where it is.
+        tensors: its tensors by Hugging Face name; data is read on access.
+        expert_cfg: what was trained.
+        manifest: its provenance; None for adapters that ESFT's authors released.
+    """
+
+    folder: Path
+    tensors: AdapterTensors
+    expert_cfg: ExpertConfig
+    manifest: dict[str, Any] | None
+
+    def check(
+        self,
+        config: ModelConfig,
+        base_fingerprint: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+    ) -> None:
+        """Check that the adapter fits a model.
+
+        Args:
+            base_fingerprint: of the weights of the base it shall be merged into.
+            tokenizer_fingerprint: of the base's tokenizer; this and the others are compared as
+                far as they are given and a manifest has them.
+
+        Raises:
+            InputError: it belongs to another base, or its tensors are not exactly those that its
+                `expert_cfg.json` names in this model.
+        """
+        expected = trained_names(config, self.expert_cfg, str(self.folder / EXPERT_CONFIG))
+        for name in expected:
+            if name not in self.tensors:
+                raise InputError(
+                    f"{self.folder}: tensor {name!r} is missing; {EXPERT_CONFIG} names it"
+                )
+        placements = tensor_table(config).places
+        wanted = set(expected)
+        for name in self.tensors:
+            if name not in wanted:
+                raise InputError(
+                    f"{self.folder}: unexpected tensor {name!r}; {EXPERT_CONFIG} does not name it"
+                )
+            self.tensors.files.check(self.tensors.stored[name], placements[name].shape)
+        base = {
+            "base_fingerprint": base_fingerprint,
+            "config_fingerprint": config.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        check_base(self.folder, self.manifest, base)
+
+    @property
+    def run_dtype(self) -> np.dtype | None:
+        """The type that its run computed in; where no manifest says it, that of its tensors."""
+        stored = {self.tensors.dtype(name).name for name in self.tensors}
+        only = [jnp.dtype(name) for name in RUN_DTYPES if stored == {name}]
+        return run_dtype(self.manifest) or (only[0] if only else None)
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of the tensors that it replaces."""
+        return list(self.tensors)
+
+    def dtype(self, name: str, base: np.dtype) -> np.dtype:
+        """Type of a merged tensor: that of the adapter."""
+        return self.tensors.dtype(name)
+
+    def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        """The trained tensor; the one of the base is not read."""
+        return self.tensors[name]
+
+
+def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> list[str]:
+    """Names of the tensors that an expert configuration trains, in the order of the model.
+
+    Raises:
+        InputError: the configuration does not fit the model; the message begins with `where`.
+    """
+    try:
+        expert_cfg.validate(config.moe_layers, config.router.num_experts)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    table = tensor_table(config)
+    selected = {
+        name
+        for layer, ids in expert_cfg.experts.items()
+        for expert in ids
+        for name in table.expert_names(layer, expert)
+    }
+
+    def trained(name: str, place: Placement) -> bool:
+        return name in selected or trains(expert_cfg, place.role)
+
+    return [name for name, place in table.places.items() if trained(name, place)]
+
+
+def trained_tensors(
+    model: Transformer, trained: Collection[tuple[Any, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The trained tensors of a model under training, in `model.dtype`; with factors, merged.
+
+    On several processes all must consume it, in step.
+
+    Args:
+        model: with its tuned bank, if experts are trained.
+        trained: paths of all trained parameters; the bank's own may be among them.
+    """
+    tensors = ModelTensors(model)
+    names = [
+        name
+        for name, place in tensors.placements.items()
+        if place.path in trained or tensors.is_tuned(name) or tensors.update(name) is not None
+    ]
+    return model_tensors(model, names, model.dtype)
+
+
+def save_adapter(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    expert_cfg: ExpertConfig,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Write an adapter; an older one in the same place gives way once the new one is complete.
+
+    On several processes all must call it; the first one writes.
+
+    Args:
+        tensors: what `trained_tensors` yields.
+        manifest: provenance, with the key `base_fingerprint`.
+    """
+    if "base_fingerprint" not in manifest:
+        raise KeyError("base_fingerprint")
+    found = dict(tensors)
+
+    def write() -> None:
+        specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in found.items()}
+        content = json.dumps(manifest, indent=2) + "\n"
+        with new_folder(Path(folder), replace=True) as temporary:
+            write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
+            expert_cfg.save(temporary / EXPERT_CONFIG)
+            (temporary / MANIFEST).write_text(content, encoding="utf-8")
+
+    # No process returns, and perhaps opens the folder, before it is there.
+    on_first_process(write, str(folder))
+
+
+def load_adapter(folder: str | Path) -> Adapter | LoRAAdapter:
+    """Open an adapter of ours, one that ESFT's authors released, or one of `peft`.
+
+    Tensors are read for a check, and then again on access.
+
+    Raises:
+        InputError: missing or damaged files, or numbers that are not finite.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected an adapter")
+    if (folder / ADAPTER_CONFIG).exists():
+        lora = open_lora(folder)
+        lora.files.check_finite()
+        return lora
+    expert_cfg = ExpertConfig.load(folder / EXPERT_CONFIG)
+    manifest = read_manifest(folder)
+    files = TensorFiles(folder)
+    files.check_finite()
+    return Adapter(folder, AdapterTensors(files), expert_cfg, manifest)
+
+
+def apply_adapter(
+    model: Transformer,
+    adapter: Adapter | LoRAAdapter,
+    base_fingerprint: str | None,
+    tokenizer_fingerprint: str | None = None,
+) -> None:
+    """Merge an adapter into a base model, in place; sharding and types stay.
+
+    The model's former arrays are used up.
+
+    Args:
+        base_fingerprint: of the model (`LoadedBase.fingerprint`); None skips the comparison, for
+            adapters without a manifest.
+        tokenizer_fingerprint: of the tokenizer it shall be used with; None skips the comparison.
+
+    Raises:
+        InputError: the model has been prepared for training, or see `Adapter.check`: it is
+            unchanged then. Or a tensor is not finite in the model's type: it is of no use then.
+    """
+    check_plain(model)
+    adapter.check(model.config, base_fingerprint, tokenizer_fingerprint)
+    placements = tensor_table(model.config).places
+    by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
+    for name in adapter.names:
+        by_leaf[placements[name].path].append(name)
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+    for path, names in by_leaf.items():
+        param = params[path]
+        for name in names:
+            place = placements[name]
+            array = param.get_value()
+            tensor = adapter.merged(name, partial(_read, array, place)).astype(array.dtype)
+            if not is_finite(tensor):
+                raise InputError(
+                    f"{adapter.folder}: merged, tensor {name!r} has values that are no finite "
+                    f"numbers in {array.dtype}"
+                )
+            param.set_value(write_blocks(array, [(place.box, place.to_block(tensor))]))
+    nnx.update(model, nnx.from_flat_state(params))
+
+
+def _read(leaf: jax.Array, place: Placement) -> np.ndarray:
+    return place.from_block(read_block(leaf, place.box))

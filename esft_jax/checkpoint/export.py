@@ -1,0 +1,209 @@
+"""Full models in Hugging Face layout, which `transformers` and the published code both load."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from esft_jax.checkpoint.adapter import load_adapter
+from esft_jax.checkpoint.folder import (
+    TensorSpec,
+    copy_companions,
+    make_way,
+    new_folder,
+    write_tensors,
+)
+from esft_jax.checkpoint.identity import tokenizer_fingerprint
+from esft_jax.checkpoint.load import open_source
+from esft_jax.checkpoint.model_tensors import ModelTensors
+from esft_jax.checkpoint.peft import LoRAAdapter
+from esft_jax.checkpoint.stored import stored_parts, stored_specs, stored_tensor
+from esft_jax.checkpoint.streaming import in_order
+from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, TensorFiles, common_dtype, is_finite
+from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, tensor_table
+from esft_jax.files import read_json
+from esft_jax.model.params import Role
+from esft_jax.model.transformer import Transformer
+from esft_jax.processes import on_all_processes
+
+_MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export_model(
+    base: str | Path,
+    adapter: str | Path | None,
+    target: str | Path,
+    dtype: DTypeLike | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a base model, with an adapter merged into it, as a Hugging Face folder.
+
+    A few tensors are in memory at a time. All weights are written in one type, which `config.json`
+    names: readers load all in that type anyway. Unless `dtype` is given it is the smallest that
+    loses nothing of the base or of the adapter's run. Low-rank updates are added in float32.
+
+    Args:
+        base: Hugging Face folder, hub name, or converted checkpoint.
+        adapter: adapter folder, or None for the base alone.
+        target: folder to write, new or empty.
+        dtype: type of all weights.
+        say: receives a line that says the type, and what was cast to it.
+
+    Raises:
+        InputError: bad input, an adapter of another base, or numbers that are not finite in the
+            type that is written; there is no new folder then.
+    """
+    target, source = Path(target), open_source(base)
+    make_way(target)
+    stored = {name: source.dtype(name) for name in source.placements}
+    wanted = dict(stored)
+    loaded, changed = None, set[str]()
+    if adapter is not None:
+        loaded = load_adapter(adapter)
+        bound = loaded.manifest or {}
+        tokenizer = None
+        if "tokenizer_fingerprint" in bound:
+            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+        loaded.check(source.config, tokenizer_fingerprint=tokenizer)
+        if bound:  # the fingerprint may take reading the whole base
+            loaded.check(source.config, source.fingerprint)
+        changed = set(loaded.names)
+        wanted |= {name: loaded.dtype(name, stored[name]) for name in changed}
+        if isinstance(loaded, LoRAAdapter):
+            stored |= dict.fromkeys(changed, np.dtype(np.float32))  # the sums
+        else:
+            stored |= {name: wanted[name] for name in changed}
+    table = tensor_table(source.config)
+    weights = {n: k for n, k in wanted.items() if table.places[n].role is not Role.SELECTION_BIAS}
+    common = common_dtype(weights.values()) if dtype is None else jnp.dtype(dtype)
+    specs, parts = stored_specs(table, common), stored_parts(table)
+    carried = source.carried
+    specs |= {name: TensorSpec(carried.dtype(name), info.shape) for name, info in carried.items()}
+
+    def merged(name: str) -> np.ndarray:
+        if loaded is not None and name in changed:
+            tensor = loaded.merged(name, partial(source.tensor, name))
+        else:
+            tensor = source.tensor(name)
+        tensor = tensor.astype(common, copy=False) if name in weights else tensor
+        if not is_finite(tensor):
+            raise InputError(
+                f"{adapter if name in changed else base}: tensor {name!r} has values that are no "
+                f"finite numbers in {common.name}"
+            )
+        return tensor
+
+    def arriving(name: str) -> np.ndarray:
+        if name in carried:
+            return carried.read(name)
+        return stored_tensor(table, name, specs, parts, merged)
+
+    tensors = in_order(arriving, specs, lambda name: specs[name].num_bytes)
+    _write_model(target, source.folder, specs, tensors, common, replace=False)
+    cast = Counter(stored[name].name for name in weights if stored[name] != common)
+    said = [f"all {len(weights):,} tensors in {common.name}"]
+    said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
+    said += [f"{len(carried):,} tensors carried along"] if carried else []
+    say(", ".join(said))
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    template_folder: str | Path,
+    dtype: DTypeLike | None = None,
+    carried: TensorFiles | None = None,
+) -> None:
+    """Write all weights of a model as a Hugging Face folder; an older one there gives way.
+
+    Tuned experts and low-rank updates are in it, merged in float32, as in an exported adapter.
+    On several processes all must call it; the first one writes.
+
+    Args:
+        template_folder: where `config.json` and the tokenizer are copied from.
+        dtype: type of the weights; the model's own by default.
+        carried: tensors of the base that the model does not use (`Source.carried`).
+
+    Raises:
+        InputError: another template, type or place than a model can be saved with.
+    """
+    dtype = np.dtype(dtype or model.dtype)
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype: {dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")
+    table, template = tensor_table(model.config), Path(template_folder)
+    if load_model_config(template) != model.config:
+        raise InputError(f"{template / 'config.json'}: describes another model than the one saved")
+    specs, parts = stored_specs(table, dtype), stored_parts(table)
+    read = ModelTensors(model).tensor
+    made = ((name, stored_tensor(table, name, specs, parts, read)) for name in parts)
+    kept = TensorFiles(template, {}) if carried is None else carried
+    specs = specs | {n: TensorSpec(kept.dtype(n), info.shape) for n, info in kept.items()}
+    tensors = chain(made, ((name, kept.read(name)) for name in kept))
+    # No process returns, and perhaps opens the folder, before it is there.
+    with on_all_processes(str(folder)):
+        try:
+            if jax.process_index() == 0:
+                _write_model(Path(folder), template, specs, tensors, dtype, replace=True)
+        finally:
+            # Reading a tensor takes part of every process, even if the first one cannot write it.
+            for _ in tensors:
+                pass
+
+
+def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """A `config.json` that all readers understand alike.
+
+    transformers 5 reads `rope_parameters` and `dtype`; the published code and transformers 4 read
+    `rope_theta`, `rope_scaling` and `torch_dtype`, and silently drop YaRN without them.
+
+    Args:
+        raw: the parsed `config.json`, in either spelling.
+        dtype: type the weights are loaded in unless the reader says otherwise.
+    """
+    config = {
+        key: value for key, value in raw.items() if key != "auto_map"
+    }  # its code stays behind
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    base = {} if theta is None else {"rope_theta": theta}  # the family's own, if it says none
+    return (
+        config
+        | base
+        | {
+            "rope_parameters": {"rope_type": kind, **base, **rope},
+            "rope_scaling": None
+            if kind == "default"
+            else {"type": kind, "rope_type": kind, **rope},
+            "dtype": dtype.name,
+            "torch_dtype": dtype.name,
+        }
+    )
+
+
+def _write_model(
+    target: Path,
+    template: Path,
+    specs: dict[str, TensorSpec],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    dtype: np.dtype,
+    *,
+    replace: bool,
+) -> None:
+    path = template / "config.json"
+    config = exported_config(read_json(path), dtype)
+    with new_folder(target, replace=replace) as folder:
+        copy_companions(template, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder, specs, tensors, _MAX_SHARD_BYTES)

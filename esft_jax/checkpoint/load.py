@@ -1,0 +1,134 @@
+"""Base weights from disk into a sharded `Transformer`."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from esft_jax.blocks import bounded
+from esft_jax.checkpoint.converted import ConvertedSource, is_converted
+from esft_jax.checkpoint.finite import check_base
+from esft_jax.checkpoint.source import HuggingFaceSource, Source
+from esft_jax.errors import InputError
+from esft_jax.families.tensors import LeafPath
+from esft_jax.model.transformer import Transformer
+from esft_jax.sharding import param_shardings
+
+# What a hub download fetches: never pickled weights, never code.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model, and where it comes from.
+
+    Attributes:
+        model: the model, on its devices.
+        source: its files.
+    """
+
+    model: Transformer
+    source: Source
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the base weights as stored. A Hugging Face folder is read once more for it."""
+        return self.source.fingerprint
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a Hugging Face folder, a converted checkpoint, or a hub name; no weights are read.
+
+    Raises:
+        InputError: nothing there, or not a complete, consistent checkpoint.
+    """
+    folder = local_folder(path)
+    return ConvertedSource(folder) if is_converted(folder) else HuggingFaceSource(folder)
+
+
+def load_base(
+    path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None
+) -> LoadedBase:
+    """Load a model and keep the link to its files; see `load_model`.
+
+    All processes call it together.
+    """
+    source = open_source(path)
+    model = nnx.eval_shape(
+        lambda: Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
+    )
+    graph, abstract = nnx.split(model)
+    shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
+    loaded = []
+    for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
+        leaf = tuple(map(str, keys))
+        array = _read_leaf(source, leaf, param.get_value(), sharding.get_value())
+        loaded.append((leaf, param.replace(array)))
+    base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
+    check_base(base.model, str(path))
+    return base
+
+
+def _read_leaf(
+    source: Source, path: LeafPath, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """One parameter on its devices; what several of them hold is read once in each process.
+
+    The host keeps no part of it for longer than it takes to hand it on.
+    """
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        box = bounded(index or (), leaf.shape)
+        devices[tuple((s.start, s.stop) for s in box)].append(device)
+    parts = []
+    for bounds, holders in devices.items():
+        block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype)
+        parts += jax.block_until_ready([jax.device_put(block, device) for device in holders])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+
+def load_model(
+    path: str | Path, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> Transformer:
+    """Load a model from a Hugging Face folder, a hub name, or a converted checkpoint.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub (only safetensors, `config.json` and the
+            tokenizer are fetched).
+        dtype: type of the parameters and of the computation.
+        mesh: devices to split the parameters over; every device reads only its own part.
+
+    Raises:
+        InputError: nothing there, a damaged or missing file, tensors that do not fit
+            `config.json`, or one that is not finite.
+    """
+    return load_base(path, dtype, mesh).model
+
+
+def local_folder(path: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
+    """A local folder, downloaded from the hub if `path` is a name there.
+
+    Args:
+        files: what a download fetches.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name = str(path)
+    if Path(name).is_dir():
+        return Path(name)
+    if isinstance(path, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: neither a folder nor found on the hub: {reason}") from None

@@ -1,0 +1,242 @@
+"""Base weights on disk: a Hugging Face folder, a hub name, or a converted checkpoint.
+
+Both forms answer the same two questions: a tensor by its Hugging Face name, and a block of one of
+our stacked parameters.
+"""
+
+import hashlib
+import math
+import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from esft_jax.blocks import Box, assign_transposed, box_shape, intersect, within
+from esft_jax.checkpoint.streaming import in_order, share
+from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
+from esft_jax.errors import InputError
+from esft_jax.families import load_model_config, tensor_table
+from esft_jax.families.tensors import LeafPath, Placement
+from esft_jax.model.config import ModelConfig
+from esft_jax.model.rope import inverse_frequencies
+
+_COMPARED_BYTES = 16 << 20
+
+
+class Source(Protocol):
+    """Where base weights are read from.
+
+    Attributes:
+        folder: holds `config.json` and the tokenizer.
+        config: the model's shape.
+        placements: the model's tensors and their places.
+        carried: tensors that the model does not use, and that exports keep.
+    """
+
+    carried: TensorFiles
+    folder: Path
+    config: ModelConfig
+    placements: dict[str, Placement]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights; see `combine_digests`. All processes must ask together."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor under its Hugging Face name, in its stored type."""
+
+    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter, cast to a type."""
+
+
+class HuggingFaceSource:
+    """A folder in Hugging Face layout.
+
+    Raises:
+        InputError: missing, unexpected or misshapen tensors, by name; damaged files.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = load_model_config(self.folder)
+        table = tensor_table(self.config)
+        self.placements = table.places
+        self.files = TensorFiles(self.folder)
+        fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
+        self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
+        expected = fused | {
+            name: place.shape for name, place in self.placements.items() if name not in self._fused
+        }
+        missing = [name for name in expected if name not in self.files]
+        if missing:
+            others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise InputError(f"{self.folder}: tensor {missing[0]!r} is missing{others}")
+        for name, shape in expected.items():
+            self.files.check(name, shape)
+        unplaced = [name for name in self.files if name not in expected]
+        self.carried = self.files.only(n for n in unplaced if n.startswith(self.config.carried))
+        for name in unplaced:
+            if name not in self.carried:
+                self._check_implied(name)
+
+    def _check_implied(self, name: str) -> None:
+        """Refuse a tensor without a place among the parameters, unless it repeats what is known.
+
+        Raises:
+            InputError: it is no tensor of this model, or has other values than the model.
+        """
+        file, stored = self.files[name].file, self.files.read
+        if name in self._fused:
+            raise InputError(
+                f"{file}: tensor {name!r} is there twice: {self._fused[name].name!r} holds it, too"
+            )
+        embedding = "model.embed_tokens.weight"
+        if self.config.tie_embeddings and name == "lm_head.weight":
+            self.files.check(name, self.placements[embedding].shape)
+            if not _same_values(stored(name), stored(embedding)):
+                raise InputError(
+                    f"{file}: tensor {name!r} differs from {embedding!r}, which is the head by "
+                    "tie_word_embeddings: true of config.json; expected equal ones, or false there"
+                )
+        elif _is_rotary_buffer(name, self.config.num_layers):
+            rope = self.config.rope
+            self.files.check(name, (rope.rotated // 2,))
+            # Old exports have those before any extension of the context, too.
+            known = (inverse_frequencies(r) for r in (rope, replace(rope, yarn=None)))
+            found = stored(name)
+            close = max(1e-5, 2 * float(ml_dtypes.finfo(found.dtype).eps))
+            if not any(np.allclose(found.astype(np.float32), k, close, 1e-7) for k in known):
+                raise InputError(
+                    f"{file}: tensor {name!r} differs from what rope_theta and the like of "
+                    "config.json say; expected the same frequencies, or none"
+                )
+        else:
+            raise InputError(
+                f"{file}: unexpected tensor {name!r}; config.json describes no such tensor"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all weights; every process reads a share of them."""
+        names = list(self.placements)
+        own = share(names, self.num_bytes, jax.process_index(), jax.process_count())
+        found = np.zeros((len(names), hashlib.sha256().digest_size), np.uint8)
+        rows = {name: row for row, name in enumerate(names)}
+        for name, digest in in_order(self.digest, own, self.num_bytes):
+            found[rows[name]] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        if jax.process_count() > 1:
+            # Every row comes from one process, and is zero elsewhere.
+            found = process_allgather(found).sum(axis=0, dtype=np.uint8)
+        return combine_digests({name: found[row].tobytes().hex() for name, row in rows.items()})
+
+    def digest(self, name: str) -> str:
+        """Hash of a tensor; see `tensor_digest`."""
+        return tensor_digest(name, self.tensor(name))
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor as it is stored."""
+        return self.dtype(name).itemsize * math.prod(self.placements[name].shape)
+
+    @cached_property
+    def by_leaf(self) -> dict[LeafPath, list[str]]:
+        """Names of the tensors in each parameter."""
+        return names_by_leaf(self.placements)
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is stored in."""
+        part = self._fused.get(name)
+        return DTYPES[self.files[part.name if part else name].dtype]
+
+    def tensor(self, name: str, index: Box = ()) -> np.ndarray:
+        """A tensor, or a part of it, in its stored type."""
+        part = self._fused.get(name)
+        if part is None:
+            return self.files.read(name, index)
+        rows, columns = index or (slice(0, part.end - part.begin), slice(None))
+        inside = slice(part.begin + rows.start, part.begin + rows.stop)
+        return self.files.read(part.name, (slice(part.expert, part.expert + 1), inside, columns))[0]
+
+    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+        """A block of a stacked parameter, of the tensors that reach into it."""
+        block = np.empty(box_shape(box), dtype)
+
+        def copy(name: str) -> None:
+            common = intersect(box, self.placements[name].box)
+            if common is not None:
+                self._copy(name, common, block[within(common, box)])
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(copy, self.by_leaf[path]))
+        return block
+
+    def part(self, name: str, box: Box, dtype: np.dtype) -> np.ndarray:
+        """The same of a box within a single tensor's place."""
+        block = np.empty(box_shape(box), dtype)
+        self._copy(name, box, block)
+        return block
+
+    def _copy(self, name: str, box: Box, target: np.ndarray) -> None:
+        """Copy a part of a tensor, by its place in the parameter."""
+        place = self.placements[name]
+        part = within(box, place.box)[len(place.index) :]
+        target = target[(0,) * len(place.index)]
+        if place.transposed:
+            assign_transposed(target, self.tensor(name, part[::-1]))
+        elif place.stored_shape == place.shape:
+            target[...] = self.tensor(name, part)
+        else:  # a single row, which the parameter holds as a vector
+            target[...] = self.tensor(name)[0][part]
+
+
+def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two matrices hold the same numbers, in whatever type; a few rows at a time."""
+    step = max(_COMPARED_BYTES // (4 * one.shape[1]), 1)
+    return all(
+        np.array_equal(
+            one[begin : begin + step].astype(np.float32),
+            other[begin : begin + step].astype(np.float32),
+        )
+        for begin in range(0, len(one), step)
+    )
+
+
+def _is_rotary_buffer(name: str, num_layers: int) -> bool:
+    """Whether a name is that of the frequencies that old exports keep in every layer."""
+    match = re.fullmatch(r"model\.(?:layers\.(\d{1,9})\.self_attn\.)?rotary_emb\.inv_freq", name)
+    return match is not None and int(match[1] or 0) < num_layers
+
+
+def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]:
+    """Names of the tensors in each parameter."""
+    found: dict[LeafPath, list[str]] = defaultdict(list)
+    for name, place in placements.items():
+        found[place.path].append(name)
+    return found
+
+
+def tensor_digest(name: str, tensor: np.ndarray) -> str:
+    """SHA-256 of a tensor's name, type, shape and bytes."""
+    shape = "x".join(map(str, tensor.shape))
+    digest = hashlib.sha256(f"{name} {DTYPE_NAMES[tensor.dtype]} {shape}\n".encode())
+    digest.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def combine_digests(digests: dict[str, str]) -> str:
+    """Fingerprint of a base model, from the digest of each tensor under its per-expert name.
+
+    It does not depend on how tensors are spread over files, nor on whether experts are fused.
+    """
+    lines = "".join(f"{digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()

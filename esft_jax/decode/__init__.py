@@ -1,0 +1,1 @@
+"""Decoding: generated text, and likelihoods of given text."""

@@ -1,0 +1,189 @@
+"""Grouped products on a CPU, by BLAS: rows and matrices are read where they lie.
+
+XLA can multiply only what it has cut out, and only row counts that are known when it compiles. So
+this is a foreign function (`ops/foreign.py`); it needs the `cpu` extra.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.ops import foreign
+from esft_jax.ops.foreign import (
+    BFLOAT16,
+    Buffer,
+    Matrix,
+    address_of,
+    clear,
+    compiled,
+    extent,
+    integer,
+    keep,
+    multiply_matrices,
+    operand,
+    result,
+    view,
+)
+
+# At most so many rows and columns of a result are one task of a thread.
+ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
+
+
+def multiply(
+    x: Float[Array, "N C"],
+    banks: tuple[Bank, ...],
+    group_sizes: Int[Array, " G"],
+    *,
+    transposed: bool,
+) -> Float[Array, "N O"]:
+    """See `xla.multiply`. Addresses follow from shapes and sizes, which `operation.py` checks."""
+    arrays = [bank.matrices for bank in banks]
+    foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
+    out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
+    firsts = jnp.stack([bank.first for bank in banks])
+    counts = jnp.array([len(bank) for bank in banks], jnp.int32)
+    call = jax.ffi.ffi_call("esft_jax_multiply", out)
+    return call(x, group_sizes, firsts, counts, jnp.int32(transposed), *arrays)
+
+
+def weight_gradient(
+    x: Float[Array, "N D"],
+    grad: Float[Array, "N F"],
+    group_sizes: Int[Array, " G"],
+    first: int,
+    count: int,
+) -> Float[Array, "count D F"]:
+    """See `xla.weight_gradient`."""
+    foreign.register("esft_jax_weight_gradient", _gradient_tasks, _gradient)
+    out = jax.ShapeDtypeStruct((count, x.shape[1], grad.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call("esft_jax_weight_gradient", out)(x, grad, group_sizes, jnp.int32(first))
+
+
+@compiled
+def _pieces(total: int, size: int) -> int:
+    return -(-total // size)
+
+
+@compiled
+def _read(buffer: Buffer, first: int, rows: int, columns: int, stride: int) -> tuple:
+    """A part of a buffer in float32, from its number `first` on, and what must be kept meanwhile.
+
+    What is bfloat16 is copied.
+    """
+    if buffer.dtype != BFLOAT16:
+        return Matrix(buffer.address + 4 * first, stride), np.empty(0, np.uint32)
+    wide = np.empty(rows * columns, np.uint32)
+    narrow = view(buffer.address + 2 * first, (rows - 1) * stride + columns, np.uint16)
+    for row in range(rows):
+        for column in range(columns):
+            wide[row * columns + column] = np.uint32(narrow[row * stride + column]) << np.uint32(16)
+    return Matrix(address_of(wide), columns), wide
+
+
+@compiled
+def _round(product: np.ndarray, out: Buffer, first: int, columns: int, stride: int) -> None:
+    """Write float32 rows as bfloat16 ones, to the nearest, ties to even."""
+    bits = product.view(np.uint32)
+    rows = product.size // columns
+    narrow = view(out.address + 2 * first, (rows - 1) * stride + columns, np.uint16)
+    for i in range(product.size):
+        upper = bits[i] >> np.uint32(16)
+        if product[i] != product[i]:
+            rounded = upper | np.uint32(0x40)
+        else:
+            rounded = (bits[i] + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
+        narrow[i // columns * stride + i % columns] = rounded
+
+
+@compiled
+def _multiply_tasks(frame: int) -> int:
+    sizes, outer = operand(frame, 1), extent(result(frame, 0), 1)
+    total = 0
+    for group in range(extent(sizes, 0)):
+        total += _pieces(integer(sizes, group), ROWS)
+    return total * _pieces(outer, COLUMNS) + 1
+
+
+@compiled
+def _multiply(frame: int, index: int) -> None:
+    x, sizes = operand(frame, 0), operand(frame, 1)
+    firsts, counts = operand(frame, 2), operand(frame, 3)
+    turned = integer(operand(frame, 4), 0) != 0
+    out = result(frame, 0)
+    rows, inner, outer = extent(x, 0), extent(x, 1), extent(out, 1)
+    # The task's column, and its piece among those of all groups.
+    across = _pieces(outer, COLUMNS)
+    piece, column = index // across, index % across * COLUMNS
+    columns = min(COLUMNS, outer - column)
+    begin = group = 0
+    for bank in range(extent(firsts, 0)):
+        matrices = operand(frame, 5 + bank)
+        for place in range(integer(counts, bank)):
+            size = integer(sizes, group)
+            here = _pieces(size, ROWS)
+            if piece < here:
+                begin += piece * ROWS
+                length = min(ROWS, size - piece * ROWS)
+                first = (integer(firsts, bank) + place) * inner * outer
+                first += column * (inner if turned else 1)
+                matrix, kept = _read(
+                    matrices,
+                    first,
+                    columns if turned else inner,
+                    inner if turned else columns,
+                    inner if turned else outer,
+                )
+                taken, kept_rows = _read(x, begin * inner, length, inner, inner)
+                target = begin * outer + column
+                narrow = out.dtype == BFLOAT16
+                product = np.empty(length * columns if narrow else 0, np.float32)
+                if narrow:
+                    wide = Matrix(address_of(product), columns)
+                else:
+                    wide = Matrix(out.address + 4 * target, outer)
+                multiply_matrices(taken, matrix, wide, length, columns, inner, False, turned)
+                if narrow:
+                    _round(product, out, target, columns, outer)
+                keep(kept, kept_rows, product)
+                return
+            piece -= here
+            begin += size
+            group += 1
+    item = 2 if out.dtype == BFLOAT16 else 4  # the last task: rows of nobody
+    clear(out.address + item * begin * outer, item * (rows - begin) * outer)
+
+
+@compiled
+def _gradient_tasks(frame: int) -> int:
+    out = result(frame, 0)
+    down = _pieces(extent(out, 1), GRADIENT_ROWS)
+    return extent(out, 0) * down * _pieces(extent(out, 2), COLUMNS)
+
+
+@compiled
+def _gradient(frame: int, index: int) -> None:
+    x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    out = result(frame, 0)
+    inner, outer = extent(out, 1), extent(out, 2)
+    down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, COLUMNS)
+    # Tasks that run side by side have rows of their own: at the edge of a column two threads would
+    # write to the same new page of memory, and both clear it.
+    place, row = index // (down * across), index % down * GRADIENT_ROWS
+    column = index // down % across * COLUMNS
+    rows, columns = min(GRADIENT_ROWS, inner - row), min(COLUMNS, outer - column)
+    group = integer(operand(frame, 3), 0) + place
+    begin = 0
+    for before in range(group):
+        begin += integer(sizes, before)
+    length = integer(sizes, group)
+    target = Matrix(out.address + 4 * ((place * inner + row) * outer + column), outer)
+    if length == 0:
+        for i in range(rows):
+            clear(target.address + 4 * i * outer, 4 * columns)
+        return
+    left, kept_left = _read(x, begin * inner + row, length, rows, inner)
+    right, kept_right = _read(grad, begin * outer + column, length, columns, outer)
+    multiply_matrices(left, right, target, rows, columns, length, True, False)
+    keep(kept_left, kept_right)

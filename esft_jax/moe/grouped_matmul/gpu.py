@@ -1,0 +1,210 @@
+"""Grouped products on GPUs: Pallas kernels compiled by Triton.
+
+`jax.lax.ragged_dot` expands on GPUs: every row is copied once for every group. The kernels here
+read each bank where it lies. A program computes one tile of the result. A small schedule tells it
+its rows and their group, so groups need no alignment and no padding, and empty ones cost nothing.
+On CPU the same kernels run in Pallas' interpreter, for tests.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.ops.triton_tiles import Part, load, store
+
+
+class Tiles(NamedTuple):
+    """How a result is cut into tiles, one for each program.
+
+    Attributes:
+        rows, columns: shape of a tile.
+        step: length of the pieces in which its sums are made.
+        panel: columns are visited in panels of at most this many tiles, all rows of a panel before
+            the next panel: programs that run together then share rows and matrices in the cache.
+        warps, stages: of 32 threads that work on a tile; of loads under way at once.
+    """
+
+    rows: int
+    columns: int
+    step: int
+    panel: int
+    warps: int
+    stages: int
+
+    @property
+    def compiler_params(self) -> triton.CompilerParams:
+        """The last two, as Pallas takes them."""
+        return triton.CompilerParams(num_warps=self.warps, num_stages=self.stages)
+
+
+# For tests: with many small tiles they reach every edge of the kernels at small sizes.
+_INTERPRETED = Tiles(rows=16, columns=16, step=8, panel=1, warps=1, stages=1)
+
+
+def _compiled(dtype: jnp.dtype) -> Tiles:
+    """What suits the local GPU, or else (ahead-of-time compilation) an H100."""
+    tile = Tiles(rows=128, columns=128, step=128 // dtype.itemsize, panel=16, warps=8, stages=3)
+    try:
+        capability = jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:
+        capability = "9.0"
+    # Data centre chips have 160 KiB of shared memory for a program, others 99 KiB.
+    large = capability in ("8.0", "9.0", "10.0", "10.3")
+    return tile._replace(columns=256) if large and dtype.itemsize == 2 else tile
+
+
+def multiply(
+    x: Float[Array, "N C"],
+    banks: tuple[Bank, ...],
+    group_sizes: Int[Array, " G"],
+    *,
+    transposed: bool,
+) -> Float[Array, "N O"]:
+    """As `xla.multiply`."""
+
+    def run(
+        x: Array, group_sizes: Array, *banks: Bank, tile: Tiles, interpret: bool = False
+    ) -> Array:
+        rows, width = x.shape[0], banks[0].width(transposed=transposed)
+        schedule = _schedule(group_sizes, rows, tile.rows)
+        columns = pl.cdiv(width, tile.columns)
+        panels = pl.cdiv(columns, tile.panel)
+        return pl.pallas_call(
+            partial(_multiply_kernel, counts=[*map(len, banks)], tile=tile, transposed=transposed),
+            out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
+            # Programs that are neighbours along the first axis run together.
+            grid=(pl.cdiv(columns, panels), schedule.shape[1], panels),
+            compiler_params=tile.compiler_params,
+            interpret=interpret,
+            name="grouped_matmul",
+        )(schedule, jnp.stack([b.first for b in banks]), x, *(b.matrices for b in banks))
+
+    return _on_platform(run, x, group_sizes, *banks)
+
+
+def weight_gradient(
+    x: Float[Array, "N D"],
+    grad: Float[Array, "N F"],
+    group_sizes: Int[Array, " G"],
+    first: int,
+    count: int,
+) -> Float[Array, "count D F"]:
+    """As `xla.weight_gradient`."""
+
+    def run(
+        x: Array, grad: Array, group_sizes: Array, *, tile: Tiles, interpret: bool = False
+    ) -> Array:
+        depth, width = x.shape[1], grad.shape[1]
+        ends = jnp.cumsum(group_sizes)
+        limits = jnp.stack([ends - group_sizes, ends])[:, first : first + count]
+        return pl.pallas_call(
+            partial(_weight_gradient_kernel, tile=tile),
+            out_shape=jax.ShapeDtypeStruct((count, depth, width), jnp.float32),
+            grid=(pl.cdiv(width, tile.columns), pl.cdiv(depth, tile.rows), count),
+            compiler_params=tile.compiler_params,
+            interpret=interpret,
+            name="grouped_weight_gradient",
+        )(limits.astype(jnp.int32), x, grad)
+
+    return _on_platform(run, x, grad, group_sizes)
+
+
+def _on_platform(run: Callable[..., Array], x: Array, *args: Array | Bank) -> Array:
+    """Decided while the program is lowered: it may be compiled for a device that is not here."""
+    return jax.lax.platform_dependent(
+        x,
+        *args,
+        cpu=partial(run, tile=_INTERPRETED, interpret=True),
+        default=partial(run, tile=_compiled(x.dtype)),
+    )
+
+
+def _schedule(group_sizes: Int[Array, " G"], rows: int, block: int) -> Int[Array, "3 M"]:
+    """Group, first row and end of rows of every block of rows.
+
+    Rows of nobody are group G. Blocks of group G + 1 do not exist: there is room for the most
+    blocks that any group sizes need.
+    """
+    sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes)).astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+    blocks = (sizes + block - 1) // block
+    block_ends = jnp.cumsum(blocks)
+    index = jnp.arange(rows // block + len(sizes), dtype=jnp.int32)
+    group = jnp.searchsorted(block_ends, index, side="right", method="compare_all")
+    start = (ends - sizes)[group] + (index - (block_ends - blocks)[group]) * block
+    return jnp.stack([group.astype(jnp.int32), start, ends[group]])
+
+
+def _multiply_kernel(
+    schedule: jax.Ref,
+    firsts: jax.Ref,
+    x: jax.Ref,
+    *banks_and_out: jax.Ref,
+    counts: list[int],
+    tile: Tiles,
+    transposed: bool,
+) -> None:
+    *banks, out = banks_and_out
+    group, start, end = (schedule[i, pl.program_id(1)] for i in range(3))
+    column = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
+    rows = Part(start, tile.rows, end)
+    columns = Part(column * tile.columns, tile.columns, out.shape[1])
+    total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    exists = columns.start < out.shape[1]
+
+    def product(bank: jax.Ref, matrix: Array) -> Array:
+        def step(i: Array, total: Array) -> Array:
+            inner = Part(i * tile.step, tile.step, x.shape[1])
+            left = load(x, rows, inner)
+            right = load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
+            return total + jax.lax.dot_general(
+                left,
+                right.astype(left.dtype),
+                (((1,), (1 if transposed else 0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+
+        return jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, total)
+
+    begin = 0
+    for i, (bank, count) in enumerate(zip(banks, counts, strict=True)):
+
+        @pl.when(exists & (group >= begin) & (group < begin + count))
+        def _(i: int = i, bank: jax.Ref = bank, begin: int = begin) -> None:
+            store(out, product(bank, firsts[i] + group - begin), rows, columns)
+
+        begin += count
+
+    @pl.when(exists & (group == begin))
+    def _() -> None:
+        store(out, total, rows, columns)
+
+
+def _weight_gradient_kernel(
+    limits: jax.Ref, x: jax.Ref, grad: jax.Ref, out: jax.Ref, *, tile: Tiles
+) -> None:
+    column, row, group = (pl.program_id(axis) for axis in range(3))
+    start, end = limits[0, group], limits[1, group]
+    of_x = Part(row * tile.rows, tile.rows, x.shape[1])
+    of_grad = Part(column * tile.columns, tile.columns, grad.shape[1])
+
+    def step(i: Array, total: Array) -> Array:
+        rows = Part(start + i * tile.step, tile.step, end)
+        # Rows of other groups are 0 on both sides: an infinity times 0 would be NaN.
+        return total + jax.lax.dot_general(
+            load(x, rows, of_x),
+            load(grad, rows, of_grad),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.step), step, total)
+    store(out, total, of_x, of_grad, group)

@@ -1,0 +1,172 @@
+"""Weights of routed experts, as the products with them take them.
+
+Letters: L MoE layers, E experts of a layer, W rows of a window, G groups, M rows of tokens, D model
+width, F expert width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from esft_jax.moe.carry import Carried
+from esft_jax.moe.grouped_matmul import Bank, grouped_matmul
+
+
+class ExpertWeights(NamedTuple):
+    """What there is of each matrix of an expert: arrays, parts of arrays, factors, gradients.
+
+    Attributes:
+        gate_up: of the first matrices `[..., D, 2F]`, gate first.
+        down: of the second ones `[..., F, D]`.
+    """
+
+    gate_up: Any
+    down: Any
+
+    def map(self, apply: Callable[..., Any], *others: "ExpertWeights") -> "ExpertWeights":
+        """The same of `apply(gate_up, ...)` and `apply(down, ...)`."""
+        return ExpertWeights(*(apply(*each) for each in zip(self, *others, strict=True)))
+
+
+class LearnedStack(NamedTuple):
+    """A layer's base experts while they are trained: those of all layers, which are read, and the
+    layer's own, which are differentiated (`Bank.own`).
+    """
+
+    stack: Float[Array, "L E _ _"]
+    own: Float[Array, "E _ _"]
+
+
+# A layer's base experts: alone, or among those of all layers.
+BaseExperts = Float[Array, "*L E _ _"] | LearnedStack
+
+
+def base_bank(experts: BaseExperts, layer: Int[Array, ""] | int) -> Float[Array, "E _ _"] | Bank:
+    """The matrices of a layer."""
+    if isinstance(experts, LearnedStack):
+        return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
+    return Bank.layer_of(experts, layer) if experts.ndim == 4 else experts
+
+
+class TunedWindow(NamedTuple):
+    """One layer's tuned experts on one device.
+
+    Attributes:
+        weights: W rows of the tuned bank that contain the layer's own.
+        groups: for each expert of the model and the phantom one, what computes its tokens here: a
+            row of the window, W + a base expert of the device, or W + all of these for nothing.
+    """
+
+    weights: ExpertWeights
+    groups: Int[Array, " E+1"]
+
+
+class LowRankWindow(NamedTuple):
+    """The factors of one layer's updated experts on one device.
+
+    Those of gate and up are one pair: their A side by side, their B on a diagonal of blocks. Scales
+    are in B.
+
+    Attributes:
+        factors: A `[W, in, r]` and B `[W, r, out]`; r is twice the rank for gate and up.
+        groups: for each expert of the model and the phantom one, the base expert of the device that
+            computes its tokens, or as many as there are for nothing.
+        sources: the group that each row updates, or as many as there are for none.
+    """
+
+    factors: ExpertWeights
+    groups: Int[Array, " E+1"]
+    sources: Int[Array, " W"]
+
+
+class Layout(Protocol):
+    """Which row of the banks beside the base experts belongs to which of them, and which device
+    computes it; see `esft_jax.adapt.slots`.
+    """
+
+    @property
+    def first_layer(self) -> int:
+        """Index among the MoE layers of the lowest one with such an expert."""
+        ...
+
+    @property
+    def groups(self) -> Any:
+        """What computes an expert's tokens on a device: int32 `[shards, L, E + 1]`."""
+        ...
+
+    def groups_per_device(self, local: int) -> int:
+        """Groups of a device with `local` base experts."""
+        ...
+
+    def by_row(self) -> list[tuple[int, int] | None]:
+        """What every row holds: index among the MoE layers and expert id; None for padding."""
+        ...
+
+    def layer_window(
+        self, banks: Any, carried: Carried, layer: Int[Array, ""] | int, shard: Int[Array, ""] | int
+    ) -> tuple[Any, Carried]:
+        """A layer's window of a device's slice of the banks, and what is carried on."""
+        ...
+
+
+class Adapted(Protocol):
+    """Banks beside the base experts, which replace some of them or update them."""
+
+    layout: Any
+
+    @property
+    def banks(self) -> Any:
+        """A tree of arrays `[R, ...]`, split over devices by rows."""
+        ...
+
+
+class GroupWeights(NamedTuple):
+    """Matrices of all groups in order: of the tuned experts, if there are any, and of the base; and
+    low-rank updates of some of them.
+
+    Attributes:
+        banks: a tuple of `Bank` or array for each matrix.
+        updates: factors of updated groups.
+    """
+
+    banks: ExpertWeights
+    updates: LowRankWindow | None = None
+
+    @classmethod
+    def of(cls, base: ExpertWeights, window: TunedWindow | LowRankWindow | None) -> "GroupWeights":
+        """Those of a device; see `apply_experts`."""
+        if isinstance(window, TunedWindow):
+            return cls(window.weights.map(lambda *banks: banks, base))
+        return cls(base.map(lambda bank: (bank,)), window)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups there are: G."""
+        return sum(map(len, self.banks.down))
+
+    def multiply(
+        self, rows: Float[Array, "M in"], name: str, group_sizes: Int[Array, " G"]
+    ) -> Float[Array, "M out"]:
+        """Product of each of the sorted rows with its group's matrix: `gate_up` or `down`."""
+        out = grouped_matmul(rows, getattr(self.banks, name), group_sizes)
+        if self.updates is None:
+            return out
+        factors = getattr(self.updates.factors, name)
+        return out + update_rows(rows, factors, self.updates.sources, group_sizes)
+
+
+def update_rows(
+    rows: Float[Array, "M in"],
+    factors: tuple[Float[Array, "W in R"], Float[Array, "W R out"]],
+    sources: Int[Array, " W"],
+    group_sizes: Int[Array, " G"],
+) -> Float[Array, "M out"]:
+    """Low-rank update of each of the sorted rows' products; 0 for those of experts without one."""
+    sizes = jnp.append(group_sizes, 0)[sources]
+    a, b = factors
+    if a.shape[-1] == 1:  # kernels for TPUs do not compile for a single column
+        a, b = jnp.pad(a, ((0, 0), (0, 0), (0, 1))), jnp.pad(b, ((0, 0), (0, 1), (0, 0)))
+    return grouped_matmul(grouped_matmul(rows, (a,), sizes), (b,), sizes)

@@ -1,6 +1,0 @@
-"""Matrix products of row groups, each with its own matrix: the work of routed experts."""
-
-from esft_jax.ops.grouped_matmul.bank import Bank
-from esft_jax.ops.grouped_matmul.operation import grouped_matmul
-
-__all__ = ["Bank", "grouped_matmul"]

@@ -1,0 +1,1 @@
+"""Which experts matter for a task: scores of routing, and selection by them."""

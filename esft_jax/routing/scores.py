@@ -1,0 +1,291 @@
+"""Expert scores of a task, and the files that carry them.
+
+Token score (ESFT eq. 7): the share of a layer's (token, expert) assignments that an expert serves;
+a layer's token scores sum to 1. Gate score (eq. 6): an expert's mean gate over all tokens, zero
+where it was not chosen; a layer's gate scores sum to the mean gate mass of its top-K experts.
+"""
+
+import dataclasses
+import json
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+
+from esft_jax.adapt.expert_config import layer_index
+from esft_jax.errors import InputError
+from esft_jax.files import checked, read_json, write_text_atomic
+from esft_jax.routing.groups import count_together
+from esft_jax.routing.log import ROUTING_FILE, RoutingLog, check_no_gap, find_logs, read_logs
+
+ScoreMethod = Literal["token", "gate"]
+SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+
+SCORES_FILE = "scores.json"
+SUMMARY_FILE = "summary.json"
+_DECIMALS = 4
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """Token and gate scores of every routed expert.
+
+    Attributes:
+        layers: Decoder layer indices of the rows, ascending.
+        token: Token scores, one row per layer.
+        gate: Gate scores, one row per layer.
+        provenance: Where the scores come from (data, tokens, base model); JSON values only.
+        routing: What they were counted from, or its beginning; only where `score_experts` or
+            routing logs gave them.
+        together: How many tokens chose both of two experts, if it is known; on the diagonal, how
+            many chose one.
+    """
+
+    layers: tuple[int, ...]
+    token: Float64[np.ndarray, "L E"]
+    gate: Float64[np.ndarray, "L E"]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    routing: RoutingLog | None = field(default=None, compare=False, repr=False)
+    together: Int64[np.ndarray, "L E E"] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        layers = list(self.layers)
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+            raise InputError(f"scores: layers are {layers}; expected ascending indices from 0")
+        for method in SCORE_METHODS:
+            values = np.asarray(self.of(method), dtype=np.float64)
+            object.__setattr__(self, method, values)
+            if values.ndim != 2 or values.shape[0] != len(self.layers) or values.shape[1] == 0:
+                raise InputError(
+                    f"scores: {method} scores have shape {list(values.shape)};"
+                    f" expected [{len(self.layers)} layers, experts]"
+                )
+            bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+            if bad.size:
+                row, expert = (int(i) for i in bad[0])
+                raise InputError(
+                    f"scores: layer {self.layers[row]}, expert {expert}: {method} score"
+                    f" {values[row, expert]} is not a finite number >= 0"
+                )
+        if self.token.shape != self.gate.shape:
+            raise InputError(
+                f"scores: {self.token.shape[1]} token scores but {self.gate.shape[1]} gate scores"
+                " per layer; expected as many"
+            )
+        if self.together is not None and self.together.shape != (
+            len(layers),
+            self.num_experts,
+            self.num_experts,
+        ):
+            raise InputError(
+                f"scores: chosen_together has shape {list(self.together.shape)}; expected a number "
+                "for each pair of experts of each layer"
+            )
+        # Rounding to 4 decimals moves each of the E scores by at most half of the last digit.
+        tolerance = 1e-3 + self.num_experts * 0.5 * 10**-_DECIMALS
+        for layer, total in zip(self.layers, self.token.sum(axis=1), strict=True):
+            if abs(total - 1) > tolerance:
+                raise InputError(
+                    f"scores: layer {layer}: token scores sum to {total:.4f}, not to 1"
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per layer."""
+        return self.token.shape[1]
+
+    def of(self, method: ScoreMethod) -> Float64[np.ndarray, "L E"]:
+        """The scores of one method."""
+        return self.token if method == "token" else self.gate
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `summary.json` (the reference's format) and `scores.json` (full precision).
+
+        The routing, if it is known, goes to `routing.npz`.
+        """
+        summary = {f"{method}_scores": self._by_name(method) for method in SCORE_METHODS}
+        scores: dict[str, Any] = {
+            "layers": list(self.layers),
+            "token_scores": self.token.tolist(),
+            "gate_scores": self.gate.tolist(),
+            "provenance": dict(self.provenance),
+        }
+        if self.together is not None:
+            scores["chosen_together"] = self.together.tolist()
+        # Not beside new scores, even if writing these ends half-way.
+        (Path(folder) / ROUTING_FILE).unlink(missing_ok=True)
+        write_text_atomic(Path(folder) / SUMMARY_FILE, json.dumps(summary))
+        if self.routing is not None:
+            self.routing.save(folder)
+        # Last: whoever finds scores.json may rely on all files.
+        write_text_atomic(Path(folder) / SCORES_FILE, json.dumps(scores))
+
+    def _by_name(self, method: ScoreMethod) -> dict[str, dict[str, float]]:
+        rows = dict(zip(self.layers, round_scores(self.of(method)).tolist(), strict=True))
+        return {
+            str(layer): {str(expert): score for expert, score in enumerate(rows[layer])}
+            for layer in sorted(self.layers, key=str)  # the reference's order: "1", "10", "11", ...
+        }
+
+
+def round_scores(scores: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]:
+    """Round to the reference's 4 decimals, exactly as decimal printing does (np.round does not)."""
+    rounded = [[round(score, _DECIMALS) for score in row] for row in scores.tolist()]
+    return np.array(rounded, dtype=np.float64)
+
+
+def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> ExpertScores:
+    """Read scores from whatever holds them.
+
+    Args:
+        path: A folder with our `scores.json`, with reference routing logs
+            (`expert_weights_{layer}.txt`) or with a reference `summary.json`, tried in this order;
+            or one such JSON file.
+        experts_per_token: K of routing logs, which do not say it themselves.
+
+    Raises:
+        InputError: Nothing is found, or the content is malformed (named by file, line and key).
+    """
+    path = Path(path)
+    if path.is_dir():
+        logs = find_logs(path)
+        if (path / SCORES_FILE).exists():
+            path = path / SCORES_FILE
+        elif logs:
+            return _of_logs(read_logs(logs, experts_per_token))
+        elif (path / SUMMARY_FILE).exists():
+            path = path / SUMMARY_FILE
+        else:
+            raise InputError(
+                f"{path}: no scores in this folder; expected {SCORES_FILE}, {SUMMARY_FILE}"
+                " or expert_weights_<layer>.txt"
+            )
+    content = read_json(path)
+    expected = {"token_scores", "gate_scores"}
+    if not isinstance(content, dict) or not expected <= content.keys():
+        raise InputError(f"{path}: expected a JSON object with the keys token_scores, gate_scores")
+    try:
+        return _from_scores(content, path) if "layers" in content else _from_summary(content, path)
+    except InputError as error:
+        raise (
+            error if str(error).startswith(str(path)) else InputError(f"{path}: {error}")
+        ) from None
+
+
+def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
+    layers, provenance = content["layers"], content.get("provenance", {})
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise InputError(f"{path}: layers: expected a list of decoder layer indices")
+    if not isinstance(provenance, dict):
+        raise InputError(f"{path}: provenance: expected an object")
+    tables = []
+    for key in ("token_scores", "gate_scores"):
+        rows = content[key]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise InputError(f"{path}: {key}: expected a list of rows, one per layer")
+        if len(rows) != len(layers):
+            raise InputError(f"{path}: {key}: {len(rows)} rows for {len(layers)} layers")
+        named = {layer: dict(enumerate(row)) for layer, row in zip(layers, rows, strict=True)}
+        tables.append(_table(named, f"{path}: {key}"))
+    together = content.get("chosen_together")
+    if together is not None:
+        where = f"{path}: chosen_together"
+        try:
+            together = np.array(checked(list[list[list[int]]], together, where), np.int64)
+        except InputError:
+            raise
+        except (ValueError, OverflowError):
+            raise InputError(f"{where}: expected whole numbers, as many for each expert") from None
+        if (together < 0).any():
+            raise InputError(f"{path}: chosen_together: expected numbers from 0")
+    return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together=together)
+
+
+def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
+    layers: list[list[int]] = []
+    tables = []
+    for key in ("token_scores", "gate_scores"):
+        where = f"{path}: {key}"
+        if not isinstance(content[key], dict):
+            raise InputError(f"{where}: expected an object of layer -> {{expert: score}}")
+        rows = {}
+        for layer, row in content[key].items():
+            if not isinstance(row, dict):
+                raise InputError(f"{where}.{layer}: expected an object of expert -> score")
+            missing = {str(expert) for expert in range(len(row))} - row.keys()
+            if missing:
+                raise InputError(f"{where}.{layer}: no score of expert {min(missing, key=int)}")
+            scores = {expert: row[str(expert)] for expert in range(len(row))}
+            rows[layer_index(layer, where)] = scores
+        layers.append(sorted(rows))
+        tables.append(_table({layer: rows[layer] for layer in sorted(rows)}, where))
+    if layers[0] != layers[1]:
+        layer = min(set(layers[0]) ^ set(layers[1]))
+        raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
+    check_no_gap(layers[0], str(path))
+    provenance = {"source": "reference summary", "decimals": _DECIMALS}
+    return ExpertScores(tuple(layers[0]), tables[0], tables[1], provenance)
+
+
+def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "L E"]:
+    """Stack one row per layer, checking that each is as long and every score is a number."""
+    if not rows:
+        raise InputError(f"{where}: no layers")
+    first, width = next((layer, len(row)) for layer, row in rows.items())
+    for layer, row in rows.items():
+        if len(row) != width:
+            raise InputError(
+                f"{where}: layer {layer} has {len(row)} experts, layer {first} has {width};"
+                " expected as many"
+            )
+        for expert, score in row.items():
+            if not isinstance(score, int | float) or isinstance(score, bool):
+                raise InputError(
+                    f"{where}: layer {layer}, expert {expert}: {reprlib.repr(score)} is no number"
+                )
+    try:
+        return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
+    except OverflowError:
+        raise InputError(f"{where}: a score is beyond the range of floating point") from None
+
+
+def as_wide(loaded: Sequence[ExpertScores], num_experts: int | None = None) -> list[ExpertScores]:
+    """What `load_scores` has read, with `num_experts` in each layer where logs show fewer.
+
+    Logs do not say how many there are: the last ones are missing if no token chose them. Where
+    nothing else does, it is the most of any.
+    """
+    if num_experts is None:
+        num_experts = max((scores.num_experts for scores in loaded), default=0)
+    return [
+        _of_logs(dataclasses.replace(scores.routing, num_experts=num_experts))
+        if scores.routing is not None and scores.num_experts < num_experts
+        else scores
+        for scores in loaded
+    ]
+
+
+def _of_logs(log: RoutingLog) -> ExpertScores:
+    ids = log.expert_ids.reshape(len(log.layers), -1)
+    gates = log.gates.reshape(len(log.layers), -1)
+    counts = [np.bincount(row, minlength=log.num_experts) for row in ids]
+    sums = [np.bincount(*row, minlength=log.num_experts) for row in zip(ids, gates, strict=True)]
+    provenance = {
+        "source": "reference routing logs",
+        "tokens": log.num_tokens,
+        "sequences": log.num_sequences,
+        "experts_per_token": log.top_k,
+    }
+    return ExpertScores(
+        layers=log.layers,
+        token=np.stack(counts) / (log.top_k * log.num_tokens),
+        gate=np.stack(sums) / log.num_tokens,
+        provenance=provenance,
+        routing=log,
+        together=np.stack([count_together(row, log.num_experts) for row in log.expert_ids]),
+    )

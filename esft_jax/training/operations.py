@@ -1,0 +1,96 @@
+"""Floating-point operations of a training step by arithmetic, nothing computed twice."""
+
+from collections.abc import Mapping
+
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.families import tensor_table
+from esft_jax.model.config import LatentAttentionConfig, ModelConfig
+from esft_jax.model.params import Role
+
+
+def model_operations(
+    config: ModelConfig,
+    trained: Trained,
+    length: int,
+    served: Mapping[int, float] | None = None,
+) -> float:
+    """Operations per trained token by arithmetic, nothing computed twice.
+
+    Every layer runs forward; from the lowest trained one up, the gradients of the activations take
+    as much again, and so do the gradients of weights that are trained. Attention is causal: half of
+    all scores, whose gradients take twice as much.
+
+    Args:
+        length: tokens per row.
+        served: by layer, the share of assignments that the trained experts serve; their share of
+            the layer's experts where it is not known.
+    """
+    if isinstance(trained, LoRA):
+        # Weights are frozen, and gradients of activations reach down to the lowest update.
+        first = trained.lowest_layer(config)
+        assert first is not None
+        frozen = _operations(config, ExpertConfig({}), first, length)
+        return frozen + _low_rank_operations(config, trained)
+    return _operations(config, trained, _lowest_trained(config, trained), length, served)
+
+
+def _low_rank_operations(config: ModelConfig, lora: LoRA) -> float:
+    """Of the factors, per token: forward, gradients of what they meet, gradients of their own."""
+    sides = 0.0
+    for place in tensor_table(config).places.values():
+        if not place.is_matrix:
+            continue
+        if place.role is Role.ROUTED_EXPERT:
+            row, expert = place.index
+            if expert in lora.experts.experts.get(config.moe_layers[row], ()):
+                sides += sum(place.shape) * config.router.top_k / config.router.num_experts
+        elif place.role in lora.roles:
+            sides += sum(place.shape)
+    return 2 * 3 * lora.rank * sides
+
+
+def _operations(
+    config: ModelConfig,
+    experts: ExpertConfig | None,
+    first: int,
+    length: int,
+    served: Mapping[int, float] | None = None,
+) -> float:
+    """Of the model itself; gradients reach down to layer `first`."""
+    rest = experts is None or experts.non_expert_modules
+    shared_learn = experts is None or experts.shared_experts
+    size, kind = config.hidden_size, config.attention
+    if isinstance(kind, LatentAttentionConfig):
+        query = kind.heads * kind.head
+        attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
+        attention += size * (kind.latent + kind.rotated)
+        attention += kind.heads * kind.latent * (kind.plain + kind.value)
+        attention += kind.heads * kind.value * size
+    else:
+        attention = 2 * size * kind.head * (kind.heads + kind.key_heads)
+    scores = kind.heads * (kind.head + kind.value) * length / 2
+    expert, router = 3 * size * config.expert_width, size * config.router.num_experts
+    total = size * config.vocab_size * (2.0 + rest)
+    for layer in range(config.num_layers):
+        passes = 1 + (layer >= first)
+        total += attention * (passes + rest) + scores * (3 if layer >= first else 1)
+        if layer not in config.moe_layers:
+            total += 3 * size * config.dense_width * (passes + rest)
+            continue
+        trained = 1.0
+        if served is not None:
+            trained = served[layer]
+        elif experts is not None:
+            trained = len(experts.experts.get(layer, ())) / config.router.num_experts
+        total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
+        total += 3 * size * config.shared_width * (passes + shared_learn)
+    return 2 * total
+
+
+def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:
+    if experts is None or experts.non_expert_modules:
+        return 0
+    if experts.shared_experts:
+        return config.moe_layers[0]
+    return min(layer for layer, ids in experts.experts.items() if ids)

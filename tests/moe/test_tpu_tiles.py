@@ -1,0 +1,136 @@
+"""Which blocks the TPU kernels work on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from esft_jax.moe.grouped_matmul import tpu_tiles
+from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.tpu import multiply, weight_gradient
+from esft_jax.moe.grouped_matmul.tpu_tiles import (
+    PIECES,
+    gradient_widths,
+    multiply_widths,
+    piece_rows,
+    plan_visits,
+)
+from tests.moe.test_grouped_matmul import draw, emulated_tpu
+
+CHIPS = {"v4": ("TPU v4", 2), "v5e": ("TPU v5 lite", 1), "v5p": ("TPU v5", 2)}
+CHIPS |= {"v6e": ("TPU v6 lite", 1), "tpu7x": ("TPU7x", 1)}
+
+
+def on(chip):
+    kind, cores = CHIPS[chip]
+    device = AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def visited(begins, sizes, rows, piece, **options):
+    visits, count = plan_visits(jnp.array(begins), jnp.array(sizes), rows, piece, **options)
+    return [tuple(row) for row in np.stack(visits, axis=1)[: int(count)].tolist()]
+
+
+def test_visits_of_uneven_groups():
+    # Tiles of 64 rows. Group 1 has none; the last tile is not full.
+    sizes = [70, 0, 10, 20]
+    begins = np.cumsum(sizes) - sizes
+    assert visited(begins, sizes, 100, 16) == [
+        # group, tile, low, high, begin, pieces
+        (0, 0, 0, 64, 0, 4),
+        (0, 1, 0, 6, 0, 1),
+        (2, 1, 6, 16, 0, 1),
+        (3, 1, 16, 36, 16, 2),
+    ]
+
+
+def test_visits_of_some_groups_with_their_empty_ones():
+    assert visited([70, 70, 80], [0, 10, 0], 100, 16, visit_empty=True) == [
+        (0, 1, 6, 6, 0, 0),
+        (1, 1, 6, 16, 0, 1),
+        (2, 1, 16, 16, 16, 0),
+    ]
+
+
+def test_no_group_has_rows():
+    assert visited([0, 0], [0, 0], 100, 16) == []
+    assert len(visited([0, 100], [0, 0], 100, 16, visit_empty=True)) == 2
+
+
+def multiplied(sizes, piece, groups):
+    """Rows that are multiplied for these groups, padding included."""
+    begins = np.cumsum(sizes) - sizes
+    visits = visited(begins[groups], sizes[groups], int(np.sum(sizes)), piece, visit_empty=True)
+    return piece * sum(visit[-1] for visit in visits)
+
+
+def padded(width, block):
+    return -(-width // block) * block
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_work_stays_close_to_what_is_asked_for(chip):
+    # A layer of DeepSeek-V2-Lite and a sequence of 4096 tokens, six of 64 experts tuned.
+    tokens, top_k, tuned, experts, size, width = 4096, 6, 6, 64, 2048, 1408
+    rows = tokens * top_k
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(experts, 2.0))  # the busiest gets about 4 times the mean
+    sizes = np.concatenate([np.zeros(tuned, int), rng.multinomial(rows, share)])
+    sizes[:tuned], sizes[tuned : 2 * tuned] = sizes[tuned : 2 * tuned], 0
+    groups = len(sizes)
+    piece = piece_rows(rows, groups)
+    tile, bf16 = PIECES * piece, jnp.bfloat16
+    visits = -(-rows // tile) + groups
+    done = asked = 0
+    with on(chip):
+        for d, f in ((size, 2 * width), (width, size)):
+            for inner, outer in ((d, f), (f, d)):
+                blocks = multiply_widths(visits, groups, tile, inner, outer, bf16, (bf16, bf16))
+                assert inner % blocks.inner == 0
+                done += multiplied(sizes, piece, slice(None)) * inner * padded(outer, blocks.outer)
+                asked += rows * inner * outer
+            blocks = gradient_widths(visits, tuned, tile, d, f, bf16)
+            work = multiplied(sizes, piece, slice(0, tuned))
+            done += work * padded(d, blocks.inner) * padded(f, blocks.outer)
+            asked += sizes[:tuned].sum() * d * f
+    assert asked <= done <= 1.15 * asked
+
+
+def test_matrices_stay_uncut_along_the_sum_where_they_fit():
+    shape = (300, 73, 128, 2048, 2816, jnp.bfloat16, (jnp.bfloat16, jnp.bfloat16))
+    with on("v5e"):
+        large = multiply_widths(*shape)
+    with on("v4"):
+        small = multiply_widths(*shape)
+    assert large.inner == small.inner == 2048 and large.outer > small.outer
+
+
+def test_what_cannot_be_cut_to_fit_is_refused():
+    with on("v4"), pytest.raises(ValueError, match="16 MiB of VMEM of v4"):
+        multiply_widths(300, 8, 128, 60_001, 4096, jnp.bfloat16, (jnp.bfloat16,))
+
+
+def test_matrices_cut_in_both_directions(monkeypatch):
+    """The sum over blocks, an edge block that is not full, and what each visit fetches."""
+    monkeypatch.setattr(tpu_tiles, "vmem_limit", lambda: 700_000)
+    rows, d, f = 150, 384, 300
+    sizes = np.array([70, 0, 3, 60], np.int32)
+    x, grad = draw(rows, d, seed=0), draw(rows, f, seed=1)
+    banks = (draw(2, d, f, seed=2), draw(2, d, f, seed=3))
+    with emulated_tpu():
+        plan = (7, 4, 64, d, f, jnp.float32, (jnp.float32, jnp.float32))
+        blocks = multiply_widths(*plan)
+        assert blocks.inner < d and blocks.outer < f
+        layers = tuple(Bank(bank, jnp.int32(0), len(bank)) for bank in banks)
+        forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, sizes)
+        gradient = jax.jit(lambda *a: weight_gradient(*a, 2, 2))(x, grad, sizes)
+    group = np.repeat(np.arange(4), sizes)
+    matrices = np.concatenate(banks)
+    expected = np.einsum("nd,ndf->nf", x[: len(group)], matrices[group])
+    np.testing.assert_allclose(forward[: len(group)], expected, atol=1e-4)
+    assert not np.any(forward[len(group) :])
+    for g in (2, 3):
+        own = np.flatnonzero(group == g)
+        np.testing.assert_allclose(gradient[g - 2], x[own].T @ grad[own], atol=1e-4)

@@ -1,0 +1,199 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from esft_jax.errors import InputError
+from esft_jax.routing.scores import ExpertScores, load_scores, round_scores
+
+# Two layers, two sequences of two and one tokens, two of four experts per token.
+LOG_1 = "0\t2\t2\t3\t\t0.5\t0.25\t0.125\t0.25\n3\t0\t\t0.5\t0.25\n"
+LOG_2 = "1\t0\t1\t2\t\t0.4\t0.2\t0.6\t0.1\n2\t1\t\t0.3\t0.3\n"
+
+
+def write_logs(folder, *logs):
+    for layer, log in enumerate(logs, start=1):
+        (folder / f"expert_weights_{layer}.txt").write_text(log)
+
+
+@pytest.mark.parametrize("task", ["intent", "law"])
+def test_released_logs_give_the_released_summary(esft_reference, tmp_path, task):
+    released = esft_reference / "results" / "expert_scores" / task
+    scores = load_scores(released)
+    assert scores.layers == tuple(range(1, 27))
+    assert scores.num_experts == 64
+    scores.save(tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == (released / "summary.json").read_bytes()
+    summary = load_scores(released / "summary.json")
+    np.testing.assert_array_equal(summary.token, round_scores(scores.token))
+    np.testing.assert_array_equal(summary.gate, round_scores(scores.gate))
+
+
+def test_scores_of_logs(tmp_path):
+    write_logs(tmp_path, LOG_1, LOG_2)
+    scores = load_scores(tmp_path, experts_per_token=2)
+    assert scores.layers == (1, 2)
+    np.testing.assert_allclose(scores.token, np.array([[2, 0, 2, 2], [1, 3, 2, 0]]) / 6)
+    np.testing.assert_allclose(
+        scores.gate, np.array([[0.75, 0, 0.375, 0.75], [0.2, 1.3, 0.4, 0]]) / 3
+    )
+    assert scores.provenance["tokens"] == 3
+    assert scores.provenance["sequences"] == 2
+
+
+def test_own_files_keep_full_precision(tmp_path):
+    token = np.array([[1 / 3, 2 / 3], [0.00004, 0.99996]])
+    scores = ExpertScores((9, 10), token, token / 7, {"data": "sha256:0", "tokens": 12})
+    scores.save(tmp_path)
+    for path in (tmp_path, tmp_path / "scores.json"):
+        loaded = load_scores(path)
+        assert loaded.layers == (9, 10)
+        np.testing.assert_array_equal(loaded.token, token)
+        np.testing.assert_array_equal(loaded.gate, token / 7)
+        assert loaded.provenance == scores.provenance
+    assert (tmp_path / "summary.json").read_text() == (
+        '{"token_scores": {"10": {"0": 0.0, "1": 1.0}, "9": {"0": 0.3333, "1": 0.6667}},'
+        ' "gate_scores": {"10": {"0": 0.0, "1": 0.1429}, "9": {"0": 0.0476, "1": 0.0952}}}'
+    )
+    np.testing.assert_array_equal(load_scores(tmp_path / "summary.json").token, round_scores(token))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.json", "summary.json"]
+
+
+def test_rounding_is_that_of_decimal_printing():
+    # The doubles next to 0.12345 and 0.00285 lie above them, the one next to 0.00035 below.
+    values = np.array([[0.12345, 0.00285, 0.00035]])
+    assert round_scores(values).tolist() == [[0.1235, 0.0029, 0.0003]]
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("0\t1\t0.5\t0.25\n", ":1: expected expert ids, two tabs, gates"),
+        ("0\t1\t\t0.5\t0.25\n\n", ":2: expected expert ids, two tabs, gates"),
+        ("0\tx\t\t0.5\t0.25\n", ":1: invalid literal for int"),
+        ("0\t1\t\t0.5\tx\n", ":1: could not convert string to float"),
+        ("0\t1\t\t0.5\n", ":1: 2 expert ids but 1 gates"),
+        ("0\t1\t2\t\t0.5\t0.25\t0.1\n", ":1: 3 expert ids are no multiple of 2 per token"),
+        ("0\t1\t\t0.5\tnan\n", ":1: a gate is not a finite number"),
+        ("0\t1\t\t0.5\t-0.1\n", ":1: a gate is not a finite number"),
+        ("0\t-1\t\t0.5\t0.1\n", ":1: an expert id is not in 0 to"),
+        ("0\t99999999999\t\t0.5\t0.1\n", ":1: an expert id is not in 0 to"),
+        ("0\t1\t\t0.5\t0.1\n3\t3\t\t0.1\t0.2\n", ":2: a token has one expert twice"),
+        ("", ": empty log"),
+        ("0\t1\t\t0.5\t0.1\n", ": 1 tokens in 1 sequences, but layer 1 has 3 in 2"),
+    ],
+)
+def test_malformed_logs_are_named(tmp_path, log, message):
+    write_logs(tmp_path, LOG_1, log)
+    with pytest.raises(InputError) as caught:
+        load_scores(tmp_path, experts_per_token=2)
+    assert f"expert_weights_2.txt{message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_layer_is_named(tmp_path):
+    write_logs(tmp_path, LOG_1, LOG_2, LOG_1)
+    (tmp_path / "expert_weights_2.txt").unlink()
+    with pytest.raises(InputError, match="layer 2 is missing; expected every layer from 1 to 3"):
+        load_scores(tmp_path, experts_per_token=2)
+
+
+def test_wrong_number_of_experts_per_token(tmp_path):
+    write_logs(tmp_path, LOG_1)
+    with pytest.raises(InputError, match="experts_per_token: 0"):
+        load_scores(tmp_path, experts_per_token=0)
+    with pytest.raises(InputError, match=r"txt:1: 4 expert ids are no multiple of 6"):
+        load_scores(tmp_path)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="no scores in this folder"):
+        load_scores(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_scores(tmp_path / "nowhere")
+
+
+GOOD = {"1": {"0": 0.25, "1": 0.75}, "2": {"0": 0.5, "1": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("token", "gate", "message"),
+    [
+        ([], GOOD, "token_scores: expected an object"),
+        ({}, GOOD, "token_scores: no layers"),
+        ({"1": [1.0]}, GOOD, "token_scores.1: expected an object"),
+        ({"x": {"0": 1.0}}, GOOD, "token_scores: 'x' is no layer index"),
+        ({"1": {"0": 0.5, "2": 0.5}}, GOOD, "token_scores.1: no score of expert 1"),
+        ({"1": {"0": 0.5, "1": "half"}}, GOOD, "layer 1, expert 1: 'half' is no number"),
+        ({"1": {"0": 0.5, "1": 10**400}}, GOOD, "beyond the range"),
+        ({**GOOD, "2": {"0": 1.0}}, GOOD, "layer 2 has 1 experts, layer 1 has 2"),
+        ({"1": GOOD["1"]}, GOOD, "layer 2 has token or gate scores only"),
+        (GOOD, {key: {"0": 0.5} for key in GOOD}, "2 token scores but 1 gate scores per layer"),
+        ({**GOOD, "2": {"0": 0.5, "1": float("nan")}}, GOOD, "layer 2, expert 1: token score nan"),
+        (GOOD, {**GOOD, "1": {"0": -0.5, "1": 0.5}}, "layer 1, expert 0: gate score -0.5"),
+        ({**GOOD, "2": {"0": 1.5, "1": 0.5}}, GOOD, "layer 2: token scores sum to 2.0000"),
+        (
+            {"1": GOOD["1"], "3": GOOD["2"]},
+            {"1": GOOD["1"], "3": GOOD["2"]},
+            "layer 2 is missing",
+        ),
+    ],
+)
+def test_malformed_summaries_are_named(tmp_path, token, gate, message):
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"token_scores": token, "gate_scores": gate}))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        load_scores(tmp_path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [1]}, "token_scores: 2 rows for 1 layers"),
+        ({"layers": [2, 1]}, "layers are [2, 1]; expected ascending"),
+        ({"layers": [1, 1]}, "layers are [1, 1]; expected ascending"),
+        ({"layers": [1, "2"]}, "layers: expected a list of decoder layer indices"),
+        ({"gate_scores": [0.5, 0.5]}, "gate_scores: expected a list of rows"),
+        ({"gate_scores": [[0.5, 0.5], [0.5]]}, "layer 2 has 1 experts, layer 1 has 2"),
+        ({"gate_scores": [[0.5, None], [0.5, 0.5]]}, "layer 1, expert 1: None is no number"),
+        ({"provenance": 3}, "provenance: expected an object"),
+    ],
+)
+def test_malformed_scores_are_named(tmp_path, change, message):
+    rows = [[0.5, 0.5], [0.25, 0.75]]
+    content = {"layers": [1, 2], "token_scores": rows, "gate_scores": rows, **change}
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        load_scores(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_other_json_is_refused(tmp_path):
+    (tmp_path / "c.json").write_text('{"experts": {}}')
+    with pytest.raises(InputError, match="expected a JSON object with the keys token_scores"):
+        load_scores(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("together", "message"),
+    [
+        ([[[1.5, 0], [0, 1]]], "chosen_together.*0.0.0: is 1.5; expected"),
+        ([[["1", 0], [0, 1]]], "chosen_together.*0.0.0: is '1'; expected"),
+        ([[[True, 0], [0, 1]]], "chosen_together.*0.0.0: is True; expected"),
+        ([[[1, 0], [0]]], "chosen_together: expected whole numbers"),
+        ([[[2**70, 0], [0, 1]]], "chosen_together: expected whole numbers"),
+    ],
+)
+def test_counts_are_whole_numbers(tmp_path, together, message):
+    content = {
+        "layers": [1],
+        "token_scores": [[0.5, 0.5]],
+        "gate_scores": [[0.5, 0.5]],
+        "chosen_together": together,
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        load_scores(tmp_path)
