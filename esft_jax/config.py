@@ -11,13 +11,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from esft_jax import strict_yaml
 from esft_jax.adapt.lora import Target
+from esft_jax.adapt.parts import (
+    FLAGS,
+    RATE_PARTS,
+    Part,
+    RatePart,
+    known_part,
+    merge_flags,
+    ordered,
+)
 from esft_jax.errors import InputError, shown
 from esft_jax.files import check_file, local_path
 
@@ -41,6 +51,10 @@ def _known_target(name: object) -> object:
             f"unknown target {name!r}; did you mean {nearest}? Expected some of {', '.join(known)}"
         )
     return name
+
+
+def _known_rate(name: object) -> object:
+    return known_part(name, RATE_PARTS)
 
 
 def _known_metric(name: str) -> str:
@@ -191,7 +205,8 @@ class SelectConfig:
     is the paper's value for the method.
 
     Attributes:
-        method: Relevance score: `token` (share of the routed tokens) or `gate` (mean gate).
+        method: Relevance score: `token` (share of the routed tokens), `gate` (mean gate, of routers
+            that do not renormalise), or `gate_share` (mean share of a token's gates, of all).
         top_p: Share of a layer's relevance its chosen experts reach together.
         top_k: Experts in every layer.
         max_parameters: Trained parameters, at most; the best experts of all layers are taken.
@@ -202,8 +217,8 @@ class SelectConfig:
         scores: Scores or expert configurations of one or several tasks, instead of measuring.
         combine: What to train of the experts that several tasks select.
         random_seed: Train as many random experts in each layer instead, as a control.
-        shared_experts: Train the shared experts too.
-        non_expert_modules: Train everything that is no expert too (attention, embedding, ...).
+        also: What else is trained: some of `shared_experts`, `router`, `attention`, `norms`,
+            `dense_mlps`, `embedding`, `head`; `non_expert_modules` is all of these but the first.
     """
 
     method: Literal["token", "gate"] = "token"
@@ -216,8 +231,24 @@ class SelectConfig:
     scores: tuple[LocalPath, ...] = ()
     combine: Literal["union", "intersection"] = "union"
     random_seed: Seed | None = None
-    shared_experts: Flag = False
-    non_expert_modules: Flag = False
+    also: Annotated[
+        tuple[Annotated[Part, BeforeValidator(known_part)], ...], AfterValidator(ordered)
+    ] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flags(cls, values: Any) -> Any:
+        """Accept the two flags that `also` has replaced: run folders have them."""
+        given = values.kwargs if isinstance(values, ArgsKwargs) else values
+        if not isinstance(given, dict):
+            return values
+        flags: dict[str, Any] = {flag: given[flag] for flag in FLAGS if flag in given}
+        also = given.get("also", ())
+        if not flags or not isinstance(also, list | tuple):
+            return values
+        rest = {key: value for key, value in given.items() if key not in flags}
+        rest["also"] = merge_flags(also, flags)
+        return ArgsKwargs(values.args, rest) if isinstance(values, ArgsKwargs) else rest
 
     @property
     def has_rule(self) -> bool:
@@ -226,7 +257,7 @@ class SelectConfig:
 
     @property
     def threshold(self) -> float | None:
-        """`top_p`; without any rule the paper's value: 0.2 for token, 0.1 for gate."""
+        """`top_p`; without any rule that of `DEFAULT_TOP_P`."""
         return self.top_p if self.has_rule else DEFAULT_TOP_P[self.method]
 
     def problem(self) -> str | None:
@@ -318,6 +349,8 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: Peak learning rate.
+        rates: Peak learning rates of parts that have their own: the names of `select.also`, and
+            `experts`. Where two name a parameter, the narrower one counts.
         schedule: What follows the warm-up: `constant`, or `cosine` decay to the last step.
         warmup_steps: Updates over which the learning rate rises linearly from 0.
         final_lr_fraction: Learning rate after the cosine decay, as a fraction of the peak.
@@ -329,6 +362,9 @@ class OptimizerConfig:
     """
 
     learning_rate: Positive = 1e-5
+    rates: dict[Annotated[RatePart, BeforeValidator(_known_rate)], Positive] = field(
+        default_factory=dict
+    )
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
     final_lr_fraction: Fraction = 0.1
@@ -448,8 +484,15 @@ class RunConfig:
             problem = "select.scores: expert_cfg says already what is trained; expected one of them"
         elif self.method == "full" and self.expert_cfg is not None:
             problem = "expert_cfg: method full trains every expert; expected no expert_cfg"
+        elif self.expert_cfg is not None and self.select.also:
+            problem = "select.also: expert_cfg says already what is trained; expected one of them"
+        elif self.method == "full" and self.select.also:
+            problem = "select.also: method full trains every parameter; expected none"
         elif self.method == "esft" and train.balance_loss > 0:
-            problem = "train.balance_loss: the router is frozen with method esft; expected 0"
+            problem = (
+                "train.balance_loss: the router is frozen with method esft, or trained without it; "
+                "expected 0"
+            )
         elif self.method == "full" and train.verify_frozen:
             problem = "train.verify_frozen: method full freezes nothing; expected false"
         elif empty := [n for n, o in self.evaluation.others.items() if not (o.data or o.valid)]:
@@ -490,9 +533,8 @@ class RunConfig:
             return "lora.targets: experts includes selected_experts; expected one of them"
         if self.expert_cfg is not None and "selected_experts" not in targets:
             return "expert_cfg: lora.targets has no selected_experts; expected no expert_cfg"
-        if self.select.shared_experts or self.select.non_expert_modules:
-            flag = "shared_experts" if self.select.shared_experts else "non_expert_modules"
-            return f"select.{flag}: lora.targets says what is trained besides; expected false"
+        if self.select.also:
+            return "select.also: lora.targets says what is trained besides; expected none"
         if self.init == "random":
             return "init: low-rank updates need weights to update; expected pretrained"
         if self.train.balance_loss > 0:

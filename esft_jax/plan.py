@@ -67,8 +67,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _full(config: RunConfig) -> RunConfig:
     train = dataclasses.replace(config.train, verify_frozen=False)
+    select = dataclasses.replace(config.select, also=())
     return dataclasses.replace(
-        config, method="full", expert_cfg=None, lora=LoRAConfig(), train=train
+        config, method="full", expert_cfg=None, select=select, lora=LoRAConfig(), train=train
     )
 
 

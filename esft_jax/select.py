@@ -9,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.parts import PARTS
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import DEFAULT_TOP_P, Count, LocalPath, Seed, SelectConfig, Share, Size
@@ -74,8 +75,14 @@ def main(argv: Sequence[str]) -> None:
         metavar="SEED",
         help="as many random experts in each layer",
     )
-    parser.add_argument("--train-shared-experts", action="store_true")
-    parser.add_argument("--train-non-expert-modules", action="store_true")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        choices=tuple(PARTS),
+        default=[],
+        metavar="PART",
+        help=f"what else is trained, some of {', '.join(PARTS)}",
+    )
     parser.add_argument(
         "--model",
         type=option(LocalPath),
@@ -122,11 +129,7 @@ def main(argv: Sequence[str]) -> None:
 def _select_config(args: argparse.Namespace) -> SelectConfig:
     names = [field.name for field in dataclasses.fields(SelectConfig) if hasattr(args, field.name)]
     values = {name: getattr(args, name) for name in names}
-    select = SelectConfig(
-        **values | {"scores": tuple(args.scores)},
-        shared_experts=args.train_shared_experts,
-        non_expert_modules=args.train_non_expert_modules,
-    )
+    select = SelectConfig(**values | {"scores": tuple(args.scores), "also": tuple(args.also)})
     if problem := select.problem():
         raise InputError(problem)
     return select

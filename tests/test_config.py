@@ -107,7 +107,7 @@ def test_saved_file_loads_back_equal_and_holds_every_key(file: Path, tmp_path: P
     lines = [line.strip().partition(":")[0] for line in saved.read_text().splitlines()]
     for field in dataclasses.fields(RunConfig):
         assert field.name in lines
-    assert {"warmup_steps", "too_long", "shared_experts", "max_new_tokens"} <= set(lines)
+    assert {"warmup_steps", "too_long", "also", "rates", "max_new_tokens"} <= set(lines)
 
 
 def test_threshold_of_the_paper_unless_given() -> None:
@@ -117,9 +117,33 @@ def test_threshold_of_the_paper_unless_given() -> None:
     assert SelectConfig(top_k=3).threshold is SelectConfig(max_bytes=10**9).threshold is None
 
 
+def test_flags_of_older_versions_are_read(file: Path) -> None:
+    old = ["select.shared_experts=true", "select.non_expert_modules=false"]
+    assert load_config(file, [*old, "select.also=[router]"]).select.also == (
+        "shared_experts",
+        "router",
+    )
+    assert load_config(file, old) == load_config(file, ["select.also=[shared_experts]"])
+    assert load_config(file, [old[1]]) == load_config(file)
+    assert SelectConfig("gate", non_expert_modules=True) == SelectConfig(
+        "gate", also=("router", "non_expert_modules")
+    )
+    for overrides, problem in (
+        (["select.shared_experts=1"], "select: key 'shared_experts' must be true or false, not 1"),
+        ([old[1], "select.also=[non_expert_modules]"], "is false, but also names it"),
+    ):
+        assert problem in message(file, *overrides)
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
+        ("select.also=[rooter]", "select.also.0: unknown part 'rooter'; did you mean router?"),
+        ("select.also=router", "select.also: expected a list, got 'router'"),
+        ("select.also=[experts]", "select.also.0: unknown part 'experts'; did you mean shared_"),
+        ("optimizer.rates={mtp: 1}", "optimizer.rates.mtp: unknown part 'mtp'; did you mean"),
+        ("optimizer.rates={router: 0}", "optimizer.rates.router: expected greater than 0, got 0"),
+        ("optimizer.rates=1e-3", "optimizer.rates: expected a valid dictionary, got 0.001"),
         ("train.stepz=1", "unknown key train.stepz; did you mean train.steps?"),
         ("learning_rate=1", "unknown key learning_rate; did you mean optimizer.learning_rate?"),
         ("modell=m", "unknown key modell; did you mean model?"),
@@ -230,10 +254,15 @@ def test_bad_override_is_named(file: Path, override: str, problem: str) -> None:
         (["method=lora", f"expert_cfg={__file__}"], "expert_cfg: lora.targets has no selected_exp"),
         (["method=lora", "lora.targets=[experts, selected_experts]"], "expected one of them"),
         (["method=lora", "lora.targets=[experts, experts]"], "a target is named twice"),
-        (["method=lora", "select.shared_experts=true"], "select.shared_experts: lora.targets says"),
+        (["method=lora", "select.also=[router]"], "select.also: lora.targets says what is trained"),
         (["method=lora", "init=random"], "init: low-rank updates need weights to update"),
         (["method=lora", "train.balance_loss=0.1"], "the router is frozen with method lora"),
         ([f"expert_cfg={__file__}", "select.scores=[a]"], "select.scores: expert_cfg says already"),
+        (
+            [f"expert_cfg={__file__}", "select.also=[router]"],
+            "select.also: expert_cfg says already",
+        ),
+        (["method=full", "select.also=[router]"], "select.also: method full trains every"),
         (
             ["expert_cfg=none.json"],
             "expert_cfg: none.json: cannot be read: No such file or directory; expected a",

@@ -36,7 +36,7 @@ def test_exports(tmp_path, capsys):
 
 def test_another_base_is_one_line_and_code_2(tmp_path, capsys):
     base, adapter = save(torch_model(), tmp_path / "base"), tmp_path / "adapter"
-    experts = ExpertConfig({}, shared_experts=True)
+    experts = ExpertConfig({}, also=("shared_experts",))
     names = [
         f"model.layers.{i}.mlp.shared_experts.{k}_proj.weight"
         for i in (1, 2)

@@ -33,7 +33,7 @@ def test_writes_the_config_and_prints_the_table(scores, tmp_path, capsys):
 
 def test_options_reach_the_config(scores, tmp_path, capsys):
     output = tmp_path / "expert_cfg.json"
-    options = ["--method", "gate", "--train-shared-experts", "--train-non-expert-modules"]
+    options = ["--method", "gate", "--also", "shared_experts", "non_expert_modules"]
     assert main(["--scores", str(scores), "--output", str(output), *options]) == 0
     # Gate scores .175 .05 .025 and .025 .075 .15 with the paper's p = 0.1
     assert json.loads(output.read_text()) == {

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.factors import LowRank, LowRankExperts
 from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.partition import check_experts
 from esft_jax.adapt.slots import LowRankLayout, TunedLayout
 from esft_jax.adapt.tuned import TunedExperts
 from esft_jax.errors import InputError
@@ -44,7 +45,7 @@ def attach_tuned_experts(
     """Give the model a tuned bank: float32 copies of the selected experts.
 
     From here on the model computes these experts from the bank; the base ones keep their values.
-    Without any selected expert (only shared or other modules are trained) there is no bank.
+    Without any selected expert (only other parts are trained) there is no bank.
 
     Args:
         loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
@@ -52,7 +53,7 @@ def attach_tuned_experts(
     """
     check_plain(model)
     config = model.config
-    experts.validate(config.moe_layers, config.router.num_experts)
+    check_experts(experts, config)
     if not experts.num_experts_selected:
         return
     shards = 1 if model.mesh is None else model.mesh.shape[EXPERT]

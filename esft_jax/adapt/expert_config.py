@@ -7,31 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from esft_jax.adapt.parts import FLAGS, PARTS, Part, merge_flags, ordered
 from esft_jax.errors import InputError, shown
 from esft_jax.files import read_json, write_text_atomic
-
-_FLAGS = ("shared_experts", "non_expert_modules")
 
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """What is trained: routed experts by layer, and whether the rest of the network joins them.
+    """What is trained: routed experts by layer, and other parts of the network.
 
     Attributes:
         experts: Decoder layer index -> expert ids, in descending score. A layer may be absent or
             empty: none of its routed experts is trained.
-        shared_experts: Also train the shared experts of every MoE layer.
-        non_expert_modules: Also train everything that is not an expert (attention, norms, router,
-            dense layers, embeddings, head).
+        also: What else is trained, see `parts.PARTS`; in the order of these.
     """
 
     experts: Mapping[int, tuple[int, ...]]
-    shared_experts: bool = False
-    non_expert_modules: bool = False
+    also: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        ordered = {layer: tuple(self.experts[layer]) for layer in sorted(self.experts)}
-        object.__setattr__(self, "experts", ordered)
+        by_layer = {layer: tuple(self.experts[layer]) for layer in sorted(self.experts)}
+        object.__setattr__(self, "experts", by_layer)
+        object.__setattr__(self, "also", ordered(self.also))
 
     @property
     def num_experts_selected(self) -> int:
@@ -44,31 +41,47 @@ class ExpertConfig:
         content = read_json(path)
         if not isinstance(content, dict):
             raise InputError(f"{path}: expected a JSON object with the key 'experts'")
-        unknown = sorted(content.keys() - {"experts", *_FLAGS})
+        unknown = sorted(content.keys() - {"experts", *FLAGS, "also"})
         if unknown:
-            expected = ", ".join(("experts", *_FLAGS))
+            expected = ", ".join(("experts", *FLAGS, "also"))
             raise InputError(f"{path}: unknown key {shown(unknown[0])}; expected {expected}")
         if not isinstance(content.get("experts"), dict):
             raise InputError(f"{path}: key 'experts' must be an object of layer -> [expert ids]")
-        flags = {flag: content.get(flag, False) for flag in _FLAGS}
-        for flag, value in flags.items():
-            if not isinstance(value, bool):
-                raise InputError(f"{path}: key {flag!r} must be true or false, not {shown(value)}")
+        also = content.get("also", [])
+        if not isinstance(also, list):
+            raise InputError(f"{path}: key 'also' must be a list, not {shown(also)}")
+        for name in also:
+            if not isinstance(name, str) or name not in PARTS:
+                raise InputError(
+                    f"{path}: also: {shown(name)} is unknown; expected some of {', '.join(PARTS)}"
+                )
+        try:
+            parts = merge_flags(also, {flag: content[flag] for flag in FLAGS if flag in content})
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
         experts = {
             layer_index(layer, f"{path}: experts"): _expert_ids(ids, f"{path}: experts.{layer}")
             for layer, ids in content["experts"].items()
         }
-        return cls(experts, **flags)
+        return cls(experts, parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file as the reference does: one line, layers in the order of their names."""
-        content = {
+        """Write the file as the reference does: one line, layers in the order of their names.
+
+        Where some but not all modules that are no experts are trained, neither value of
+        `non_expert_modules` is true of them: `also` names them in its place.
+        """
+        content: dict[str, Any] = {
             "experts": {
                 str(layer): list(self.experts[layer]) for layer in sorted(self.experts, key=str)
             },
-            "shared_experts": self.shared_experts,
-            "non_expert_modules": self.non_expert_modules,
+            "shared_experts": "shared_experts" in self.also,
         }
+        others = [part for part in self.also if part != "shared_experts"]
+        if others in ([], ["non_expert_modules"]):
+            content["non_expert_modules"] = bool(others)
+        else:
+            content["also"] = others
         write_text_atomic(path, json.dumps(content))
 
     def validate(self, moe_layers: Sequence[int], num_experts: int) -> None:
@@ -83,7 +96,7 @@ class ExpertConfig:
                 configuration selects nothing at all.
         """
         self.validate_ids(moe_layers, num_experts)
-        if not (self.num_experts_selected or self.shared_experts or self.non_expert_modules):
+        if not (self.num_experts_selected or self.also):
             raise InputError("expert config: nothing is selected; expected at least one expert")
 
     def validate_ids(self, moe_layers: Sequence[int], num_experts: int) -> None:

@@ -6,23 +6,43 @@ from flax import nnx
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.parts import check_also, roles_of
 from esft_jax.adapt.tuned import TunedParam
+from esft_jax.families import tensor_table
+from esft_jax.model.config import ModelConfig
 from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
 
 TUNED, FROZEN = "tuned", "frozen"
 
 
-def trains(experts: ExpertConfig, role: Role) -> bool:
-    """Whether `esft` trains the base parameters of a role. A selection bias never learns: load
-    balancing has set it once.
+def check_experts(experts: ExpertConfig, model: ModelConfig) -> None:
+    """Check that a model has all that shall be trained.
+
+    Raises:
+        InputError: see `ExpertConfig.validate`; or the model has nothing of some part.
     """
-    match role:
-        case Role.ROUTED_EXPERT | Role.SELECTION_BIAS:
-            return False
-        case Role.SHARED_EXPERT:
-            return experts.shared_experts
-    return experts.non_expert_modules
+    experts.validate(model.moe_layers, model.router.num_experts)
+    check_also(experts.also, tensor_table(model).roles, "expert config: also")
+
+
+def trains(experts: ExpertConfig, role: Role) -> bool:
+    """Whether `esft` trains the base parameters of a role."""
+    return role in roles_of(experts.also)
+
+
+def trained_roles(trained: Trained, model: ModelConfig) -> frozenset[str]:
+    """The roles of what is trained. No method trains selection biases: load balancing has set them
+    once.
+    """
+    present = tensor_table(model).roles
+    if trained is None:
+        return present - {Role.SELECTION_BIAS}
+    roles = trained.roles if isinstance(trained, LoRA) else roles_of(trained.also)
+    experts = trained.experts if isinstance(trained, LoRA) else trained
+    if experts.num_experts_selected:
+        roles |= {Role.ROUTED_EXPERT}
+    return roles & present
 
 
 def _is_trained(param: nnx.Variable, trained: Trained) -> bool:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from esft_jax.adapt.attach import check_plain
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.adapt.partition import trains
+from esft_jax.adapt.partition import check_experts, trains
 from esft_jax.blocks import read_block, write_blocks
 from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
@@ -152,7 +152,7 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
         InputError: the configuration does not fit the model; the message begins with `where`.
     """
     try:
-        expert_cfg.validate(config.moe_layers, config.router.num_experts)
+        check_experts(expert_cfg, config)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     table = tensor_table(config)

@@ -157,6 +157,11 @@ class Table:
         for number in range(self.config.num_layers):
             yield Layer(self, number, *self.config.place(number))
 
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Of all parameters."""
+        return frozenset(place.role for place in self.places.values())
+
     def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Names of an expert's gate, up and down matrices; `layer` is a decoder layer index."""
         names, prefix = self.experts, f"model.layers.{layer}.{self.experts.prefix}.{expert}"

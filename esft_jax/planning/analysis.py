@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from esft_jax.accelerators import PEAKS
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import Trained
+from esft_jax.adapt.partition import trained_roles
+from esft_jax.adapt.parts import check_rates
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
@@ -130,6 +132,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
     check_fit(config, model, mesh)
     trained, described = what_is_trained(config, model, experts_per_layer)
+    check_rates(config.optimizer.rates, trained_roles(trained, model))
     return Case(config, topology, model, mesh, trained, described)
 
 
@@ -168,10 +171,7 @@ def _selected(
     if not 1 <= per_layer <= total:
         raise InputError(f"--experts-per-layer: {per_layer}; expected 1 to {total}")
     ids = tuple(i * total // per_layer for i in range(per_layer))
-    select = config.select
-    experts = ExpertConfig(
-        dict.fromkeys(model.moe_layers, ids), select.shared_experts, select.non_expert_modules
-    )
+    experts = ExpertConfig(dict.fromkeys(model.moe_layers, ids), config.select.also)
     return experts, f"{per_layer} of {total} experts in each layer, assumed"
 
 

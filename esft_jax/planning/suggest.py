@@ -28,7 +28,10 @@ def _method(case: Case, plan: Plan) -> str | None:
     if case.config.method != "full":
         return None
     train = dataclasses.replace(case.config.train, balance_loss=0.0)
-    config = dataclasses.replace(case.config, method="esft", init="pretrained", train=train)
+    optimizer = dataclasses.replace(case.config.optimizer, rates={})  # of what is not trained then
+    config = dataclasses.replace(
+        case.config, method="esft", init="pretrained", train=train, optimizer=optimizer
+    )
     trained, described = what_is_trained(config, case.model)
     other = dataclasses.replace(case, config=config, trained=trained)
     return (

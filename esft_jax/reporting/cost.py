@@ -1,6 +1,7 @@
 """What it costs to train a choice of experts."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import trains
+from esft_jax.adapt.parts import Part
 from esft_jax.families import tensor_table
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
@@ -57,9 +59,7 @@ class CostModel:
         self,
         chosen: Bool[np.ndarray, "L E"],
         token: Float[np.ndarray, "L E"],
-        *,
-        shared_experts: bool = False,
-        non_expert_modules: bool = False,
+        also: Iterable[Part] = (),
     ) -> Cost:
         """Of the routed experts in a mask, which serve what their token scores say, and of what is
         trained besides.
@@ -70,8 +70,7 @@ class CostModel:
                 layer: tuple(np.flatnonzero(row).tolist())
                 for layer, row in zip(layers, chosen, strict=True)
             },
-            shared_experts,
-            non_expert_modules,
+            tuple(also),
         )
         served = dict(zip(layers, (token * chosen).sum(axis=1).tolist(), strict=True))
         one = 3 * self.config.hidden_size * self.config.expert_width

@@ -131,13 +131,7 @@ def _thresholds(choice: Choice, costs: CostModel | None) -> list[Threshold]:
 
 def cost_of(choice: Choice, costs: CostModel, chosen: Bool[np.ndarray, "L E"]) -> Cost:
     """Of some routed experts, and of what a task's run trains besides."""
-    experts = choice.selection.experts
-    return costs.of(
-        chosen,
-        choice.task.scores.token,
-        shared_experts=experts.shared_experts,
-        non_expert_modules=experts.non_expert_modules,
-    )
+    return costs.of(chosen, choice.task.scores.token, choice.selection.experts.also)
 
 
 @dataclass(frozen=True)

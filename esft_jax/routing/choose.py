@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.adapt.partition import trains
+from esft_jax.adapt.partition import check_experts, trains
+from esft_jax.adapt.parts import check_also
 from esft_jax.checkpoint.identity import check_same_base
 from esft_jax.config import SelectConfig
 from esft_jax.errors import InputError
@@ -58,16 +59,12 @@ def choose_experts(
         for task in tasks
     ]
     experts = combine_experts(chosen, select.combine)
-    experts = ExpertConfig(
-        experts.experts,
-        experts.shared_experts or select.shared_experts,
-        experts.non_expert_modules or select.non_expert_modules,
-    )
+    experts = ExpertConfig(experts.experts, (*experts.also, *select.also))
     if select.random_seed is not None:
         width = model.router.num_experts if model is not None else scored[0].num_experts
         by_layer = dict(zip(scored[0].layers, groups, strict=True)) if groups is not None else None
         experts = random_experts(experts, select.random_seed, width, by_layer)
-    if not (experts.num_experts_selected or experts.shared_experts or experts.non_expert_modules):
+    if not (experts.num_experts_selected or experts.also):
         raise InputError(f"select: the {select.combine} of the tasks' experts is empty")
     return experts
 
@@ -122,8 +119,7 @@ def _is_expert_config(path: str) -> bool:
 
 
 def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> int | None:
-    """How many experts a budget pays for, beside shared experts and other modules if they are
-    trained; None without a budget.
+    """How many experts a budget pays for, beside what else is trained; None without a budget.
 
     Raises:
         InputError: not even one group of experts.
@@ -134,7 +130,7 @@ def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> 
         key, budget, unit = "max_bytes", select.max_bytes, jnp.dtype(dtype).itemsize
     else:
         return None
-    rest = ExpertConfig({}, select.shared_experts, select.non_expert_modules)
+    rest = ExpertConfig({}, select.also)
     fixed = unit * sum(
         math.prod(place.shape)
         for place in tensor_table(model).places.values()
@@ -157,6 +153,7 @@ def check_select(select: SelectConfig, model: ModelConfig, dtype: str) -> None:
         InputError: it does not fit the model.
     """
     total = model.router.num_experts
+    check_also(select.also, tensor_table(model).roles, "select.also")
     affordable_experts(select, model, dtype)
     if total % select.group_size:
         raise InputError(
@@ -193,7 +190,9 @@ def _check_fit(
                     "choose from scores"
                 )
             try:
-                if shape is not None:
+                if model is not None:
+                    check_experts(task, model)
+                elif shape is not None:
                     task.validate(*shape)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None

@@ -1,13 +1,14 @@
 """Select the experts to train from their scores (ESFT eq. 8), and selections to compare with."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Num
 
 from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.parts import Part
 from esft_jax.errors import InputError
 from esft_jax.routing.scores import SCORE_METHODS, ExpertScores, ScoreMethod, round_scores
 
@@ -18,8 +19,7 @@ def select_experts(
     scores: ExpertScores,
     method: ScoreMethod,
     top_p: float | None = None,
-    shared_experts: bool = False,
-    non_expert_modules: bool = False,
+    also: Iterable[Part] = (),
     *,
     top_k: int | None = None,
     max_experts: int | None = None,
@@ -40,8 +40,7 @@ def select_experts(
         scores: Scores of the task.
         method: Which score to use.
         top_p: Sum to reach, in (0, 1].
-        shared_experts: Copied into the result.
-        non_expert_modules: Copied into the result.
+        also: Copied into the result.
         top_k: Experts per layer.
         max_experts: Experts in all.
         groups: Experts that are taken together, all groups as large, with the sum of their scores.
@@ -76,7 +75,7 @@ def select_experts(
     for layer, row, members, chosen in zip(scores.layers, units, groups, taken, strict=True):
         ids = np.sort(members[chosen].reshape(-1))
         experts[layer] = tuple(ids[np.argsort(-row[ids], kind="stable")].tolist())
-    return ExpertConfig(experts, shared_experts, non_expert_modules)
+    return ExpertConfig(experts, tuple(also))
 
 
 def rank_and_take(
@@ -138,7 +137,7 @@ def random_experts(
         members = np.arange(num_experts)[:, None] if groups is None else groups[layer]
         drawn = generator.choice(len(members), len(ids) // members.shape[1], replace=False)
         experts[layer] = tuple(np.sort(members[drawn].reshape(-1)).tolist())
-    return ExpertConfig(experts, like.shared_experts, like.non_expert_modules)
+    return ExpertConfig(experts, like.also)
 
 
 def combine_experts(
@@ -146,8 +145,8 @@ def combine_experts(
 ) -> ExpertConfig:
     """Experts that any, or that every one of several tasks selects.
 
-    Ids keep the order of the first selection that has them; shared experts and other modules are
-    trained if any selection trains them.
+    Ids keep the order of the first selection that has them; other parts are trained if any
+    selection trains them.
     """
     layers = sorted({layer for selection in selections for layer in selection.experts})
     experts = {}
@@ -156,8 +155,4 @@ def combine_experts(
         counts = Counter(expert for one in each for expert in one)
         least = 1 if how == "union" else len(each)
         experts[layer] = tuple(expert for expert, count in counts.items() if count >= least)
-    return ExpertConfig(
-        experts,
-        any(selection.shared_experts for selection in selections),
-        any(selection.non_expert_modules for selection in selections),
-    )
+    return ExpertConfig(experts, tuple(part for each in selections for part in each.also))

@@ -429,11 +429,17 @@ class _Run:
         }
 
     def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        schedule = make_schedule(self.config.optimizer, self.config.train.steps)
+        config = self.config.optimizer
+        updates = max(step - 1 - self.skipped, 0)  # skipped ones do not count for the schedule
+        rates = {
+            "learning_rate" + (f"/{part}" if part else ""): float(
+                make_schedule(config, self.config.train.steps, part)(updates)
+            )
+            for part in (None, *config.rates)
+        }
         return {
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
-            # Updates that were skipped do not count for the schedule.
-            "learning_rate": float(schedule(max(step - 1 - self.skipped, 0))),
+            **rates,
             **self.train_set.epochs(step * self.config.train.batch_size),
             "peak_memory_bytes": peak_memory(),
             "trained_share": self.trained / self.total,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.partition import trained_roles
 from esft_jax.families import tensor_table
 from esft_jax.model.config import LatentAttentionConfig, ModelConfig
 from esft_jax.model.params import Role
@@ -58,8 +59,10 @@ def _operations(
     served: Mapping[int, float] | None = None,
 ) -> float:
     """Of the model itself; gradients reach down to layer `first`."""
-    rest = experts is None or experts.non_expert_modules
-    shared_learn = experts is None or experts.shared_experts
+    roles = trained_roles(experts, config)
+    learns = {role: float(role in roles) for role in Role}
+    # A tied head is the embedding.
+    head = learns[Role.EMBEDDING if config.tie_embeddings else Role.HEAD]
     size, kind = config.hidden_size, config.attention
     if isinstance(kind, LatentAttentionConfig):
         query = kind.heads * kind.head
@@ -71,26 +74,40 @@ def _operations(
         attention = 2 * size * kind.head * (kind.heads + kind.key_heads)
     scores = kind.heads * (kind.head + kind.value) * length / 2
     expert, router = 3 * size * config.expert_width, size * config.router.num_experts
-    total = size * config.vocab_size * (2.0 + rest)
+    total = size * config.vocab_size * (1 + (first < config.num_layers) + head)
     for layer in range(config.num_layers):
         passes = 1 + (layer >= first)
-        total += attention * (passes + rest) + scores * (3 if layer >= first else 1)
+        total += attention * (passes + learns[Role.ATTENTION])
+        total += scores * (3 if layer >= first else 1)
         if layer not in config.moe_layers:
-            total += 3 * size * config.dense_width * (passes + rest)
+            total += 3 * size * config.dense_width * (passes + learns[Role.DENSE_MLP])
             continue
         trained = 1.0
         if served is not None:
             trained = served[layer]
         elif experts is not None:
             trained = len(experts.experts.get(layer, ())) / config.router.num_experts
-        total += config.router.top_k * expert * (passes + trained) + router * (passes + rest)
-        total += 3 * size * config.shared_width * (passes + shared_learn)
+        total += config.router.top_k * expert * (passes + trained)
+        total += router * (passes + learns[Role.ROUTER])
+        total += 3 * size * config.shared_width * (passes + learns[Role.SHARED_EXPERT])
     return 2 * total
 
 
 def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:
-    if experts is None or experts.non_expert_modules:
-        return 0
-    if experts.shared_experts:
-        return config.moe_layers[0]
-    return min(layer for layer, ids in experts.experts.items() if ids)
+    """The lowest decoder layer that the backward pass reaches; their number for none of them."""
+    roles = trained_roles(experts, config)
+    moe = config.moe_layers
+    dense = [layer for layer in range(config.num_layers) if layer not in moe]
+    layers = {
+        Role.EMBEDDING: [0],
+        Role.NORM: [0],
+        Role.ATTENTION: [0],
+        Role.DENSE_MLP: dense,
+        Role.ROUTER: moe,
+        Role.SHARED_EXPERT: moe,
+        Role.ROUTED_EXPERT: moe
+        if experts is None
+        else [layer for layer, ids in experts.experts.items() if ids],
+    }
+    reached = (layer for role, its in layers.items() if role in roles for layer in its)
+    return min(reached, default=config.num_layers)

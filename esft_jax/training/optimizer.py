@@ -3,24 +3,33 @@
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from esft_jax.adapt.partition import FROZEN, TUNED, decays
+from esft_jax.adapt.parts import RatePart, check_rates, part_of
 from esft_jax.config import OptimizerConfig
 
+_OTHER = "other"  # what has no rate of its own
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0, then constant or cosine decay."""
+
+def make_schedule(
+    config: OptimizerConfig, steps: int, part: RatePart | None = None
+) -> optax.Schedule:
+    """Learning rate by update: linear warm-up from 0, then constant or cosine decay.
+
+    Args:
+        part: one of `config.rates`; None stands for all that is in none of them.
+    """
+    peak = config.learning_rate if part is None else config.rates[part]
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(
-            config.learning_rate,
-            max(steps - config.warmup_steps, 1),
-            alpha=config.final_lr_fraction,
+            peak, max(steps - config.warmup_steps, 1), alpha=config.final_lr_fraction
         )
     else:
-        after = optax.constant_schedule(config.learning_rate)
+        after = optax.constant_schedule(peak)
     if not config.warmup_steps:
         return after
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
@@ -52,26 +61,45 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def _parts(tuned: nnx.State, config: OptimizerConfig) -> nnx.State:
+    """For each value, the part whose rate it has."""
+    check_rates(config.rates, {param.role for _, param in nnx.to_flat_state(tuned)})
+    return nnx.map_state(
+        lambda _, param: param.replace(part_of(param.role, config.rates) or _OTHER), tuned
+    )
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The update of `{"tuned": ..., "frozen": ...}`.
 
-    Clipping sees the tuned gradients only; the frozen partition has no state and its update is
-    zero. Norm scales are not decayed.
+    Clipping sees the tuned gradients only, those of all parts together; the frozen partition has no
+    state and its update is zero. Norm scales are not decayed.
+
+    The last step of AdamW, which multiplies by the learning rate, is another one for each part that
+    has its own; moments and decay do not depend on it.
+
+    Raises:
+        InputError: in `init`, for the rate of a part that no tuned parameter is in.
     """
-    adamw = optax.chain(
-        _clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=lambda params: {
-                TUNED: decays(params[TUNED]),
-                FROZEN: params[FROZEN],
+    if config.rates:
+        rate = optax.multi_transform(
+            {
+                part or _OTHER: optax.scale_by_learning_rate(make_schedule(config, steps, part))
+                for part in (None, *config.rates)
             },
+            lambda params: {TUNED: _parts(params[TUNED], config), FROZEN: params[FROZEN]},
+        )
+    else:
+        rate = optax.scale_by_learning_rate(make_schedule(config, steps))
+    adamw = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(
+            config.weight_decay,
+            lambda params: {TUNED: decays(params[TUNED]), FROZEN: params[FROZEN]},
         ),
+        rate,
     )
+    adamw = optax.chain(_clip_by_global_norm(config.clip_norm), adamw)
     return optax.multi_transform(
         {TUNED: adamw, FROZEN: optax.set_to_zero()}, {TUNED: TUNED, FROZEN: FROZEN}
     )

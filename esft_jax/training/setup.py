@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
+from esft_jax.adapt.partition import check_experts, trained_roles
+from esft_jax.adapt.parts import check_rates
 from esft_jax.checkpoint.identity import check_same_base, tokenizer_fingerprint
 from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.config import RunConfig
@@ -124,7 +126,9 @@ def check_setup(
     check_memory(config, model_config, mesh)
     if config.init == "pretrained":
         open_source(folder)  # finds what is missing or cut short by names and sizes
-    return run, folder, model_config, mesh, given_experts(config, model_config)
+    experts = given_experts(config, model_config)
+    check_rates(config.optimizer.rates, roles_to_train(config, model_config, experts))
+    return run, folder, model_config, mesh, experts
 
 
 @contextmanager
@@ -188,7 +192,7 @@ def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
     if chosen.exists():
         experts = ExpertConfig.load(chosen)
         try:
-            experts.validate(model.moe_layers, model.router.num_experts)
+            check_experts(experts, model)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
     elif select.scores:
@@ -200,13 +204,27 @@ def given_experts(config: RunConfig, model: ModelConfig) -> ExpertConfig | None:
     if config.method == "lora":
         if not experts.num_experts_selected:
             raise InputError(f"{where}: selects no expert for lora.targets: selected_experts")
-        for flag in ("shared_experts", "non_expert_modules"):
-            if getattr(experts, flag):
-                raise InputError(
-                    f"{where}: {flag} is true; with method lora, lora.targets says what is "
-                    "trained besides routed experts"
-                )
+        if experts.also:
+            raise InputError(
+                f"{where}: trains {', '.join(experts.also)} too; with method lora, lora.targets "
+                "says what is trained besides routed experts"
+            )
     return experts
+
+
+def roles_to_train(
+    config: RunConfig, model: ModelConfig, experts: ExpertConfig | None
+) -> frozenset[str]:
+    """The roles of what a run will train.
+
+    Args:
+        experts: the ones to train, where they are known.
+    """
+    if config.selects_experts and experts is None:  # any will do
+        experts = ExpertConfig({model.moe_layers[0]: (0,)}, config.select.also)
+    if config.method == "lora":
+        return trained_roles(low_rank_updates(config, model, experts), model)
+    return trained_roles(experts, model)
 
 
 def low_rank_updates(config: RunConfig, model: ModelConfig, selected: ExpertConfig | None) -> LoRA:

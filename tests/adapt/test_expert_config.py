@@ -20,7 +20,7 @@ def test_released_files_survive_a_round_trip(esft_reference, tmp_path, task):
 
 
 def test_bytes_are_those_of_the_reference(tmp_path):
-    config = ExpertConfig({10: (5,), 2: (3, 1), 1: ()}, shared_experts=True)
+    config = ExpertConfig({10: (5,), 2: (3, 1), 1: ()}, also=("shared_experts",))
     config.save(tmp_path / "new" / "expert_cfg.json")
     assert (tmp_path / "new" / "expert_cfg.json").read_text() == (
         '{"experts": {"1": [], "10": [5], "2": [3, 1]},'
@@ -31,9 +31,37 @@ def test_bytes_are_those_of_the_reference(tmp_path):
     assert list(config.experts) == [1, 2, 10]
 
 
+@pytest.mark.parametrize(
+    ("also", "text"),
+    [
+        (("non_expert_modules",), '"shared_experts": false, "non_expert_modules": true}'),
+        (("router",), '"shared_experts": false, "also": ["router"]}'),
+        (("head", "router", "head"), '"shared_experts": false, "also": ["router", "head"]}'),
+        (("norms", "shared_experts"), '"shared_experts": true, "also": ["norms"]}'),
+        (
+            ("router", "non_expert_modules", "shared_experts"),
+            '"shared_experts": true, "non_expert_modules": true}',
+        ),
+    ],
+)
+def test_flags_are_written_where_they_are_true_of_all_they_stand_for(tmp_path, also, text):
+    path = tmp_path / "c.json"
+    ExpertConfig({1: (0,)}, also).save(path)
+    assert path.read_text() == '{"experts": {"1": [0]}, ' + text
+    assert ExpertConfig.load(path) == ExpertConfig({1: (0,)}, also)
+
+
+def test_flags_and_parts_may_stand_beside_each_other(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(
+        '{"experts": {}, "non_expert_modules": false, "shared_experts": true, "also": ["router"]}'
+    )
+    assert ExpertConfig.load(path).also == ("shared_experts", "router")
+
+
 def test_flags_default_to_false(tmp_path):
     (tmp_path / "c.json").write_text('{"experts": {"1": [0]}}')
-    assert ExpertConfig.load(tmp_path / "c.json") == ExpertConfig({1: (0,)}, False, False)
+    assert ExpertConfig.load(tmp_path / "c.json") == ExpertConfig({1: (0,)})
 
 
 @pytest.mark.parametrize(
@@ -45,6 +73,13 @@ def test_flags_default_to_false(tmp_path):
         ('{"experts": {}, "shared_expert": true}', "unknown key 'shared_expert'"),
         ('{"shared_experts": true}', "key 'experts' must be an object"),
         ('{"experts": {"1": [1]}, "shared_experts": 1}', "'shared_experts' must be true or false"),
+        ('{"experts": {}, "also": true}', "'also' must be a list, not True"),
+        ('{"experts": {}, "also": ["mtp"]}', "also: 'mtp' is unknown; expected some of shared"),
+        ('{"experts": {}, "also": [["router"]]}', "also: ['router'] is unknown"),
+        (
+            '{"experts": {}, "shared_experts": false, "also": ["shared_experts"]}',
+            "'shared_experts' is false, but also names it",
+        ),
         ('{"experts": {"one": [1]}}', "'one' is no layer index"),
         ('{"experts": {"01": [1]}}', "'01' is no layer index"),
         ('{"experts": {"1": 3}}', "experts.1: expected a list"),
@@ -92,8 +127,8 @@ def test_a_config_must_fit_the_model(config, message):
 
 
 def test_other_modules_alone_are_a_selection():
-    ExpertConfig({}, shared_experts=True).validate([1, 2], 4)
-    ExpertConfig({}, non_expert_modules=True).validate([1, 2], 4)
+    ExpertConfig({}, also=("shared_experts",)).validate([1, 2], 4)
+    ExpertConfig({}, also=("non_expert_modules",)).validate([1, 2], 4)
     ExpertConfig({2: (3,)}).validate([1, 2], 4)
 
 

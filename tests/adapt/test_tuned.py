@@ -167,7 +167,7 @@ def test_the_bank_holds_float32_copies_and_nothing_else(lite):
 
 def test_no_expert_selected_makes_no_bank(lite):
     model = nnx.clone(lite.jax)
-    attach_tuned_experts(model, ExpertConfig({1: ()}, shared_experts=True))
+    attach_tuned_experts(model, ExpertConfig({1: ()}, also=("shared_experts",)))
     assert model.tuned_experts is None
 
 

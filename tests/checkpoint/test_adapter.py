@@ -95,9 +95,9 @@ def test_round_trip_is_exact_on_any_mesh(tiny, saved, tmp_path, mesh):
 @pytest.mark.parametrize(
     ("experts", "count"),
     [
-        (ExpertConfig({}, shared_experts=True), 2 * 3),
+        (ExpertConfig({}, also=("shared_experts",)), 2 * 3),
         # All tensors but those of the 14 experts that are not selected.
-        (ExpertConfig({2: (0, 1)}, shared_experts=True, non_expert_modules=True), 83 - 14 * 3),
+        (ExpertConfig({2: (0, 1)}, also=("shared_experts", "non_expert_modules")), 83 - 14 * 3),
     ],
     ids=["shared", "all-modules"],
 )

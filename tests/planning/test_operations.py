@@ -68,10 +68,20 @@ def test_operations_of_the_model_by_what_is_trained(base) -> None:
     both, lowest = operations(bottom, top), operations(bottom)
     np.testing.assert_allclose(both - lowest, one)
     # Below the lowest trained layer nothing goes backwards.
-    assert operations(top) < lowest < operations(bottom, shared_experts=True)
+    assert operations(top) < lowest < operations(bottom, also=("shared_experts",))
     everything = {layer: tuple(range(config.router.num_experts)) for layer in config.moe_layers}
-    all_trained = ExpertConfig(everything, shared_experts=True, non_expert_modules=True)
+    all_trained = ExpertConfig(everything, also=("shared_experts", "non_expert_modules"))
     assert model_operations(config, all_trained, 64) == model_operations(config, None, 64)
+    # Each part takes what its weights take, once gradients reach the lowest layer.
+    below = operations(bottom, also=("norms",))
+    routers = operations(bottom, also=("norms", "router")) - below
+    expected = 2 * len(config.moe_layers) * config.hidden_size * config.router.num_experts
+    np.testing.assert_allclose(routers, expected)
+    parts = ("shared_experts", "router", "attention", "dense_mlps", "embedding")
+    each = [operations(bottom, also=("norms", part)) - below for part in parts]
+    together = operations(bottom, also=("norms", *parts))
+    np.testing.assert_allclose(together - below, sum(each))
+    assert together == operations(bottom, also=("shared_experts", "non_expert_modules"))
 
 
 def test_operations_of_low_rank_updates(base) -> None:

@@ -47,6 +47,7 @@ def make_config(base, chats, tmp_path):
 
 FULL = {"method": "full", "expert_cfg": None, "init": "random"}
 FULL |= {"train": {"batch_size": 8, "balance_loss": 0.01}}
+FULL |= {"optimizer": {"rates": {"experts": 1e-4, "router": 1e-3}}}
 LORA = {"method": "lora", "lora": {"rank": 2, "targets": ("attention", "selected_experts")}}
 
 
@@ -135,6 +136,13 @@ def test_what_does_not_fit_together_is_one_line(make_config, tmp_path, capsys) -
     few = ("expert_cfg=null", "--experts-per-layer", "9")
     assert "--experts-per-layer: 9; expected 1 to 8" in message("cpu:8", *few)
     assert "micro_batches: 4 rows cannot be split" in message("cpu:8", "train.micro_batches=4")
+    rates = (
+        "optimizer.rates={router: 1.0}",
+        "optimizer.rates: router: it is not trained; expected",
+    )
+    assert f"{rates[1]} some of experts" in message("cpu:8", rates[0])
+    bare = ("expert_cfg=null", "select.also=[head]")
+    assert "select.also: head: the model has no such parameters" in message("cpu:8", *bare)
 
 
 def test_suggestions_come_with_their_numbers(make_config) -> None:
@@ -170,6 +178,7 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
 def test_any_method_is_compared_with_full_fine_tuning(make_config) -> None:
     lora = make_config(method="lora", expert_cfg=None, lora={"rank": 4, "targets": ("attention",)})
     assert plan._full(lora).method == "full"
+    assert plan._full(make_config(expert_cfg=None, select={"also": ("router",)})).method == "full"
 
 
 @pytest.mark.slow

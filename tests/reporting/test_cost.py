@@ -26,7 +26,7 @@ def test_costs_of_a_choice(base) -> None:
     assert (cost.adapter_bytes, cost.state_bytes) == (2 * 2 * one, 16 * 2 * one)
     assert cost.operations < costs.full.operations
     # With everything, it is all but the other experts.
-    everything = costs.of(chosen, token, shared_experts=True, non_expert_modules=True)
+    everything = costs.of(chosen, token, also=("shared_experts", "non_expert_modules"))
     assert everything.parameters == costs.full.parameters - (layers * experts - 2) * one
     assert cost.operations < everything.operations < costs.full.operations
 

@@ -178,7 +178,7 @@ def test_several_runs_keep_their_selections(
 
 def test_what_is_trained_besides_is_paid_for(make_run: MakeRun, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    more = make_run(select=SelectConfig(top_p=0.4, shared_experts=True, non_expert_modules=True))
+    more = make_run(select=SelectConfig(top_p=0.4, also=("shared_experts", "non_expert_modules")))
     assert main([str(more), "--output", str(out)]) == 0
     (here,) = [row for row in rows(out, "threshold") if row["top_p"] == "0.4"]
     config = load_model_config(base)

@@ -1,14 +1,17 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.parts import RATE_PARTS, part_of, roles_of
 from esft_jax.checkpoint.adapter import trained_names
 from esft_jax.config import SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.params import Role
 from esft_jax.routing.choose import check_select, choose_experts, describe
 from esft_jax.routing.scores import ExpertScores
 
@@ -36,9 +39,9 @@ def adapter_parameters(model: ModelConfig, experts: ExpertConfig) -> int:
     "parts",
     [
         {},
-        {"shared_experts": True},
-        {"non_expert_modules": True},
-        {"shared_experts": True, "non_expert_modules": True},
+        {"also": ("shared_experts",)},
+        {"also": ("router", "norms", "embedding")},
+        {"also": ("shared_experts", "non_expert_modules")},
     ],
 )
 @pytest.mark.parametrize("size", [1, 2])
@@ -61,6 +64,30 @@ def test_a_budget_pays_for_all_that_is_trained_and_is_never_exceeded(model, scor
     select = SelectConfig(group_size=size, max_parameters=fixed + group - 1, **parts)
     with pytest.raises(InputError, match=r"select.max_parameters: .* is too little; one expert"):
         check_select(select, model, "float32")
+
+
+def test_parts_that_a_model_does_not_have(model):
+    tied = dataclasses.replace(model, tie_embeddings=True)
+    bare = dataclasses.replace(model, shared_width=0)
+    everything = ("shared_experts", "non_expert_modules")
+    check_select(SelectConfig(also=everything), model, "float32")
+    for shape, also, there in (
+        (tied, "head", "shared_experts, router"),
+        (bare, "shared_experts", "router, attention"),
+    ):
+        with pytest.raises(InputError, match=f"select.also: {also}: the model has .* of {there}"):
+            check_select(SelectConfig(also=(also,)), shape, "float32")
+        given = [ExpertConfig({1: (0,)}, (also,))]
+        with pytest.raises(InputError, match=f"scores: expert config: also: {also}: the model"):
+            choose_experts(SelectConfig(), given, shape)
+    # Together they are what is there.
+    check_select(SelectConfig(also=("non_expert_modules",)), tied, "float32")
+
+
+def test_every_parameter_belongs_to_a_part_but_for_selection_biases():
+    assert roles_of(RATE_PARTS) == set(Role) - {Role.SELECTION_BIAS}
+    assert part_of(Role.ROUTER, {"non_expert_modules", "router"}) == "router"
+    assert part_of(Role.SELECTION_BIAS, RATE_PARTS) is None
 
 
 def test_groups_come_from_other_scores_where_they_are_named(scores, tmp_path):

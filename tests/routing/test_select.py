@@ -79,11 +79,11 @@ def test_gate_p_is_absolute_mass():
 
 def test_flags_are_passed_on():
     scores = scores_of([0.5, 0.5])
-    assert select_experts(scores, "token", 0.2, shared_experts=True) == ExpertConfig(
-        {1: (0,)}, shared_experts=True
+    assert select_experts(scores, "token", 0.2, also=("shared_experts",)) == ExpertConfig(
+        {1: (0,)}, also=("shared_experts",)
     )
-    assert select_experts(scores, "token", 0.2, non_expert_modules=True) == ExpertConfig(
-        {1: (0,)}, non_expert_modules=True
+    assert select_experts(scores, "token", 0.2, also=("non_expert_modules",)) == ExpertConfig(
+        {1: (0,)}, also=("non_expert_modules",)
     )
 
 
@@ -141,11 +141,11 @@ def test_exactly_one_rule(rules):
 
 
 def test_random_experts_have_the_counts_of_the_selection():
-    like = ExpertConfig({1: (3, 1), 2: (), 3: tuple(range(5))}, shared_experts=True)
+    like = ExpertConfig({1: (3, 1), 2: (), 3: tuple(range(5))}, also=("shared_experts",))
     drawn = [random_experts(like, seed, 64) for seed in range(400)]
     assert drawn[0] == random_experts(like, 0, 64) != drawn[1]
     for one in drawn:
-        assert one.shared_experts
+        assert one.also == ("shared_experts",)
         assert {layer: len(set(ids)) for layer, ids in one.experts.items()} == {1: 2, 2: 0, 3: 5}
     # Every expert is drawn as often: 400 * 5 / 64 times, give or take five standard deviations.
     counts = np.bincount([expert for one in drawn for expert in one.experts[3]], minlength=64)
@@ -158,9 +158,9 @@ def test_random_experts_have_the_counts_of_the_selection():
 
 def test_union_and_intersection():
     one = ExpertConfig({1: (3, 1), 2: (0,)})
-    other = ExpertConfig({1: (1, 2), 3: (5,)}, non_expert_modules=True)
+    other = ExpertConfig({1: (1, 2), 3: (5,)}, also=("non_expert_modules",))
     assert combine_experts([one, other], "union") == ExpertConfig(
-        {1: (3, 1, 2), 2: (0,), 3: (5,)}, non_expert_modules=True
+        {1: (3, 1, 2), 2: (0,), 3: (5,)}, also=("non_expert_modules",)
     )
     assert combine_experts([one, other], "intersection").experts == {1: (1,), 2: (), 3: ()}
     assert combine_experts([one], "union") == combine_experts([one], "intersection") == one

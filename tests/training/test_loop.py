@@ -429,10 +429,17 @@ def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
 
 
 def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path) -> None:
-    cfg = ExpertConfig({1: (0,), 3: (2, 5)}, shared_experts=True, non_expert_modules=True)
+    cfg = ExpertConfig({1: (0,), 3: (2, 5)}, also=("shared_experts", "non_expert_modules"))
     cfg.save(tmp_path / "cfg.json")
-    config = make_config(expert_cfg=str(tmp_path / "cfg.json"))
+    # Stopped in between, it goes on with the rates and schedules of each part.
+    optimizer = {"learning_rate": 1e-3, "warmup_steps": 2, "rates": {"router": 1e-5}}
+    config = make_config(expert_cfg=str(tmp_path / "cfg.json"), optimizer=optimizer)
+    run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
     result = run(config)
+    lines = [line for line in RunFolder(config.output).logged() if "learning_rate" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for name, peak in {"learning_rate": 1e-3, "learning_rate/router": 1e-5}.items():
+        np.testing.assert_allclose([line[name] / peak for line in lines], [0, 0.5, 1, 1], rtol=1e-6)
     names = adapter_tensors(config).keys()
     assert "model.layers.1.mlp.shared_experts.up_proj.weight" in names
     assert "model.layers.2.mlp.gate.weight" in names

@@ -89,10 +89,12 @@ def test_given_experts_are_checked(make_config, tmp_path) -> None:
             open_setup(make_config(method="lora", lora=LORA, expert_cfg=str(path)))
         return str(found.value)
 
-    assert "shared_experts is true; with method lora" in message(ExpertConfig({1: (0,)}, True))
+    assert "trains router too; with method lora" in message(ExpertConfig({1: (0,)}, ("router",)))
     assert "layer 0 is no MoE layer" in message(ExpertConfig({0: (0,)}))
     # The same of a selection that another run has made.
-    ExpertConfig({1: (0,)}, shared_experts=True).save(path)
+    ExpertConfig({1: (0,)}, also=("shared_experts",)).save(path)
     select = {"scores": [str(path)]}
-    with pytest.raises(InputError, match="select.scores: shared_experts is true; with method lora"):
+    with pytest.raises(
+        InputError, match="select.scores: trains shared_experts too; with method lora"
+    ):
         open_setup(make_config(method="lora", lora=LORA, select=select))

@@ -7,6 +7,8 @@ from flax import nnx
 
 from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.config import OptimizerConfig
+from esft_jax.errors import InputError
+from esft_jax.model.params import Role
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 
 
@@ -75,3 +77,50 @@ def test_weight_decay_spares_norm_scales(name: str, expected: float) -> None:
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     after = optax.apply_updates(params[TUNED], updates[TUNED])
     np.testing.assert_allclose(after[name][...], expected, rtol=1e-6)
+
+
+def _roles() -> dict[str, nnx.State]:
+    def param(role: Role, size: int, value: float = 2.0) -> nnx.Param:
+        return nnx.Param(jnp.full((size, 1), value), axes=(None, None), role=role)
+
+    tuned = nnx.State(
+        {
+            "experts": param(Role.ROUTED_EXPERT, 2),
+            "router": param(Role.ROUTER, 3),
+            "attention": param(Role.ATTENTION, 1),
+            "head": param(Role.HEAD, 1),
+        }
+    )
+    return {TUNED: tuned, FROZEN: nnx.State({"bias": param(Role.SELECTION_BIAS, 5)})}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_parts_have_rates_of_their_own_in_all_that_a_rate_does(weight_decay: float) -> None:
+    params = _roles()
+    common = {"schedule": "cosine", "warmup_steps": 2, "weight_decay": weight_decay}
+    rates = {"non_expert_modules": 0.25, "router": 0.5}
+    own = OptimizerConfig(learning_rate=1.0, rates=rates, **common)
+    optimizer = make_optimizer(own, steps=8)
+    state = optimizer.init(params)
+    expected = {"experts": 1.0, "router": 0.5, "attention": 0.25, "head": 0.25}
+    alone = {
+        rate: make_optimizer(OptimizerConfig(learning_rate=rate, **common), steps=8)
+        for rate in set(expected.values())
+    }
+    states = {rate: each.init(params) for rate, each in alone.items()}
+    # Large enough to be clipped, by the norm of all parts together.
+    grads = jax.tree.map(lambda x: jnp.linspace(-3.0, 4.0, x.size).reshape(x.shape), params)
+    for _ in range(4):
+        updates, state = optimizer.update(grads, state, params)
+        for rate, each in alone.items():
+            same, states[rate] = each.update(grads, states[rate], params)
+            for name in (name for name, its in expected.items() if its == rate):
+                np.testing.assert_array_equal(updates[TUNED][name][...], same[TUNED][name][...])
+        assert not updates[FROZEN]["bias"][...].any()
+    assert updates[TUNED]["router"][...].all()
+
+
+def test_a_rate_of_what_is_not_trained_is_refused() -> None:
+    optimizer = make_optimizer(OptimizerConfig(rates={"embedding": 1e-3}), steps=1)
+    with pytest.raises(InputError, match="optimizer.rates: embedding: it is not trained; expected"):
+        optimizer.init(_roles())
