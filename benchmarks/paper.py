@@ -211,8 +211,8 @@ def routing_table(folder: Path) -> str:
         layers.setdefault(row["task"], []).append(row)
     overlap = _rows(folder / "overlap.csv")
     shared = {(row["task"], row["other"]): float(row["shared_top_k"]) for row in overlap}
-    mass = next(name for name in next(iter(layers.values()))[0] if name.endswith("_gate_share"))
-    top = mass.removesuffix("_gate_share").replace("_", " ")
+    mass = next(name for name in next(iter(layers.values()))[0] if re.match(r"top_\d+_gate", name))
+    top = "_".join(mass.split("_")[:2]).replace("_", " ")
     chance = f"chance {float(overlap[0]['chance']):.2f}"
 
     def mean(column: str, pattern: str) -> list[str]:

@@ -33,8 +33,9 @@ from esft_jax.files import check_file, local_path
 
 Value = TypeVar("Value")
 
-# By score; the paper's choice.
-DEFAULT_TOP_P = {"token": 0.2, "gate": 0.1}
+ScoreMethod = Literal["token", "gate", "gate_share"]
+# The paper's choices for its two scores. By gate share, 0.1 takes about 2 of 128 experts.
+DEFAULT_TOP_P: dict[ScoreMethod, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
 
 # `esft_jax.evaluation.metrics` has what they compute.
 METRIC_NAMES = (
@@ -221,7 +222,7 @@ class SelectConfig:
             `dense_mlps`, `embedding`, `head`; `non_expert_modules` is all of these but the first.
     """
 
-    method: Literal["token", "gate"] = "token"
+    method: ScoreMethod = "token"
     top_p: Share | None = None
     top_k: Count | None = None
     max_parameters: Size | None = None

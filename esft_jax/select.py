@@ -138,12 +138,14 @@ def _select_config(args: argparse.Namespace) -> SelectConfig:
 def print_selection(scores: ExpertScores, config: ExpertConfig, console: Terminal) -> None:
     """Print the experts of each layer and what they cover of the task's routing."""
     table = Table("layer", "experts, best first")
-    for title in ("count", "token share", "gate mass"):
+    kind = scores.gate_method
+    for title in ("count", "token share", "gate mass" if kind == "gate" else "gate share"):
         table.add_column(title, justify="right")
     covered = []
     for row, layer in enumerate(scores.layers):
         ids = list(config.experts.get(layer, ()))
-        covered.append((len(ids), scores.token[row, ids].sum(), scores.gate[row, ids].sum()))
+        gates = scores.of(kind)[row, ids].sum()
+        covered.append((len(ids), scores.token[row, ids].sum(), gates))
         table.add_row(str(layer), " ".join(map(str, ids)), *_cells(*covered[-1]))
     table.add_section()
     count, token, gate = np.sum(covered, axis=0)

@@ -37,6 +37,21 @@ def esft_reference() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def esft_sample() -> Path:
+    """Published scores and selections of two other models (golden data): the folder in ESFT_SAMPLE,
+    or `sample-esft` beside that in ESFT_REFERENCE.
+    """
+    folder = os.environ.get("ESFT_SAMPLE")
+    if not folder and (reference := os.environ.get("ESFT_REFERENCE")):
+        folder = str(Path(reference).resolve().parent / "sample-esft")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(
+            "golden data: set ESFT_SAMPLE to `results` of github.com/aws-samples/sample-ESFT"
+        )
+    return Path(folder)
+
+
 # A model that compiles and runs in seconds, with the embedded model's tokenizer.
 TINY = {
     "hidden_size": 32,

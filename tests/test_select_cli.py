@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ import pytest
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.routing.scores import ExpertScores
 from esft_jax.select import main
+
+MODELS = Path(__file__).parents[1] / "models"
 
 
 @pytest.fixture
@@ -138,6 +141,33 @@ def test_a_budget_in_bytes_of_a_model(base, tmp_path, capsys):
     assert main([*given, "--max-bytes", str(expert - 1)]) == 2
     error = capsys.readouterr().err
     assert f"select.max_bytes: {expert - 1:,} is too little; one expert takes {expert:,}" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "problem"),
+    [
+        (
+            "Qwen3-Coder-30B-A3B-Instruct",
+            "qwen3-30b-a3b",
+            "in layers 1 to 48; the model has 128 in 0 to 47; expected layers counted from 0",
+        ),
+        ("GLM-4.5-Air", "glm-4.5-air", None),
+    ],
+)
+def test_published_scores_of_other_models_as_they_are(
+    esft_sample, tmp_path, capsys, name, model, problem
+):
+    # GLM's summary has a layer for multi-token prediction, which nobody has scored.
+    output = tmp_path / "c.json"
+    given = ["--scores", str(esft_sample / f"{name}_summary.json"), "--output", str(output)]
+    assert main(given) == 0
+    assert "gate share" in capsys.readouterr().out
+    published = ExpertConfig.load(esft_sample / f"{name}_expert_config.json")
+    assert ExpertConfig.load(output) == published
+    assert main([*given, "--method", "gate"]) == 2
+    assert "summary.json: method: gate: these are gate shares" in capsys.readouterr().err
+    assert main([*given, "--model", str(MODELS / model)]) == (2 if problem else 0)
+    assert (problem or "") in capsys.readouterr().err
 
 
 def test_released_configuration_from_the_command_line(esft_reference, tmp_path, capsys):

@@ -14,7 +14,7 @@ from esft_jax.routing.log import RoutingLog
 _OFF_SIZE = 0.25  # samples are whole sequences, which may miss the size that is asked for so far
 
 
-def gate_shares(gate: Float[np.ndarray, "*N E"]) -> Float64[np.ndarray, "*N E"]:
+def mass_shares(gate: Float[np.ndarray, "*N E"]) -> Float64[np.ndarray, "*N E"]:
     """Each expert's share of its layer's gate mass; 0 in a layer without any."""
     total = gate.sum(axis=-1, keepdims=True)
     return np.divide(gate, total, out=np.zeros_like(gate, np.float64), where=total > 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from esft_jax.config import ScoreMethod
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.reporting import analysis
@@ -58,6 +59,12 @@ class Findings:
     costs: CostModel | None
     model: str | None
     words: list[list[Word] | None]
+
+    @property
+    def gate_method(self) -> ScoreMethod:
+        """What gate scores are: `gate`, or `gate_share` where the router renormalises its gates."""
+        kinds = {choice.task.scores.gate_method for choice in self.choices}
+        return "gate" if kinds == {"gate"} else "gate_share"
 
     @property
     def enough(self) -> float:

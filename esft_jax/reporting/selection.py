@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 
 from esft_jax import strict_yaml
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.config import DEFAULT_TOP_P, RunConfig
+from esft_jax.config import DEFAULT_TOP_P, RunConfig, ScoreMethod
 from esft_jax.errors import InputError
 from esft_jax.routing.choose import describe
-from esft_jax.routing.scores import ExpertScores, ScoreMethod, round_scores
+from esft_jax.routing.scores import ExpertScores, round_scores, score_words
 from esft_jax.routing.select import best_mask, chosen_mask, top_k_mask
 from esft_jax.training.run_folder import RunFolder
 
@@ -147,7 +147,7 @@ def find_selection(
         note = "The run has not chosen its experts yet."
     elif run is not None:
         note = f"The run itself did not choose any: {run.trains_all}."
-    words = f"{wanted} score, p = {top_p:g}"
+    words = f"{score_words(wanted)}, p = {top_p:g}"
     experts = ranked(scores, wanted, rule(round_scores(scores.of(wanted))))
     return Selection(wanted, words, note, top_p, rule, experts)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from esft_jax.reporting import analysis
 from esft_jax.reporting.findings import Findings
+from esft_jax.routing.scores import SCORE_METHODS
 
 Table = tuple[Sequence[str], Iterable[Sequence[object]]]  # a header, and its rows
 
@@ -53,18 +54,27 @@ def to_csv(table: Table) -> str:
 
 
 def _experts(findings: Findings) -> Table:
-    header = ("task", "layer", "expert", "token_score", "gate_score", "chosen", "certainty")
+    header = (
+        "task",
+        "layer",
+        "expert",
+        *(f"{method}_score" for method in SCORE_METHODS),
+        "chosen",
+        "certainty",
+    )
     rows = []
     for choice in findings.choices:
         for (row, expert), chosen in np.ndenumerate(choice.chosen):
-            certainty = choice.certainty
+            scores, certainty = choice.task.scores, choice.certainty
             rows.append(
                 (
                     choice.task.name,
                     findings.layers[row],
                     expert,
-                    float(choice.task.scores.token[row, expert]),
-                    float(choice.task.scores.gate[row, expert]),
+                    *(
+                        float(scores.of(method)[row, expert]) if method in scores.methods else ""
+                        for method in SCORE_METHODS
+                    ),
                     int(chosen),
                     "" if certainty is None else float(certainty[row, expert]),
                 )
@@ -78,9 +88,9 @@ def _layers(findings: Findings) -> Table:
         "layer",
         "experts",
         "assignments_served",
-        "gate_mass",
+        "gate_mass" if findings.gate_method == "gate" else "gate_share",
         "tokens_served",
-        f"top_{findings.top_k}_gate_share",
+        f"top_{findings.top_k}_gate_mass",
         "effective_experts_entropy",
         "effective_experts_simpson",
     )
@@ -106,7 +116,7 @@ def _concentration(findings: Findings) -> Table:
         for (row, rank), share in np.ndenumerate(ranked):
             cumulated = float(ranked[row, : rank + 1].sum())
             rows.append((choice.task.name, findings.layers[row], rank + 1, float(share), cumulated))
-    return ("task", "layer", "rank", "gate_share", "cumulated"), rows
+    return ("task", "layer", "rank", "share_of_gate_mass", "cumulated"), rows
 
 
 def _threshold(findings: Findings) -> Table:

@@ -36,8 +36,9 @@ class Choice:
     Attributes:
         selection: how they were chosen.
         ranked: by layer, the chosen ids in descending score.
+        shares: of each layer's gate mass.
         served: share of each layer's assignments that the chosen experts serve.
-        gate: gate mass of the chosen experts.
+        gate: gate mass of the chosen experts, which is their gate share if the router renormalises.
         met: share of tokens that meet at least one of them in the layer.
         certainty: share of resamples that choose each expert.
         count_range: 5th and 95th percentile of the number chosen.
@@ -166,6 +167,7 @@ def choose(task: Task, selection: Selection, top_k: int) -> Choice:
     """All that is asked about one task."""
     scores, log, rule = task.scores, task.log, selection.rule
     chosen = selection.chosen(scores)
+    gate = scores.of(scores.gate_method)
     met = certainty = count_range = halves = None
     sizes: list[analysis.SampleSize] = []
     if log is not None:
@@ -174,7 +176,9 @@ def choose(task: Task, selection: Selection, top_k: int) -> Choice:
         counts, gates = log.sequence_sums()
         halves = analysis.alternate_halves(gates)
         if rule is not None and log.num_sequences >= MIN_SEQUENCES:
-            sums = gates if selection.method == "gate" else counts / log.top_k
+            sums = counts / log.top_k
+            if selection.method != "token":
+                _, sums = log.sequence_sums(shares=selection.method == "gate_share")
             lengths = np.diff(log.starts)
             resampled = analysis.resampled_choices(sums, lengths, rule)
             certainty = resampled.mean(axis=0)
@@ -186,9 +190,9 @@ def choose(task: Task, selection: Selection, top_k: int) -> Choice:
         selection=selection,
         chosen=chosen,
         ranked=tuple(selection.experts.experts.get(layer, ()) for layer in scores.layers),
-        shares=analysis.gate_shares(scores.gate),
+        shares=analysis.mass_shares(gate),
         served=(scores.token * chosen).sum(axis=1),
-        gate=(scores.gate * chosen).sum(axis=1),
+        gate=(gate * chosen).sum(axis=1),
         met=met,
         certainty=certainty,
         count_range=count_range,

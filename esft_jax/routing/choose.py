@@ -12,13 +12,13 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import check_experts, trains
 from esft_jax.adapt.parts import check_also
 from esft_jax.checkpoint.identity import check_same_base
-from esft_jax.config import SelectConfig
+from esft_jax.config import DEFAULT_TOP_P, SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.files import read_json
 from esft_jax.model.config import ModelConfig
 from esft_jax.routing.groups import group_experts
-from esft_jax.routing.scores import ExpertScores, as_wide, load_scores
+from esft_jax.routing.scores import ExpertScores, as_wide, load_scores, score_words
 from esft_jax.routing.select import combine_experts, random_experts, select_experts
 
 
@@ -75,7 +75,7 @@ def describe(select: SelectConfig, *, scored: bool = True) -> str:
     Args:
         scored: some task was given by its scores, not by its experts.
     """
-    words = [f"{select.method} score"]
+    words = [score_words(select.method)]
     if not scored:
         words = ["experts as given"]
     elif select.top_k is not None:
@@ -154,6 +154,12 @@ def check_select(select: SelectConfig, model: ModelConfig, dtype: str) -> None:
     """
     total = model.router.num_experts
     check_also(select.also, tensor_table(model).roles, "select.also")
+    if select.method == "gate" and model.router.renormalise:
+        raise InputError(
+            "select.method: gate: the model's router renormalises its gates, so that their means "
+            "are gate shares; expected gate_share "
+            f"(p = {DEFAULT_TOP_P['gate_share']} without a rule)"
+        )
     affordable_experts(select, model, dtype)
     if total % select.group_size:
         raise InputError(
@@ -197,6 +203,10 @@ def _check_fit(
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
             continue
+        try:
+            task.of(select.method)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         if model is not None:
             _check_scores(task, model, where)
         if (task.layers, task.num_experts) != shape:
@@ -219,9 +229,11 @@ def _check_fit(
 def _check_scores(scores: ExpertScores, model: ModelConfig, where: str) -> None:
     layers, experts = model.moe_layers, model.router.num_experts
     if tuple(scores.layers) != tuple(layers) or scores.num_experts != experts:
+        from_one = tuple(layer - 1 for layer in scores.layers) == tuple(layers)
         raise InputError(
             f"{where}: scores of {scores.num_experts} experts in layers {scores.layers[0]} to "
             f"{scores.layers[-1]}; the model has {experts} in {layers[0]} to {layers[-1]}"
+            + ("; expected layers counted from 0" if from_one else "")
         )
 
 

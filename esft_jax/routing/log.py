@@ -75,8 +75,22 @@ class RoutingLog:
         """Experts per token."""
         return self.expert_ids.shape[2]
 
-    def sequence_sums(self) -> tuple[Float64[np.ndarray, "N L E"], Float64[np.ndarray, "N L E"]]:
-        """Assignments of each sequence to each expert, and the sums of their gates."""
+    @property
+    def shares(self) -> Float64[np.ndarray, "L T K"]:
+        """Gates divided by their sum over the token's experts; 0 where all are 0."""
+        gates = self.gates.astype(np.float64)
+        total = gates.sum(axis=-1, keepdims=True)
+        return np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
+
+    def sequence_sums(
+        self, *, shares: bool = False
+    ) -> tuple[Float64[np.ndarray, "N L E"], Float64[np.ndarray, "N L E"]]:
+        """Assignments of each sequence to each expert, and the sums of their gates.
+
+        Args:
+            shares: sum `shares` instead of gates.
+        """
+        weights = self.shares if shares else self.gates
         lengths = np.diff(self.starts)
         shape = (self.num_sequences, len(self.layers), self.num_experts)
         sequence = np.repeat(np.arange(shape[0]), lengths)[:, None]
@@ -84,7 +98,7 @@ class RoutingLog:
         size = shape[0] * shape[2]
         for row in range(shape[1]):
             cells = (sequence * shape[2] + self.expert_ids[row]).reshape(-1)
-            gates = self.gates[row].reshape(-1).astype(np.float64)
+            gates = weights[row].reshape(-1).astype(np.float64)
             counts[:, row] = np.bincount(cells, minlength=size).reshape(shape[0], shape[2])
             sums[:, row] = np.bincount(cells, gates, size).reshape(shape[0], shape[2])
         return counts, sums

@@ -41,6 +41,12 @@ def sample_scores(
     return token.sum(axis=1), gate.sum(axis=1)
 
 
+def gate_shares(gates: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """Gates divided by their sum over a token's K experts; 0 where all are 0."""
+    total = gates.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, gates / jnp.where(total > 0, total, 1.0), 0.0)
+
+
 def chosen_together(expert_ids: Int[Array, "L B S K"], num_experts: int) -> Int[Array, "L E E"]:
     """How many tokens chose both of two experts; on the diagonal, how many chose one."""
 
@@ -58,6 +64,8 @@ def score_experts(
     provenance: dict[str, Any] | None = None,
 ) -> ExpertScores:
     """Run a model forward over task samples and average its routing.
+
+    Gate shares are measured of every router, mean gates of those that do not renormalise.
 
     The routing itself is kept beside the averages, of the first documents that together have at
     most `ROUTING_TOKENS` tokens.
@@ -80,18 +88,21 @@ def score_experts(
     ) -> tuple[tuple, _Batch | None]:
         model = nnx.merge(graph, params)
         _, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
-        token, gate = sample_scores(router.expert_ids, router.gates, num_experts)
+        token, share = sample_scores(router.expert_ids, gate_shares(router.gates), num_experts)
+        gates = router.gates / model.config.router.scale
+        # Of a router that renormalises, gates are shares already.
+        gate = None
+        if not model.config.router.renormalise:
+            _, gate = sample_scores(router.expert_ids, gates, num_experts)
         filled = (batch["segment_ids"] > 0).any(axis=1).sum()
         tokens = (batch["segment_ids"] > 0).sum()
-        # The paper's gates are the router's probabilities, before any scaling factor.
-        gate = gate / model.config.router.scale
         together = chosen_together(router.expert_ids, num_experts)
-        totals = jax.tree.map(jnp.add, totals, (token, gate, filled, tokens, together))
+        totals = jax.tree.map(jnp.add, totals, (token, gate, share, filled, tokens, together))
         if not keep:
             return totals, None
         routing = _Batch(
             router.expert_ids.astype(jnp.uint16),
-            (router.gates / model.config.router.scale).astype(jnp.float16),
+            gates.astype(jnp.float16),
             batch["segment_ids"],
             batch["tokens"],
         )
@@ -103,7 +114,8 @@ def score_experts(
     zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
     none = jnp.zeros((), jnp.int32)
     pairs = jnp.zeros((*zeros.shape, num_experts), jnp.int32)
-    totals: Any = (zeros, zeros, none, none, pairs)
+    raw = None if model.config.router.renormalise else zeros
+    totals: Any = (zeros, raw, zeros, none, none, pairs)
     kept: list[_Batch] = []
     room = ROUTING_TOKENS
     for batch in batches:
@@ -112,16 +124,17 @@ def score_experts(
         if routing is not None:
             kept.append(_Batch(*map(np.asarray, routing)))
             room -= int((kept[-1].segment_ids > 0).sum())
-    token, gate, samples, tokens, together = jax.device_get(totals)
+    token, gate, share, samples, tokens, together = jax.device_get(totals)
     if samples == 0:
         raise ValueError("no sample to score; expected at least one batch with tokens")
     return ExpertScores(
         layers=model.config.moe_layers,
         token=token.astype(np.float64) / samples,
-        gate=gate.astype(np.float64) / samples,
+        gate=None if gate is None else gate.astype(np.float64) / samples,
         provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
         together=together.astype(np.int64),
         routing=_routing_log(kept, model.config.moe_layers, num_experts),
+        gate_share=share.astype(np.float64) / samples,
     )
 
 

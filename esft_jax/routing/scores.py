@@ -1,82 +1,100 @@
 """Expert scores of a task, and the files that carry them.
 
-Token score (ESFT eq. 7): the share of a layer's (token, expert) assignments that an expert serves;
-a layer's token scores sum to 1. Gate score (eq. 6): an expert's mean gate over all tokens, zero
-where it was not chosen; a layer's gate scores sum to the mean gate mass of its top-K experts.
+Gates are the router's, without its scale and its selection bias; those of experts that a token does
+not choose are 0.
+
+- `token` (ESFT eq. 7): the share of a layer's (token, expert) assignments that an expert serves. A
+  layer's token scores sum to 1.
+- `gate` (eq. 6): an expert's mean gate over all tokens. A layer's gate scores sum to the mean gate
+  mass of its top-K experts. Only of routers that do not renormalise their gates.
+- `gate_share`: the mean over all tokens of an expert's gate, divided by the sum of the token's
+  gates. A layer's gate shares sum to 1. Of all routers.
 """
 
 import dataclasses
 import json
 import os
 import reprlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from esft_jax.adapt.expert_config import layer_index
+from esft_jax.config import ScoreMethod
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json, write_text_atomic
 from esft_jax.routing.groups import count_together
 from esft_jax.routing.log import ROUTING_FILE, RoutingLog, check_no_gap, find_logs, read_logs
 
-ScoreMethod = Literal["token", "gate"]
 SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 SCORES_FILE = "scores.json"
 SUMMARY_FILE = "summary.json"
 _DECIMALS = 4
+# Why scores of a method may not be there.
+_UNKNOWN: dict[ScoreMethod, str] = {
+    "gate": "these are gate shares, of a router that renormalises its gates; expected gate_share",
+    "gate_share": "these are mean gates, which do not tell the shares; expected routing logs or "
+    "scores that `score` has measured anew",
+}
 
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Token and gate scores of every routed expert.
+    """Scores of every routed expert, by up to three methods.
 
     Attributes:
         layers: Decoder layer indices of the rows, ascending.
         token: Token scores, one row per layer.
-        gate: Gate scores, one row per layer.
+        gate: Gate scores, one row per layer; None of a router that renormalises.
         provenance: Where the scores come from (data, tokens, base model); JSON values only.
         routing: What they were counted from, or its beginning; only where `score_experts` or
             routing logs gave them.
         together: How many tokens chose both of two experts, if it is known; on the diagonal, how
             many chose one.
+        gate_share: Gate shares, one row per layer; None where they are not known, which is only of
+            routers that do not renormalise.
     """
 
     layers: tuple[int, ...]
     token: Float64[np.ndarray, "L E"]
-    gate: Float64[np.ndarray, "L E"]
+    gate: Float64[np.ndarray, "L E"] | None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     routing: RoutingLog | None = field(default=None, compare=False, repr=False)
     together: Int64[np.ndarray, "L E E"] | None = field(default=None, compare=False, repr=False)
+    gate_share: Float64[np.ndarray, "L E"] | None = None
 
     def __post_init__(self) -> None:
         layers = list(self.layers)
         if not layers or layers != sorted(set(layers)) or layers[0] < 0:
             raise InputError(f"scores: layers are {layers}; expected ascending indices from 0")
-        for method in SCORE_METHODS:
+        if self.gate is None and self.gate_share is None:
+            raise InputError("scores: neither gate scores nor gate shares; expected some")
+        for method in self.methods:
             values = np.asarray(self.of(method), dtype=np.float64)
             object.__setattr__(self, method, values)
             if values.ndim != 2 or values.shape[0] != len(self.layers) or values.shape[1] == 0:
                 raise InputError(
-                    f"scores: {method} scores have shape {list(values.shape)};"
+                    f"scores: {score_words(method)}s have shape {list(values.shape)};"
                     f" expected [{len(self.layers)} layers, experts]"
                 )
             bad = np.argwhere(~(np.isfinite(values) & (values >= 0)))
             if bad.size:
                 row, expert = (int(i) for i in bad[0])
                 raise InputError(
-                    f"scores: layer {self.layers[row]}, expert {expert}: {method} score"
+                    f"scores: layer {self.layers[row]}, expert {expert}: {score_words(method)}"
                     f" {values[row, expert]} is not a finite number >= 0"
                 )
-        if self.token.shape != self.gate.shape:
-            raise InputError(
-                f"scores: {self.token.shape[1]} token scores but {self.gate.shape[1]} gate scores"
-                " per layer; expected as many"
-            )
+            if values.shape != self.token.shape:
+                raise InputError(
+                    f"scores: {self.token.shape[1]} token scores but {values.shape[1]}"
+                    f" {score_words(method)}s per layer; expected as many"
+                )
         if self.together is not None and self.together.shape != (
             len(layers),
             self.num_experts,
@@ -86,33 +104,56 @@ class ExpertScores:
                 f"scores: chosen_together has shape {list(self.together.shape)}; expected a number "
                 "for each pair of experts of each layer"
             )
-        # Rounding to 4 decimals moves each of the E scores by at most half of the last digit.
-        tolerance = 1e-3 + self.num_experts * 0.5 * 10**-_DECIMALS
         for layer, total in zip(self.layers, self.token.sum(axis=1), strict=True):
-            if abs(total - 1) > tolerance:
+            if abs(total - 1) > _tolerance(self.num_experts):
                 raise InputError(
                     f"scores: layer {layer}: token scores sum to {total:.4f}, not to 1"
                 )
+        if self.gate_share is not None:
+            # Less than 1 where all gates of a token have vanished.
+            for layer, total in zip(self.layers, self.gate_share.sum(axis=1), strict=True):
+                if total > 1 + _tolerance(self.num_experts):
+                    raise InputError(
+                        f"scores: layer {layer}: gate shares sum to {total:.4f}, to more than 1"
+                    )
 
     @property
     def num_experts(self) -> int:
         """Routed experts per layer."""
         return self.token.shape[1]
 
+    @property
+    def methods(self) -> tuple[ScoreMethod, ...]:
+        """Those by which there are scores."""
+        return tuple(m for m in SCORE_METHODS if getattr(self, m) is not None)
+
+    @property
+    def gate_method(self) -> ScoreMethod:
+        """Whose scores say how the router weighs experts: `gate`, or else `gate_share`."""
+        return "gate_share" if self.gate is None else "gate"
+
     def of(self, method: ScoreMethod) -> Float64[np.ndarray, "L E"]:
-        """The scores of one method."""
-        return self.token if method == "token" else self.gate
+        """The scores of one method.
+
+        Raises:
+            InputError: there are none.
+        """
+        found: Float64[np.ndarray, "L E"] | None = getattr(self, method)
+        if found is None:
+            raise InputError(f"method: {method}: {_UNKNOWN[method]}")
+        return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `summary.json` (the reference's format) and `scores.json` (full precision).
 
+        Their keys name the methods. A summary has those of the reference, token and gate scores;
+        where there are no gate scores, gate shares stand in their place, under their own name.
         The routing, if it is known, goes to `routing.npz`.
         """
-        summary = {f"{method}_scores": self._by_name(method) for method in SCORE_METHODS}
+        summary = {_key(m): self._by_name(m) for m in ("token", self.gate_method)}
         scores: dict[str, Any] = {
             "layers": list(self.layers),
-            "token_scores": self.token.tolist(),
-            "gate_scores": self.gate.tolist(),
+            **{_key(method): self.of(method).tolist() for method in self.methods},
             "provenance": dict(self.provenance),
         }
         if self.together is not None:
@@ -133,6 +174,31 @@ class ExpertScores:
         }
 
 
+def _key(method: ScoreMethod) -> str:
+    """In files."""
+    return f"{method}_scores"
+
+
+def score_words(method: ScoreMethod) -> str:
+    """A score of a method, for messages: `token score`, `gate share`."""
+    return "gate share" if method == "gate_share" else f"{method} score"
+
+
+def _tolerance(num_experts: int) -> float:
+    """Of the sum of a layer's scores: rounding moves each by at most half of the last digit."""
+    return 1e-3 + num_experts * 0.5 * 10**-_DECIMALS
+
+
+def _told_apart(gate: Float64[np.ndarray, "L E"]) -> dict[str, Float64[np.ndarray, "L E"] | None]:
+    """Mean gates of some router, as `gate` and `gate_share` of `ExpertScores`.
+
+    Those that sum to 1 in every layer are of a router that renormalises, and shares.
+    """
+    if (np.abs(gate.sum(axis=1) - 1) <= _tolerance(gate.shape[1])).all():
+        return {"gate": None, "gate_share": gate}
+    return {"gate": gate, "gate_share": None}
+
+
 def round_scores(scores: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]:
     """Round to the reference's 4 decimals, exactly as decimal printing does (np.round does not)."""
     rounded = [[round(score, _DECIMALS) for score in row] for row in scores.tolist()]
@@ -141,6 +207,10 @@ def round_scores(scores: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]
 
 def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> ExpertScores:
     """Read scores from whatever holds them.
+
+    Files that do not say whether their gate scores are shares are told apart by the sums of layers.
+    Layers of a `summary.json` in which every score is 0, as published ones have for multi-token
+    prediction, are left out with a warning: no token was routed there.
 
     Args:
         path: A folder with our `scores.json`, with reference routing logs
@@ -166,9 +236,16 @@ def load_scores(path: str | os.PathLike[str], *, experts_per_token: int = 6) -> 
                 " or expert_weights_<layer>.txt"
             )
     content = read_json(path)
-    expected = {"token_scores", "gate_scores"}
-    if not isinstance(content, dict) or not expected <= content.keys():
-        raise InputError(f"{path}: expected a JSON object with the keys token_scores, gate_scores")
+    gates = {_key("gate"), _key("gate_share")}
+    if (
+        not isinstance(content, dict)
+        or _key("token") not in content
+        or gates.isdisjoint(content.keys())
+    ):
+        raise InputError(
+            f"{path}: expected a JSON object with the keys token_scores, and gate_scores or "
+            "gate_share_scores"
+        )
     try:
         return _from_scores(content, path) if "layers" in content else _from_summary(content, path)
     except InputError as error:
@@ -183,15 +260,18 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
         raise InputError(f"{path}: layers: expected a list of decoder layer indices")
     if not isinstance(provenance, dict):
         raise InputError(f"{path}: provenance: expected an object")
-    tables = []
-    for key in ("token_scores", "gate_scores"):
+    tables: dict[str, Float64[np.ndarray, "L E"]] = {}
+    for method in SCORE_METHODS:
+        key = _key(method)
+        if key not in content:
+            continue
         rows = content[key]
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise InputError(f"{path}: {key}: expected a list of rows, one per layer")
         if len(rows) != len(layers):
             raise InputError(f"{path}: {key}: {len(rows)} rows for {len(layers)} layers")
         named = {layer: dict(enumerate(row)) for layer, row in zip(layers, rows, strict=True)}
-        tables.append(_table(named, f"{path}: {key}"))
+        tables[method] = _table(named, f"{path}: {key}")
     together = content.get("chosen_together")
     if together is not None:
         where = f"{path}: chosen_together"
@@ -203,14 +283,42 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
             raise InputError(f"{where}: expected whole numbers, as many for each expert") from None
         if (together < 0).any():
             raise InputError(f"{path}: chosen_together: expected numbers from 0")
-    return ExpertScores(tuple(layers), tables[0], tables[1], provenance, together=together)
+    return _of_tables(tuple(layers), tables, provenance, together)
+
+
+def _of_tables(
+    layers: tuple[int, ...],
+    tables: dict[str, Float64[np.ndarray, "L E"]],
+    provenance: dict[str, Any],
+    together: Int64[np.ndarray, "L E E"] | None = None,
+) -> ExpertScores:
+    """Scores by method, as a file has them; before there were gate shares, none had them."""
+    if "gate_share" in tables:
+        gates = {"gate": tables.get("gate"), "gate_share": tables["gate_share"]}
+    else:
+        gates = _told_apart(tables["gate"])
+    return ExpertScores(
+        layers,
+        tables["token"],
+        gates["gate"],
+        provenance,
+        together=together,
+        gate_share=gates["gate_share"],
+    )
 
 
 def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
     layers: list[list[int]] = []
-    tables = []
-    for key in ("token_scores", "gate_scores"):
+    tables: dict[str, Float64[np.ndarray, "L E"]] = {}
+    unmeasured = _unmeasured_layers(content)
+    if unmeasured:
+        named = ", ".join(map(str, unmeasured))
+        warnings.warn(f"{path}: every score of layer {named} is 0; left out", stacklevel=2)
+    for method in SCORE_METHODS:
+        key = _key(method)
         where = f"{path}: {key}"
+        if key not in content:
+            continue
         if not isinstance(content[key], dict):
             raise InputError(f"{where}: expected an object of layer -> {{expert: score}}")
         rows = {}
@@ -222,14 +330,26 @@ def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
                 raise InputError(f"{where}.{layer}: no score of expert {min(missing, key=int)}")
             scores = {expert: row[str(expert)] for expert in range(len(row))}
             rows[layer_index(layer, where)] = scores
+        rows = {layer: row for layer, row in rows.items() if layer not in unmeasured}
         layers.append(sorted(rows))
-        tables.append(_table({layer: rows[layer] for layer in sorted(rows)}, where))
-    if layers[0] != layers[1]:
-        layer = min(set(layers[0]) ^ set(layers[1]))
+        tables[method] = _table({layer: rows[layer] for layer in sorted(rows)}, where)
+    if any(other != layers[0] for other in layers):
+        layer = min(set().union(*layers) - set(layers[0]).intersection(*layers))
         raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
     check_no_gap(layers[0], str(path))
     provenance = {"source": "reference summary", "decimals": _DECIMALS}
-    return ExpertScores(tuple(layers[0]), tables[0], tables[1], provenance)
+    return _of_tables(tuple(layers[0]), tables, provenance)
+
+
+def _unmeasured_layers(content: dict[str, Any]) -> list[int]:
+    """Layers of a summary whose scores are all 0."""
+    zero: dict[str, bool] = {}
+    for method in SCORE_METHODS:
+        table = content.get(_key(method), {})
+        for layer, row in table.items() if isinstance(table, dict) else ():
+            empty = isinstance(row, dict) and bool(row) and all(s == 0 for s in row.values())
+            zero[layer] = zero.get(layer, True) and empty
+    return sorted(int(layer) for layer, empty in zero.items() if empty and layer.isdecimal())
 
 
 def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "L E"]:
@@ -272,9 +392,16 @@ def as_wide(loaded: Sequence[ExpertScores], num_experts: int | None = None) -> l
 
 def _of_logs(log: RoutingLog) -> ExpertScores:
     ids = log.expert_ids.reshape(len(log.layers), -1)
-    gates = log.gates.reshape(len(log.layers), -1)
     counts = [np.bincount(row, minlength=log.num_experts) for row in ids]
-    sums = [np.bincount(*row, minlength=log.num_experts) for row in zip(ids, gates, strict=True)]
+
+    def mean(gates: Float[np.ndarray, "L T K"]) -> Float64[np.ndarray, "L E"]:
+        rows = zip(ids, gates.reshape(ids.shape), strict=True)
+        sums = [np.bincount(*row, minlength=log.num_experts) for row in rows]
+        return np.stack(sums) / log.num_tokens
+
+    gates = _told_apart(mean(log.gates))
+    if gates["gate_share"] is None:
+        gates["gate_share"] = mean(log.shares)
     provenance = {
         "source": "reference routing logs",
         "tokens": log.num_tokens,
@@ -284,7 +411,7 @@ def _of_logs(log: RoutingLog) -> ExpertScores:
     return ExpertScores(
         layers=log.layers,
         token=np.stack(counts) / (log.top_k * log.num_tokens),
-        gate=np.stack(sums) / log.num_tokens,
+        **gates,
         provenance=provenance,
         routing=log,
         together=np.stack([count_together(row, log.num_experts) for row in log.expert_ids]),

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int64, Num
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.parts import Part
+from esft_jax.config import ScoreMethod
 from esft_jax.errors import InputError
-from esft_jax.routing.scores import SCORE_METHODS, ExpertScores, ScoreMethod, round_scores
+from esft_jax.routing.scores import SCORE_METHODS, ExpertScores, round_scores
 
 _UNIT = 10_000  # released scores have 4 decimals: whole units make the sums exact
 
@@ -47,7 +48,8 @@ def select_experts(
             The three rules take whole groups, with no more experts than the last two say.
 
     Raises:
-        InputError: Unknown method, or a rule that is out of range, or not exactly one rule.
+        InputError: Unknown method, no scores by it, or a rule that is out of range, or not exactly
+            one rule.
     """
     if method not in SCORE_METHODS:
         raise InputError(f"method: {method!r} is unknown; expected {' or '.join(SCORE_METHODS)}")

@@ -24,9 +24,14 @@ def write_scores(folder: Path, layers: tuple[int, ...], num_experts: int, seed: 
     tokens = rng.integers(300, 340, 60 * 25)
     log = RoutingLog(layers, num_experts, ids, gates, np.arange(0, 60 * 25 + 1, 25), tokens)
     counts, sums = (part.sum(axis=0) for part in log.sequence_sums())
-    provenance = {"tokens": log.num_tokens}
+    shares = log.sequence_sums(shares=True)[1].sum(axis=0)
     ExpertScores(
-        layers, counts / (2 * log.num_tokens), sums / log.num_tokens, provenance, log
+        layers,
+        counts / (2 * log.num_tokens),
+        sums / log.num_tokens,
+        {"tokens": log.num_tokens},
+        log,
+        gate_share=shares / log.num_tokens,
     ).save(folder)
 
 

@@ -11,7 +11,7 @@ from esft_jax.routing.select import chosen_mask
 
 
 def test_effective_experts_of_even_and_single_shares() -> None:
-    shares = analysis.gate_shares(np.array([[2.0, 2, 2, 2], [5, 0, 0, 0], [1, 1, 0, 0]]))
+    shares = analysis.mass_shares(np.array([[2.0, 2, 2, 2], [5, 0, 0, 0], [1, 1, 0, 0]]))
     np.testing.assert_allclose(shares[:, 0], [0.25, 1, 0.5])
     for effective in analysis.effective_experts(shares):
         np.testing.assert_allclose(effective, [4, 1, 2])
@@ -21,7 +21,7 @@ def test_effective_experts_of_even_and_single_shares() -> None:
 
 
 def test_a_layer_without_gates_has_no_shares() -> None:
-    np.testing.assert_array_equal(analysis.gate_shares(np.zeros((1, 3))), 0)
+    np.testing.assert_array_equal(analysis.mass_shares(np.zeros((1, 3))), 0)
 
 
 def test_top_k_mass_and_shared_top_k() -> None:

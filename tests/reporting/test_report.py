@@ -1,10 +1,12 @@
 """The command from end to end: what it prints, writes and refuses."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esft_jax.report import main
@@ -97,12 +99,29 @@ def test_a_sweep_without_results_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_by_gate_score(scored: list[Path], tmp_path: Path) -> None:
-    arguments = [str(scored[0]), "--method", "gate", "--output", str(tmp_path)]
+@pytest.mark.parametrize(("method", "top_p"), [("gate", 0.1), ("gate_share", 0.2)])
+def test_by_gate_scores(scored: list[Path], tmp_path: Path, method, top_p) -> None:
+    arguments = [str(scored[0]), "--method", method, "--output", str(tmp_path)]
     assert main(arguments) == 0
-    chosen = select_experts(load_scores(scored[0]), "gate", 0.1)
+    scores = load_scores(scored[0])
+    chosen = select_experts(scores, method, top_p)
     found = [row for row in rows(tmp_path, "experts") if row["chosen"] == "1"]
     assert len(found) == chosen.num_experts_selected
+    named = [float(row[f"{method}_score"]) for row in rows(tmp_path, "experts")]
+    np.testing.assert_allclose(named, scores.of(method).ravel(), rtol=1e-5)
+    # Resamples are judged by the same scores: they choose what is chosen.
+    sure = [float(row["certainty"]) for row in found]
+    assert np.mean(sure) > 0.8
+
+
+def test_a_report_says_that_gate_scores_are_shares(scored: list[Path], tmp_path: Path) -> None:
+    scores = dataclasses.replace(load_scores(scored[0]), gate=None)
+    scores.save(tmp_path / "in")
+    assert main([str(tmp_path / "in"), "--experts-per-token", "2", "--output", str(tmp_path)]) == 0
+    (first, *_) = rows(tmp_path, "experts")
+    assert first["gate_score"] == "" and float(first["gate_share_score"]) > 0
+    assert "gate_share" in rows(tmp_path, "layers")[0]
+    assert "gate mass is gate share" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +210,7 @@ def test_released_logs(esft_reference: Path, tmp_path: Path) -> None:
         ("intent", 0.330, 5.81, 124, 0.223, 0.79),
         ("law", 0.277, 5.35, 153, 0.215, 0.73),
     ):
-        assert round(mean(layers, task, "top_6_gate_share"), 3) == mass
+        assert round(mean(layers, task, "top_6_gate_mass"), 3) == mass
         assert sum(int(row["experts"]) for row in layers if row["task"] == task) == experts
         assert round(mean(layers, task, "assignments_served"), 3) == served
         assert round(mean(layers, task, "tokens_served"), 2) == met

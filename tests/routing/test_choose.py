@@ -66,6 +66,27 @@ def test_a_budget_pays_for_all_that_is_trained_and_is_never_exceeded(model, scor
         check_select(select, model, "float32")
 
 
+def test_mean_gates_are_those_of_routers_that_do_not_renormalise(model, scores):
+    router = dataclasses.replace(model.router, renormalise=True)
+    sharing = dataclasses.replace(model, router=router)
+    select = SelectConfig(method="gate", top_k=2)
+    check_select(select, model, "float32")
+    with pytest.raises(InputError, match=r"select.method: gate: .* expected gate_share \(p = 0.2"):
+        check_select(select, sharing, "float32")
+    check_select(SelectConfig(method="gate_share"), sharing, "float32")
+    # By what scores hold, too: of which router they are may be all that is known.
+    of_shares = ExpertScores(scores.layers, scores.token, None, gate_share=scores.token)
+    by_token = choose_experts(SelectConfig(top_k=2), [of_shares])
+    assert choose_experts(SelectConfig(method="gate_share", top_k=2), [of_shares]) == by_token
+    with pytest.raises(InputError, match="scores: method: gate: these are gate shares"):
+        choose_experts(select, [of_shares])
+    with pytest.raises(InputError, match="scores: method: gate_share: these are mean gates"):
+        choose_experts(SelectConfig(method="gate_share"), [scores])
+    counted = dataclasses.replace(scores, layers=(2, 3, 4))
+    with pytest.raises(InputError, match="in layers 2 to 4; .* in 1 to 3; expected layers counted"):
+        choose_experts(SelectConfig(), [counted], model)
+
+
 def test_parts_that_a_model_does_not_have(model):
     tied = dataclasses.replace(model, tie_embeddings=True)
     bare = dataclasses.replace(model, shared_width=0)
@@ -131,6 +152,7 @@ def test_tasks_that_do_not_fit(model, scores):
     [
         ({}, "token score, p = 0.2"),
         ({"method": "gate"}, "gate score, p = 0.1"),
+        ({"method": "gate_share"}, "gate share, p = 0.2"),
         ({"top_k": 4, "group_size": 2}, "token score, 4 per layer, groups of 2"),
         ({"max_bytes": 12345}, "token score, at most 12,345 bytes"),
         (

@@ -6,7 +6,7 @@ from flax import nnx
 from esft_jax.families import read_model_config
 from esft_jax.model import Transformer
 from esft_jax.routing.groups import count_together
-from esft_jax.routing.score import sample_scores, score_experts
+from esft_jax.routing.score import gate_shares, sample_scores, score_experts
 from esft_jax.sharding import make_mesh, param_shardings
 
 RAW = {
@@ -148,6 +148,48 @@ def test_gate_scores_leave_out_the_routers_scaling_factor(model) -> None:
     rows = make_rows(2)
     one, other = score_experts(model, [rows]), score_experts(scaled, [rows])
     np.testing.assert_allclose(other.gate[0], one.gate[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("raw", "methods"),
+    [
+        (RAW, ("token", "gate", "gate_share")),
+        (RAW | {"norm_topk_prob": True, "routed_scaling_factor": 2.5}, ("token", "gate_share")),
+        (
+            RAW
+            | {"model_type": "deepseek_v3", "routed_scaling_factor": 2.5}
+            | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+            ("token", "gate_share"),
+        ),
+    ],
+    ids=["softmax", "softmax-renormalised", "sigmoid-biased"],
+)
+def test_gate_shares_are_of_unbiased_scores_without_the_scale(raw, methods) -> None:
+    config = read_model_config(raw)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    if config.router.selection_bias:
+        # Larger than any score: it decides the choice, and must not be in a share.
+        bias = model.moe_blocks.moe.router.selection_bias
+        bias[...] = 5 * jax.random.normal(jax.random.key(1), bias.shape)
+    rows = make_rows(3)
+    scores = score_experts(model, [rows])
+    assert scores.methods == methods
+    expected = np.zeros((len(config.moe_layers), 8))
+    for row in range(3):
+        one = part(rows, row, row + 1)
+        keep = one["segment_ids"][0] > 0
+        _, router = model.hidden_states(one["tokens"], one["segment_ids"], one["positions"])
+        ids, unbiased = (np.asarray(x)[:, 0, keep] for x in (router.expert_ids, router.scores))
+        for layer, (chosen, all_scores) in enumerate(zip(ids, unbiased, strict=True)):
+            for k, s in zip(chosen, all_scores, strict=True):
+                expected[layer, k] += s[k] / s[k].sum() / keep.sum() / 3
+    np.testing.assert_allclose(scores.gate_share, expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.gate_share.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_gates_that_have_vanished_have_no_share() -> None:
+    gates = np.array([[0.0, 0.0], [0.2, 0.6]], np.float32)
+    np.testing.assert_allclose(gate_shares(gates), [[0, 0], [0.25, 0.75]])
 
 
 def test_without_tokens_there_is_no_score(model) -> None:

@@ -60,6 +60,70 @@ def test_own_files_keep_full_precision(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores.json", "summary.json"]
 
 
+def test_files_say_which_gate_scores_they_hold(tmp_path):
+    token = np.array([[0.25, 0.75], [0.5, 0.5]])
+    shares = np.array([[0.125, 0.875], [0.4, 0.6]])
+    for gate in (None, shares / 3):
+        ExpertScores((1, 2), token, gate, gate_share=shares).save(tmp_path)
+        loaded = load_scores(tmp_path)
+        np.testing.assert_array_equal(loaded.gate_share, shares)
+        assert loaded.methods == (
+            ("token", "gate_share") if gate is None else ("token", "gate", "gate_share")
+        )
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        kind = "gate_share" if gate is None else "gate"
+        assert set(summary) == {"token_scores", f"{kind}_scores"}
+        (tmp_path / "scores.json").unlink()
+        loaded = load_scores(tmp_path)
+        expected = shares if gate is None else gate
+        np.testing.assert_array_equal(loaded.of(kind), round_scores(expected))
+        assert loaded.methods == ("token", kind)
+        other = "gate" if gate is None else "gate_share"
+        with pytest.raises(InputError, match=f"method: {other}: these are"):
+            loaded.of(other)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "summary.json"])
+def test_files_without_gate_shares_hold_those_of_a_router_that_renormalises(tmp_path, name):
+    """As older versions, and others, have written them."""
+    token = np.array([[0.25, 0.75], [0.5, 0.5]])
+    for gate, kind in ((token, "gate_share"), (token * [[1.0], [0.9]], "gate")):
+        ExpertScores((1, 2), token, gate).save(tmp_path)
+        loaded = load_scores(tmp_path / name)
+        assert loaded.methods == ("token", kind)
+        np.testing.assert_allclose(loaded.of(kind), gate)
+
+
+def test_layers_of_a_summary_that_were_not_measured_are_left_out(tmp_path):
+    none = {"0": 0.0, "1": 0}
+    path = tmp_path / "summary.json"
+    path.write_text(
+        json.dumps({"token_scores": {**GOOD, "3": none}, "gate_scores": {**GOOD, "3": none}})
+    )
+    with pytest.warns(UserWarning, match=r"summary.json: every score of layer 3 is 0; left out"):
+        assert load_scores(path).layers == (1, 2)
+    # With a gate, but no token, it is damaged.
+    path.write_text(json.dumps({"token_scores": {**GOOD, "3": none}, "gate_scores": GOOD3}))
+    with pytest.raises(InputError, match="layer 3: token scores sum to 0.0000, not to 1"):
+        load_scores(path)
+
+
+def test_logs_of_a_router_that_renormalises(tmp_path):
+    write_logs(tmp_path, "0\t2\t2\t3\t\t0.5\t0.5\t0.3333\t0.6667\n")
+    scores = load_scores(tmp_path, experts_per_token=2)
+    assert scores.methods == ("token", "gate_share")
+    np.testing.assert_allclose(scores.gate_share, [[0.25, 0, 0.41665, 0.33335]])
+
+
+def test_gate_shares_of_logs(tmp_path):
+    # The second token's gates have vanished.
+    write_logs(tmp_path, "0\t2\t2\t3\t\t0.3\t0.1\t0\t0\n")
+    scores = load_scores(tmp_path, experts_per_token=2)
+    np.testing.assert_allclose(scores.gate_share, [[0.375, 0, 0.125, 0]])
+    _, sums = scores.routing.sequence_sums(shares=True)
+    np.testing.assert_allclose(sums[0] / 2, scores.gate_share)
+
+
 def test_rounding_is_that_of_decimal_printing():
     # The doubles next to 0.12345 and 0.00285 lie above them, the one next to 0.00035 below.
     values = np.array([[0.12345, 0.00285, 0.00035]])
@@ -114,6 +178,7 @@ def test_an_empty_folder_is_named(tmp_path):
         load_scores(tmp_path / "nowhere")
 
 
+GOOD3 = {"1": {"0": 0.2, "1": 0.3}, "2": {"0": 0.1, "1": 0.3}, "3": {"0": 0.1, "1": 0.0}}
 GOOD = {"1": {"0": 0.25, "1": 0.75}, "2": {"0": 0.5, "1": 0.5}}
 
 
@@ -159,6 +224,9 @@ def test_malformed_summaries_are_named(tmp_path, token, gate, message):
         ({"gate_scores": [[0.5, 0.5], [0.5]]}, "layer 2 has 1 experts, layer 1 has 2"),
         ({"gate_scores": [[0.5, None], [0.5, 0.5]]}, "layer 1, expert 1: None is no number"),
         ({"provenance": 3}, "provenance: expected an object"),
+        ({"gate_share_scores": [[0.5, 0.5]]}, "gate_share_scores: 1 rows for 2 layers"),
+        ({"gate_share_scores": [[0.5, 0.7]] * 2}, "layer 1: gate shares sum to 1.2000, to more"),
+        ({"gate_share_scores": [[0.5, -0.5]] * 2}, "layer 1, expert 1: gate share -0.5"),
     ],
 )
 def test_malformed_scores_are_named(tmp_path, change, message):

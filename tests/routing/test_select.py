@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.config import DEFAULT_TOP_P
 from esft_jax.errors import InputError
 from esft_jax.routing.scores import ExpertScores, load_scores
 from esft_jax.routing.select import combine_experts, random_experts, select_experts
@@ -29,6 +30,32 @@ def test_logs_and_summary_agree_for_the_gate_score(esft_reference, task):
     from_logs = select_experts(load_scores(folder), "gate", 0.1)
     assert from_logs == select_experts(load_scores(folder / "summary.json"), "gate", 0.1)
     assert 26 <= from_logs.num_experts_selected < 26 * 64
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "experts"),
+    [("GLM-4.5-Air", 45, 339), ("Qwen3-Coder-30B-A3B-Instruct", 48, 191)],
+)
+def test_published_selections_of_other_models(esft_sample, model, layers, experts):
+    published = ExpertConfig.load(esft_sample / f"{model}_expert_config.json")
+    scores = load_scores(esft_sample / f"{model}_summary.json")
+    assert (scores.methods, scores.num_experts) == (("token", "gate_share"), 128)
+    found = select_experts(scores, "token", DEFAULT_TOP_P["token"]).experts
+    assert found == published.experts  # the order of the ids included
+    assert (len(published.experts), published.num_experts_selected) == (layers, experts)
+    with pytest.raises(InputError, match="these are gate shares"):
+        select_experts(scores, "gate", 0.1)
+
+
+def test_gate_shares_of_released_logs_are_normalised_by_token(esft_reference):
+    scores = load_scores(esft_reference / "results" / "expert_scores" / "intent")
+    log = scores.routing
+    expected = np.zeros_like(scores.gate_share)
+    for row, (ids, gates) in enumerate(zip(log.expert_ids, log.gates, strict=True)):
+        for chosen, weights in zip(ids, gates, strict=True):
+            expected[row, chosen] += weights / weights.sum()
+    np.testing.assert_allclose(scores.gate_share, expected / log.num_tokens, rtol=1e-9)
+    assert 0.25 < scores.gate.sum(axis=1).min() < scores.gate.sum(axis=1).max() < 0.53
 
 
 @pytest.mark.parametrize(
