@@ -14,7 +14,6 @@ from esft_jax.reporting.cost import Cost, CostModel
 from esft_jax.reporting.selection import find_selection
 from esft_jax.reporting.tasks import Choice, Task, choose
 from esft_jax.reporting.vocabulary import Word, rank_words
-from esft_jax.routing.scores import ScoreMethod
 from esft_jax.routing.select import chosen_mask
 
 ENOUGH = 0.9  # agreement of two samples from which more tokens change little
