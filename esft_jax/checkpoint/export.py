@@ -50,7 +50,8 @@ def export_model(
 
     A few tensors are in memory at a time. All weights are written in one type, which `config.json`
     names: readers load all in that type anyway. Unless `dtype` is given it is the smallest that
-    loses nothing of the base or of the adapter's run. Low-rank updates are added in float32.
+    loses nothing of the base or of the adapter's run; but weights in fp8 are written in bfloat16.
+    Low-rank updates are added in float32.
 
     Args:
         base: Hugging Face folder, hub name, or converted checkpoint.
@@ -67,6 +68,8 @@ def export_model(
     make_way(target)
     stored = {name: source.dtype(name) for name in source.placements}
     wanted = dict(stored)
+    if source.config.fp8_block is not None:  # as all such models are trained and served, but in fp8
+        wanted = dict.fromkeys(stored, np.dtype(jnp.bfloat16))
     loaded, changed = None, set[str]()
     if adapter is not None:
         loaded = load_adapter(adapter)
@@ -78,7 +81,7 @@ def export_model(
         if bound:  # the fingerprint may take reading the whole base
             loaded.check(source.config, source.fingerprint)
         changed = set(loaded.names)
-        wanted |= {name: loaded.dtype(name, stored[name]) for name in changed}
+        wanted |= {name: loaded.dtype(name, wanted[name]) for name in changed}
         if isinstance(loaded, LoRAAdapter):
             stored |= dict.fromkeys(changed, np.dtype(np.float32))  # the sums
         else:
@@ -113,6 +116,8 @@ def export_model(
     cast = Counter(stored[name].name for name in weights if stored[name] != common)
     said = [f"all {len(weights):,} tensors in {common.name}"]
     said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
+    if source.config.fp8_block is not None:
+        said.append("dequantised from fp8, without quantization_config")
     said += [f"{len(carried):,} tensors carried along"] if carried else []
     say(", ".join(said))
 
@@ -170,9 +175,8 @@ def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
         raw: the parsed `config.json`, in either spelling.
         dtype: type the weights are loaded in unless the reader says otherwise.
     """
-    config = {
-        key: value for key, value in raw.items() if key != "auto_map"
-    }  # its code stays behind
+    left = "auto_map", "quantization_config"  # code stays behind; no weight is written quantised
+    config = {key: value for key, value in raw.items() if key not in left}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)

@@ -20,8 +20,9 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from esft_jax.blocks import Box, assign_transposed, box_shape, intersect, within
+from esft_jax.checkpoint.fp8 import Fp8Files
 from esft_jax.checkpoint.streaming import in_order, share
-from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, DTYPES, TensorFiles
+from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, TensorFiles
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.families.tensors import LeafPath, Placement
@@ -51,10 +52,10 @@ class Source(Protocol):
         """Hash of all weights; see `combine_digests`. All processes must ask together."""
 
     def dtype(self, name: str) -> np.dtype:
-        """The type a tensor is stored in."""
+        """The type a tensor is read in; it loses nothing of what is stored."""
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor under its Hugging Face name, in its stored type."""
+        """One tensor under its Hugging Face name, in that type."""
 
     def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """A block of a stacked parameter, cast to a type."""
@@ -72,7 +73,8 @@ class HuggingFaceSource:
         self.config = load_model_config(self.folder)
         table = tensor_table(self.config)
         self.placements = table.places
-        self.files = TensorFiles(self.folder)
+        block = self.config.fp8_block
+        self.files = TensorFiles(self.folder) if block is None else Fp8Files(self.folder, block)
         fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
         self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
         expected = fused | {
@@ -85,7 +87,9 @@ class HuggingFaceSource:
         for name, shape in expected.items():
             self.files.check(name, shape)
         unplaced = [name for name in self.files if name not in expected]
-        self.carried = self.files.only(n for n in unplaced if n.startswith(self.config.carried))
+        self.carried = self.files.to_carry(
+            name for name in unplaced if name.startswith(self.config.carried)
+        )
         for name in unplaced:
             if name not in self.carried:
                 self._check_implied(name)
@@ -145,7 +149,7 @@ class HuggingFaceSource:
         return tensor_digest(name, self.tensor(name))
 
     def num_bytes(self, name: str) -> int:
-        """Size of a tensor as it is stored."""
+        """Size of a tensor as it is read."""
         return self.dtype(name).itemsize * math.prod(self.placements[name].shape)
 
     @cached_property
@@ -154,12 +158,12 @@ class HuggingFaceSource:
         return names_by_leaf(self.placements)
 
     def dtype(self, name: str) -> np.dtype:
-        """The type a tensor is stored in."""
+        """The type a tensor is read in: the one it is stored in, or float32 for fp8 blocks."""
         part = self._fused.get(name)
-        return DTYPES[self.files[part.name if part else name].dtype]
+        return self.files.dtype(part.name if part else name)
 
     def tensor(self, name: str, index: Box = ()) -> np.ndarray:
-        """A tensor, or a part of it, in its stored type."""
+        """A tensor, or a part of it, in the type of `dtype`."""
         part = self._fused.get(name)
         if part is None:
             return self.files.read(name, index)

@@ -1,17 +1,19 @@
 """Safetensors files of one folder, read lazily and by slices."""
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from esft_jax.blocks import Box
 from esft_jax.errors import InputError
 from esft_jax.files import POINTER_BYTES, check_file, check_not_pointer, read_json, visible
 
@@ -44,27 +46,33 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     A mapping of tensor name to `TensorInfo`; tensor data stays on disk until it is read.
 
+    Attributes:
+        known: types that tensors may be stored in, by their names in headers.
+
     Raises:
         InputError: no safetensors, a missing or damaged file, or an index that does not fit them.
     """
+
+    known: Mapping[str, np.dtype] = DTYPES
 
     def __init__(self, folder: str | Path, infos: Mapping[str, TensorInfo] | None = None):
         self.folder = Path(folder)
         self._infos = dict(self._headers() if infos is None else infos)
 
-    def only(self, names: Iterable[str]) -> "TensorFiles":
-        """Some of the tensors.
+    def to_carry(self, names: Iterable[str]) -> Self:
+        """Some of the tensors, which are written again and nothing computes with.
 
         Raises:
             InputError: one of them has an unknown type.
         """
-        found = {name: self[name] for name in names}
+        found = copy.copy(self)
+        found._infos = {name: self[name] for name in names}
         for name, info in found.items():
             self.check(name, info.shape)
-        return TensorFiles(self.folder, found)
+        return found
 
     def dtype(self, name: str) -> np.dtype:
-        """The type a tensor is stored in."""
+        """The type a tensor is read in."""
         return DTYPES[self[name].dtype]
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -94,23 +102,22 @@ class TensorFiles(Mapping[str, TensorInfo]):
             raise InputError(
                 f"{info.file}: tensor {name!r} has shape {found}; config.json expects {expected}"
             )
-        if info.dtype not in DTYPES:
+        if info.dtype not in self.known:
+            hint = ""
+            if info.dtype.startswith("F8_"):
+                hint = ", or fp8 as quantization_config of config.json describes it"
             raise InputError(
-                f"{info.file}: tensor {name!r} has type {info.dtype}; expected {', '.join(DTYPES)}"
+                f"{info.file}: tensor {name!r} has type {info.dtype}; expected "
+                f"{', '.join(self.known)}{hint}"
             )
 
-    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it that `index` selects, in its stored type.
+    def read(self, name: str, index: Box = ()) -> np.ndarray:
+        """A tensor, or the part of it that `index` selects.
 
         It is the file itself in memory: its data is read when it is used, and no longer counts as
         memory of the process when it is forgotten.
         """
-        info = self[name]
-        try:
-            stored = np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)
-        except (OSError, ValueError) as error:  # it was changed since its header was read
-            raise InputError(f"{info.file}: tensor {name!r} cannot be read: {error}") from None
-        return np.asarray(stored[index])
+        return np.asarray(map_tensor(name, self[name], self.dtype(name))[index])
 
     def check_finite(self) -> None:
         """Read all tensors, and raise an `InputError` that names one with a NaN or an infinity."""
@@ -175,6 +182,18 @@ class TensorFiles(Mapping[str, TensorInfo]):
         pickled = [*visible(self.folder, "*.bin"), *visible(self.folder, "*.pt")]
         found = f"only {pickled[0].name}; pickled weights are not read, " if pickled else ""
         raise InputError(f"{self.folder}: no weights: {found}expected model.safetensors")
+
+
+def map_tensor(name: str, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
+    """The data of a tensor, as the file in memory.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return np.memmap(info.file, dtype, "r", info.offset, info.shape)
+    except (OSError, ValueError) as error:  # it was changed since its header was read
+        raise InputError(f"{info.file}: tensor {name!r} cannot be read: {error}") from None
 
 
 def is_finite(tensor: np.ndarray) -> bool:

@@ -238,6 +238,8 @@ class ModelConfig:
         max_positions: the longest row the model is made for.
         carried: what the names of tensors begin with that the model does not use, and that exports
             keep.
+        fp8_block: rows and columns of the weights on disk that share a scale, where some are in
+            fp8; None: none are. No model computes in fp8.
         init_std: standard deviation of newly initialised weights.
     """
 
@@ -257,6 +259,7 @@ class ModelConfig:
     max_positions: int
     multipliers: Multipliers = Multipliers()
     carried: tuple[str, ...] = ()
+    fp8_block: tuple[int, int] | None = None
     init_std: float = 0.02
     family: str = ""
 
@@ -268,7 +271,7 @@ class ModelConfig:
         their defaults do not count.
         """
         content = _said(self)
-        for key in ("max_positions", "init_std", "carried", "family"):
+        for key in ("max_positions", "init_std", "carried", "fp8_block", "family"):
             content.pop(key, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -37,7 +37,7 @@ def yarn(**changes):
         (yarn(factor=0), "rope_parameters.factor: 0; expected a number above 0"),
         (yarn(beta_fast="32"), "rope_parameters.beta_fast: '32'; expected a number"),
         (yarn(attention_factor=1.5), "attention_factor: 1.5 is not supported; expected 1.0"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .*expected None"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method: 'awq' is not supported"),
         (yarn(truncate=False), "truncate: False is not supported; expected True"),
         (yarn(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),

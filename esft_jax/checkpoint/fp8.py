@@ -1,0 +1,112 @@
+"""Weights in fp8 with a scale for each block, as DeepSeek-V3 is released (arXiv 2412.19437)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import ml_dtypes
+import numpy as np
+
+from esft_jax.blocks import Box, bounded
+from esft_jax.checkpoint.tensor_files import DTYPES, TensorFiles, TensorInfo, map_tensor
+from esft_jax.errors import InputError
+
+_FP8 = "F8_E4M3"
+_SCALES = "_scale_inv"
+_SCALE_DTYPES = DTYPES | {"F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+
+
+class Fp8Files(TensorFiles):
+    """Safetensors files of a folder, some of whose tensors are in fp8; they are read dequantised.
+
+    A value in fp8 stands for its product with the scale of its block, in float32. The last blocks
+    of a side may be smaller. The scales themselves are no tensors of the mapping.
+
+    Args:
+        block: rows and columns that share a scale.
+
+    Raises:
+        InputError: no tensor is in fp8; or scales are missing, or do not fit what they are of.
+    """
+
+    known = DTYPES | {_FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
+
+    def __init__(self, folder: str | Path, block: tuple[int, int]):
+        super().__init__(folder)
+        self._block, self._dequantised = block, np.dtype(np.float32)
+        self._scales: dict[str, TensorInfo] = {}
+        for name in [name for name in self if name.endswith(_SCALES)]:
+            self._scales[name.removesuffix(_SCALES)] = self._infos.pop(name)
+        for name, info in self._scales.items():
+            kind = self[name].dtype if name in self else "no tensor"
+            if kind != _FP8:
+                raise InputError(
+                    f"{info.file}: tensor {name + _SCALES!r}: expected {name!r} in {_FP8}; it is "
+                    f"{kind}"
+                )
+        quantised = [name for name, info in self.items() if info.dtype == _FP8]
+        if not quantised:
+            raise InputError(
+                f"{self.folder / 'config.json'}: quantization_config: says fp8, which no tensor is "
+                "in; expected no such key"
+            )
+        for name in quantised:
+            self._check_scales(name)
+
+    def _check_scales(self, name: str) -> None:
+        """Check that a tensor has a scale for each of its blocks."""
+        info, of = self[name], name + _SCALES
+        if name not in self._scales:
+            raise InputError(f"{info.file}: tensor {name!r} is in {_FP8}; its scales, {of!r}, miss")
+        if len(info.shape) < 2:
+            raise InputError(f"{info.file}: tensor {name!r} is in {_FP8}; expected no vector to be")
+        scales, sides = self._scales[name], zip(info.shape[-2:], self._block, strict=True)
+        expected = [*info.shape[:-2], *(-(-size // step) for size, step in sides)]
+        if list(scales.shape) != expected:
+            raise InputError(
+                f"{scales.file}: tensor {of!r} has shape {list(scales.shape)}; expected {expected} "
+                f"for {list(info.shape)} by weight_block_size of config.json"
+            )
+        if scales.dtype not in _SCALE_DTYPES:
+            raise InputError(
+                f"{scales.file}: tensor {of!r} has type {scales.dtype}; expected "
+                f"{', '.join(_SCALE_DTYPES)}"
+            )
+
+    def to_carry(self, names: Iterable[str]) -> Self:
+        """Some of the tensors, which are written again: bfloat16, where they are in fp8."""
+        found = super().to_carry(names)
+        found._dequantised = np.dtype(ml_dtypes.bfloat16)
+        return found
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type a tensor is read in."""
+        return self._dequantised if self[name].dtype == _FP8 else super().dtype(name)
+
+    def read(self, name: str, index: Box = ()) -> np.ndarray:
+        """A tensor, or a part of it with the scales that it touches.
+
+        Raises:
+            InputError: one of these is not finite.
+        """
+        info = self[name]
+        if info.dtype != _FP8:
+            return super().read(name, index)
+        *leading, rows, columns = bounded(index or (slice(None),) * len(info.shape), info.shape)
+        height, width = self._block
+        touched = slice(columns.start // width, -(-columns.stop // width))
+        inside = slice(columns.start - touched.start * width, columns.stop - touched.start * width)
+        stored = self._scales[name]
+        scales = map_tensor(name + _SCALES, stored, _SCALE_DTYPES[stored.dtype])
+        values = map_tensor(name, info, self.known[_FP8])[*leading, rows, columns]
+        values = values.astype(np.float32)
+        for block in range(rows.start // height, -(-rows.stop // height)):
+            part = slice(max(block * height - rows.start, 0), (block + 1) * height - rows.start)
+            scale = scales[*leading, block : block + 1, touched].astype(np.float32)
+            if not np.isfinite(scale).all():
+                raise InputError(
+                    f"{stored.file}: tensor {name + _SCALES!r} has values that are not finite "
+                    "numbers"
+                )
+            values[..., part, :] *= np.repeat(scale, width, axis=-1)[..., inside]
+        return np.asarray(values).astype(self._dequantised, copy=False)
