@@ -88,7 +88,10 @@ class HuggingFaceSource:
             self.files.check(name, shape)
         unplaced = [name for name in self.files if name not in expected]
         self.carried = self.files.to_carry(
-            name for name in unplaced if name.startswith(self.config.carried)
+            name
+            for name in unplaced
+            # transformers writes shared experts of a width of 0.
+            if name.startswith(self.config.carried) or 0 in self.files[name].shape
         )
         for name in unplaced:
             if name not in self.carried:

@@ -190,6 +190,8 @@ def map_tensor(name: str, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
     Raises:
         InputError: it cannot be read.
     """
+    if 0 in info.shape:  # which cannot be mapped
+        return np.empty(info.shape, dtype)
     try:
         return np.memmap(info.file, dtype, "r", info.offset, info.shape)
     except (OSError, ValueError) as error:  # it was changed since its header was read

@@ -24,9 +24,9 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "scoring_func", "softmax")
     layers, width = integer(raw, "num_hidden_layers"), integer(raw, "moe_intermediate_size")
     shared = 0
-    if raw.get("n_shared_experts") is not None:
-        shared = integer(raw, "n_shared_experts", least=0)
-    attention, rope = read_latent_attention({**raw, "rope_interleave": True})
+    if raw.get("n_shared_experts", 2) is not None:  # null: none
+        shared = integer(raw, "n_shared_experts", 2, least=0)
+    attention, rope = read_latent_attention({**raw, "rope_interleave": True}, 1536)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

@@ -19,7 +19,7 @@ def read_config(raw: Raw) -> ModelConfig:
     """See `esft_jax.families`."""
     require(raw, "hidden_act", "silu")
     layers, width = integer(raw, "num_hidden_layers", 61), integer(raw, "moe_intermediate_size")
-    attention, rope = read_latent_attention(raw)
+    attention, rope = read_latent_attention(raw, 1536)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

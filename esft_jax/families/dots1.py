@@ -24,10 +24,10 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "hidden_act", "silu")
     refuse_windows(raw)
     layers, width = integer(raw, "num_hidden_layers", 62), integer(raw, "moe_intermediate_size")
-    if raw.get("sliding_window", 4096) and integer(raw, "max_window_layers", 62) < layers:
+    if raw.get("sliding_window", 4096) and integer(raw, "max_window_layers", 62, least=0) < layers:
         raise InputError("max_window_layers: windows are not supported; expected all layers")
     bias = flag(raw, "attention_bias", False)
-    attention = read_grouped_attention(raw, bias=(bias, bias), norm="head")
+    attention = read_grouped_attention(raw, bias=(bias, bias), key_heads=32, norm="head")
     shared = 0
     if raw.get("n_shared_experts") is not None:
         shared = integer(raw, "n_shared_experts", least=0)

@@ -20,7 +20,7 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "use_bias", False, None)
     layers = integer(raw, "num_hidden_layers", 28)
     width = integer(raw, "moe_intermediate_size", 1536)
-    attention = read_grouped_attention(raw, bias=(False, False))
+    attention = read_grouped_attention(raw, bias=(False, False), key_heads=4)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

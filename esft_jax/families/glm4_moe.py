@@ -23,6 +23,7 @@ def read_config(raw: Raw) -> ModelConfig:
     attention = read_grouped_attention(
         raw,
         bias=(flag(raw, "attention_bias", False), False),
+        key_heads=8,
         norm="head" if flag(raw, "use_qk_norm", False) else "none",
     )
     return ModelConfig(

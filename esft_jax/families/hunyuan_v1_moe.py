@@ -67,8 +67,9 @@ def _read_rope(raw: Raw, head: int) -> RopeConfig:
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
     if kind != "dynamic" or not scaling.get("alpha"):
         return read_rope(raw, head, "half")
-    plain = read_rope({**raw, name: {**scaling, "rope_type": "default"}}, head, "half")
     alpha = number(scaling, "alpha")
+    kinds = {"rope_type": "default", "type": "default", "alpha": None}
+    plain = read_rope({**raw, name: {**scaling, **kinds}}, head, "half")
     return replace(plain, theta=plain.theta * alpha ** (head / (head - 2)))
 
 

@@ -15,6 +15,22 @@ from esft_jax.model.config import (
 
 Raw = Mapping[str, Any]
 
+# What `rope_parameters` and `rope_scaling` may say.
+_ROPE_KEYS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "attention_factor",
+}
+
 
 def require(raw: Raw, key: str, *supported: Any) -> None:
     """Refuse a key whose value is none of the supported ones; the first stands for an absent key.
@@ -66,6 +82,11 @@ def flag(raw: Raw, key: str, default: bool) -> bool:
     return value
 
 
+def _optional_integer(raw: Raw, key: str, default: int | None) -> int | None:
+    """See `integer`; null is None."""
+    return None if raw.get(key, default) is None else integer(raw, key, default)
+
+
 def read_rope(
     raw: Raw,
     head: int,
@@ -112,8 +133,9 @@ def _rope_of(
     if not isinstance(parameters, dict):
         raise InputError(f"{name}: {parameters!r}; expected an object")
     given = {**raw, **parameters}
-    for key, other in (("rope_theta", raw), ("rope_type", {"rope_type": parameters.get("type")})):
-        inside, beside = parameters.get(key), other.get(key)
+    beside_it = raw | {"rope_type": parameters.get("type")}
+    for key in ("rope_theta", "rope_type", "original_max_position_embeddings"):
+        inside, beside = parameters.get(key), beside_it.get(key)
         if inside is not None and beside is not None and inside != beside:
             raise InputError(f"{name}.{key}: {inside!r} and {beside!r}; expected one value")
     share = rotated_share or 1.0
@@ -123,17 +145,21 @@ def _rope_of(
         raise InputError(f"partial_rotary_factor: {share:g} is not supported; expected 1.0")
     rotated = int(head * share)
     if rotated % 2 or not rotated:
-        raise InputError(f"RoPE turns {rotated} features of a head of {head}; expected pairs")
+        raise InputError(
+            f"partial_rotary_factor: {share:g} turns {rotated} features of a head of {head}; "
+            "expected pairs"
+        )
     base = number(given, "rope_theta", theta, above=1)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(base, rotated, pairing)
-    if kind not in ("yarn", "deepseek_yarn"):
+    if kind not in ("default", "yarn", "deepseek_yarn"):
         raise InputError(f"{name}.rope_type: {kind!r}; expected 'default' or 'yarn'")
     try:
-        return RopeConfig(base, rotated, pairing, _read_yarn(parameters, raw))
+        for key in sorted(parameters.keys() - _ROPE_KEYS):
+            require(parameters, key, None)
+        yarn = None if kind == "default" else _read_yarn(parameters, raw)
     except InputError as error:
         raise InputError(f"{name}.{error}") from None
+    return RopeConfig(base, rotated, pairing, yarn)
 
 
 def _read_yarn(parameters: Raw, raw: Raw) -> YarnConfig:
@@ -145,9 +171,9 @@ def _read_yarn(parameters: Raw, raw: Raw) -> YarnConfig:
     return YarnConfig(
         factor=number(parameters, "factor"),
         original_context=integer(
-            parameters,
+            {**raw, **parameters},
             "original_max_position_embeddings",
-            raw.get("original_max_position_embeddings"),
+            raw.get("max_position_embeddings"),
         ),
         beta_fast=optional("beta_fast", 32.0),
         beta_slow=optional("beta_slow", 1.0),
@@ -160,8 +186,13 @@ def _read_yarn(parameters: Raw, raw: Raw) -> YarnConfig:
     )
 
 
-def read_latent_attention(raw: Raw) -> tuple[LatentAttentionConfig, RopeConfig]:
+def read_latent_attention(
+    raw: Raw, query_rank: int | None
+) -> tuple[LatentAttentionConfig, RopeConfig]:
     """MLA as the DeepSeek families spell it.
+
+    Args:
+        query_rank: of an absent key; null means that queries come from the input.
 
     Raises:
         InputError: naming the key.
@@ -171,7 +202,7 @@ def read_latent_attention(raw: Raw) -> tuple[LatentAttentionConfig, RopeConfig]:
     rope = read_rope(raw, rotated, "interleaved" if interleaved else "half")
     attention = LatentAttentionConfig(
         heads=integer(raw, "num_attention_heads"),
-        query_rank=None if raw.get("q_lora_rank") is None else integer(raw, "q_lora_rank"),
+        query_rank=_optional_integer(raw, "q_lora_rank", query_rank),
         latent=integer(raw, "kv_lora_rank"),
         plain=plain,
         rotated=rotated,
@@ -218,6 +249,7 @@ def read_grouped_attention(
     raw: Raw,
     *,
     bias: tuple[bool, bool],
+    key_heads: int | None = None,
     norm: Literal["none", "head", "whole"] = "none",
     norm_first: bool = True,
     head: int | None = None,
@@ -228,6 +260,8 @@ def read_grouped_attention(
 
     Args:
         bias: of queries, keys and values; of the projection back.
+        key_heads: heads of keys and values, where the key is absent; None: as many as of queries,
+            which null means, too.
         norm, norm_first, clip: see `GroupedAttentionConfig`.
         head: features of a head, where the key is absent; None: an even share.
         scale: of scores before the softmax; None: one over the root of `head`.
@@ -236,9 +270,7 @@ def read_grouped_attention(
         InputError: naming the key.
     """
     heads = integer(raw, "num_attention_heads")
-    key_heads = heads
-    if raw.get("num_key_value_heads") is not None:
-        key_heads = integer(raw, "num_key_value_heads")
+    key_heads = _optional_integer(raw, "num_key_value_heads", key_heads) or heads
     if heads % key_heads:
         raise InputError(
             f"num_key_value_heads: {key_heads} does not divide num_attention_heads = {heads}"

@@ -22,7 +22,9 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "qk_norm_type", "per_layer")
     require(raw, "shared_intermediate_size", 0)
     layers, width = integer(raw, "num_hidden_layers", 62), integer(raw, "intermediate_size")
-    attention = read_grouped_attention(raw, bias=(False, False), norm="whole", head=128)
+    attention = read_grouped_attention(
+        raw, bias=(False, False), key_heads=8, norm="whole", head=128
+    )
     share = 1.0
     if raw.get("rotary_dim") is not None:  # the published file says features, not their share
         share = integer(raw, "rotary_dim") / attention.head

@@ -20,7 +20,7 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "hidden_act", "silu")
     require(raw, "sliding_window", None)
     layers, width = integer(raw, "num_hidden_layers", 32), integer(raw, "intermediate_size")
-    attention = read_grouped_attention(raw, bias=(False, False))
+    attention = read_grouped_attention(raw, bias=(False, False), key_heads=8)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

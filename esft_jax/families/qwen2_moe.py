@@ -21,7 +21,7 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "use_sliding_window", False, None)
     refuse_windows(raw)
     layers = integer(raw, "num_hidden_layers", 24)
-    attention = read_grouped_attention(raw, bias=(flag(raw, "qkv_bias", True), False))
+    attention = read_grouped_attention(raw, bias=(flag(raw, "qkv_bias", True), False), key_heads=16)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

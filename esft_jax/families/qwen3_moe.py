@@ -21,7 +21,7 @@ def read_config(raw: Raw) -> ModelConfig:
     require(raw, "use_sliding_window", False, None)
     refuse_windows(raw)
     layers, bias = integer(raw, "num_hidden_layers", 24), flag(raw, "attention_bias", False)
-    attention = read_grouped_attention(raw, bias=(bias, bias), norm="head")
+    attention = read_grouped_attention(raw, bias=(bias, bias), key_heads=4, norm="head")
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

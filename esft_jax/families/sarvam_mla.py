@@ -19,6 +19,7 @@ _DEFAULTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
+    "initializer_range": 0.006,
     "num_experts_per_tok": 8,
 }
 

@@ -262,3 +262,18 @@ def test_an_export_that_dies_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export_model(tiny[1], None, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_shared_experts_of_no_width_are_carried_along(tmp_path):
+    """Transformers writes tensors without elements for them."""
+    folder = save(torch_model(n_shared_experts=0), tmp_path / "model")
+    export_model(folder, None, tmp_path / "export")
+    found, expected = TensorFiles(tmp_path / "export"), TensorFiles(folder)
+    shapes = {name: info.shape for name, info in expected.items()}
+    assert {name: info.shape for name, info in found.items()} == shapes
+    assert any(0 in shape for shape in shapes.values())
+    convert_checkpoint(folder, tmp_path / "converted")
+    export_model(tmp_path / "converted", None, tmp_path / "again")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("export", "again"))
+    assert one.read_bytes() == other.read_bytes()

@@ -1,0 +1,90 @@
+"""Keys of `config.json`: absent ones, other spellings, and those that no family knows."""
+
+import dataclasses
+
+import pytest
+import transformers
+
+from esft_jax.errors import InputError
+from esft_jax.families import FAMILIES, read_model_config
+from esft_jax.model.config import LatentAttentionConfig
+
+# Where the defaults of a class of transformers describe no whole model.
+MORE = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": None},
+    "glm4_moe": {"num_attention_heads": 32},
+}
+FAMILY_NAMES = sorted(FAMILIES.keys() - {"kimi_k2"})  # which is deepseek_v3 by another name
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def full(family, **changes):
+    """All keys at the defaults of transformers."""
+    config = transformers.AutoConfig.for_model(family, **MORE.get(family, {}), **changes)
+    return config.to_dict() | {"model_type": family}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_an_absent_key_means_what_it_does_to_transformers_or_is_refused_by_name(family):
+    raw = full(family)
+    expected, refused = read_model_config(raw), set()
+    for key in raw.keys() - {"model_type"}:
+        try:
+            found = read_model_config({k: v for k, v in raw.items() if k != key})
+        except InputError as error:
+            assert str(error).startswith(f"{key}: None; expected"), key
+            refused.add(key)
+        else:
+            assert dataclasses.asdict(found) == dataclasses.asdict(expected), key
+    assert {"vocab_size", "hidden_size"} <= refused
+    assert len(refused) < 15
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"])
+def test_null_is_no_rank_of_queries(family):
+    attention = read_model_config(full(family) | {"q_lora_rank": None}).attention
+    assert isinstance(attention, LatentAttentionConfig)
+    assert attention.query_rank is None
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_hunyuan_stretches_the_base_by_a_fixed_alpha(key):
+    """As the release of Hunyuan-A13B spells it."""
+    plain = full("hunyuan_v1_moe", head_dim=128) | {"rope_parameters": None}
+    scaling = {key: "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0}
+    found = read_model_config(plain | {"rope_theta": 10000.0, "rope_scaling": scaling}).rope
+    expected = dataclasses.replace(found, theta=10000.0 * 1000.0 ** (128 / 126), yarn=None)
+    assert found == expected
+    both = scaling | {"type": "dynamic", "rope_type": "dynamic", "rope_theta": 10000.0}
+    assert read_model_config(plain | {"rope_parameters": both}).rope == found
+
+
+def test_yarn_extends_the_longest_row_unless_it_says_otherwise():
+    raw = full("qwen3_moe") | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    rope = read_model_config(raw).rope
+    assert rope.yarn.original_context == raw["max_position_embeddings"]
+    beside = raw | {"original_max_position_embeddings": 64}
+    assert read_model_config(beside).rope.yarn.original_context == 64
+    beside["rope_parameters"] = raw["rope_parameters"] | {"original_max_position_embeddings": 128}
+    with pytest.raises(InputError, match="original_max_position_embeddings: 128 and 64; expected"):
+        read_model_config(beside)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"full_attention": {"rope_theta": 1e6}}, "rope_parameters.full_attention: {'rope_theta'"),
+        ({"rope_type": "yarn", **YARN, "attn_factor": 2.0}, "rope_parameters.attn_factor: 2.0 is"),
+        ({"rope_type": "default", "alpha": 8.0}, "rope_parameters.alpha: 8.0 is not supported"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.rope_type: 'llama3'; expected"),
+    ],
+)
+def test_what_rope_does_not_know_is_refused(rope, message):
+    with pytest.raises(InputError, match=message):
+        read_model_config(full("qwen3_moe") | {"rope_parameters": rope})
+
+
+def test_half_a_pair_is_refused_by_its_key():
+    with pytest.raises(InputError, match="partial_rotary_factor: 0.5 turns 3 features of a head"):
+        read_model_config(full("glm4_moe") | {"head_dim": 6})
