@@ -133,7 +133,7 @@ def _rope_of(
     if not isinstance(parameters, dict):
         raise InputError(f"{name}: {parameters!r}; expected an object")
     given = {**raw, **parameters}
-    beside_it = raw | {"rope_type": parameters.get("type")}
+    beside_it = {**raw, "rope_type": parameters.get("type")}
     for key in ("rope_theta", "rope_type", "original_max_position_embeddings"):
         inside, beside = parameters.get(key), beside_it.get(key)
         if inside is not None and beside is not None and inside != beside:

@@ -3,14 +3,16 @@
 from esft_jax.errors import InputError
 from esft_jax.families.keys import Raw, require
 
-# What says how activations are rounded, or which weights are quantised: the tensors' types say it.
-_NOT_OF_WEIGHTS = {
-    "modules_to_not_convert",
-    "modules_to_convert",
-    "ignored_layers",
-    "dequantize",
+_READ = {
+    "quant_method",
+    "fmt",
+    "activation_scheme",
+    "scale_fmt",
+    "expert_dtype",
+    "weight_block_size",
 }
-_BLOCK = [128, 128]
+# Which weights are in fp8; their types say it. And what another reader makes of them.
+_LEFT = {"modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"}
 
 
 def read_fp8_block(raw: Raw) -> tuple[int, int] | None:
@@ -32,15 +34,14 @@ def read_fp8_block(raw: Raw) -> tuple[int, int] | None:
         require(found, "activation_scheme", "dynamic")
         require(found, "scale_fmt", "float", "ue8m0", None)
         require(found, "expert_dtype", "fp8", None)
-        block = found.get("weight_block_size", _BLOCK)
+        block = found.get("weight_block_size", [128, 128])
         if (
             not isinstance(block, list | tuple)
             or len(block) != 2
             or not all(type(side) is int and side > 0 for side in block)
         ):
             raise InputError(f"weight_block_size: {block!r} is not supported; expected two sizes")
-        known = {"quant_method", "fmt", "activation_scheme", "scale_fmt", "expert_dtype"}
-        for key in found.keys() - known - _NOT_OF_WEIGHTS - {"weight_block_size"}:
+        for key in sorted(found.keys() - _READ - _LEFT):
             require(found, key, None)
     except InputError as error:
         raise InputError(f"quantization_config.{error}") from None

@@ -1,12 +1,15 @@
-"""Every family against transformers: logits, decoding, files written back byte for byte."""
+"""Every family against transformers: logits, gradients, decoding, and files written back."""
 
 import jax
 import numpy as np
 import pytest
 import transformers
+from esft_jax.adapt.attach import attach_tuned_experts
 from flax import nnx
 from safetensors.numpy import load_file
 
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_model
 from esft_jax.families import FAMILIES, load_model_config, tensor_table
@@ -145,15 +148,60 @@ def test_every_family_is_here():
     assert families | {"kimi_k2"} == set(FAMILIES)  # which is deepseek_v3 by another name
 
 
-def test_logits_and_decoding_are_those_of_transformers(pair):
-    model, folder = pair
-    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 24))
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    ours = load_model(folder)
+@pytest.fixture(scope="module")
+def theirs(pair):
+    """Tokens, logits, a cotangent of them, and the gradients that it gives experts, by layer."""
+    model, _ = pair
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SHAPE["vocab_size"], (2, 24))
+    logits = model(torch.tensor(tokens)).logits
+    cotangent = rng.normal(size=logits.shape).astype(np.float32)
+    experts = {
+        (layer, name.rsplit(".", 1)[-1].removesuffix("_proj")): weight
+        for layer, block in enumerate(model.model.layers)
+        for name, weight in block.named_parameters()
+        if "experts." in name and weight.ndim == 3
+    }
+    grads = torch.autograd.grad((logits * torch.tensor(cotangent)).sum(), [*experts.values()])
+    found = {key: grad.numpy() for key, grad in zip(experts, grads, strict=True)}
+    return tokens, logits.detach().numpy(), cotangent, found
+
+
+def test_logits_and_gradients_of_experts_are_those_of_transformers(pair, theirs):
+    tokens, expected, cotangent, gradients = theirs
+    layers = sorted({layer for layer, _ in gradients})
+    met = {layer: np.flatnonzero(gradients[layer, "down"].any((1, 2))) for layer in layers}
+    lowest, highest = int(met[layers[0]][0]), tuple(map(int, met[layers[-1]][-3:]))
+    # Uneven, and layers in between, where there are some, select none.
+    experts = ExpertConfig({layers[0]: (lowest,), layers[-1]: highest})
+    model = load_model(pair[1])
+    attach_tuned_experts(model, experts)
+    graph, tuned, frozen = partition(model, experts)
+
+    @jax.jit
+    def call(tuned, frozen, tokens, cotangent):
+        def forward(tuned):
+            logits = nnx.merge(graph, tuned, frozen)(tokens).logits
+            return (logits * cotangent).sum(), logits
+
+        return jax.grad(forward, has_aux=True)(tuned)
+
+    grads, logits = call(tuned, frozen, tokens, cotangent)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    rows = model.tuned_experts.layout.rows()
+    moe_layers = load_model_config(pair[1]).moe_layers
+    assert len(rows) == experts.num_experts_selected
+    for (_, leaf), grad in nnx.to_flat_state(grads):
+        for stacked, expert, row in rows:
+            known = gradients[moe_layers[stacked], leaf][expert].T
+            difference = np.abs(grad.get_value()[row] - known).max() / np.abs(known).max()
+            assert difference < 1e-4, (stacked, expert, leaf)
+
+
+def test_decoding_is_that_of_transformers(pair, theirs):
+    tokens, expected, *_ = theirs
+    ours = load_model(pair[1])
     graph, params = nnx.split(ours)
-    found = jax.jit(lambda p, t: nnx.merge(graph, p)(t).logits)(params, tokens)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
 
     @jax.jit
     def decode(params, cache, tokens, positions):

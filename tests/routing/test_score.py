@@ -21,6 +21,7 @@ RAW = {
     "n_shared_experts": 1,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
+    "q_lora_rank": None,
     "kv_lora_rank": 8,
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
