@@ -68,7 +68,7 @@ def command(
         except RunFailed as error:
             return _fail(str(error), 1)
         except BrokenPipeError:
-            return _fail("nobody reads the output any more; the command has stopped", 1)
+            return _fail("the output was closed by its reader; the command has stopped", 1)
         except OSError as error:
             if error.strerror is None:  # from a library, about something else
                 raise
@@ -216,7 +216,7 @@ def open_config(args: argparse.Namespace) -> RunConfig:
     """The configuration that the arguments name, with JAX's devices set up for it.
 
     Raises:
-        InputError: in the configuration, or in what is said of other processes.
+        InputError: in the configuration, or in the options about other processes.
     """
     from esft_jax.processes import split_cpu
 
@@ -231,7 +231,7 @@ def join_processes(args: argparse.Namespace) -> None:
     """Join the other processes, if the arguments say so, before JAX touches its devices.
 
     Raises:
-        InputError: in what is said of other processes.
+        InputError: in the options about other processes.
     """
     import jax
 

@@ -123,7 +123,7 @@ def local_path(path: str) -> str:
     What lies there is not looked at.
 
     Raises:
-        InputError: it is a URL, belongs to nobody, or is no path that the system could open.
+        InputError: it is a URL, names no user's home, or is no path that the system could open.
     """
     if url := _URL.match(path):
         raise InputError(

@@ -29,7 +29,7 @@ def out_of_memory(error: Exception) -> RunFailed | None:
 
 
 def local_memory() -> int | None:
-    """Bytes that a program may take on each device of this process; None where nobody knows.
+    """Bytes that a program may take on each device of this process; None where it is unknown.
 
     Devices that are parts of one CPU share its memory.
     """

@@ -1,4 +1,4 @@
-"""Compile the training step of a run for devices that nobody needs to own: does it fit?
+"""Compile the training step of a run for devices that need not be at hand: does it fit?
 
 No weights, data or tokenizer are read. Exits with 0 if the step fits, with 1 if it does not.
 """

@@ -109,7 +109,7 @@ class ShardingRules:
         experts: routed experts, and rows of the tuned bank.
         embed: the model-width side of every other matrix (fully sharded over a replica, gathered
             when used).
-        vocab: the words of the head. An expert group shares them out, as it does experts; each
+        vocab: the words of the head. They are split over an expert group, as experts are; each
             part is fully sharded over `data`, like `embed`.
         layers: the stacking axis; never split.
     """

@@ -18,5 +18,5 @@ class Terminal(Console):
         self.print(text, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
-        """Leave to `cli.command` what happens when nobody reads any more."""
+        """Leave to `cli.command` what happens when its reader has closed the output."""
         raise  # rich calls this while it handles the exception

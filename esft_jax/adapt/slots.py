@@ -93,7 +93,7 @@ class TunedLayout:
         return np.minimum(starts, self.rows_per_shard - self.window).astype(np.int32)
 
     def groups_per_device(self, local: int) -> int:
-        """Groups that a device with so many base experts computes."""
+        """Groups that a device with this number of base experts computes."""
         return self.window + local
 
     @cached_property

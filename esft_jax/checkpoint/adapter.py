@@ -195,7 +195,7 @@ def save_adapter(
     expert_cfg: ExpertConfig,
     manifest: Mapping[str, Any],
 ) -> None:
-    """Write an adapter; an older one in the same place gives way once the new one is complete.
+    """Write an adapter; an older one in the same place is replaced once the new one is complete.
 
     On several processes all must call it; the first one writes.
 

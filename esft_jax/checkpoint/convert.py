@@ -151,7 +151,7 @@ def _convert_share(
                 array[box].write(block, can_reference_source_data_indefinitely=True).result()
         return digest
 
-    # Not what others have noted since: all processes must share out the same tensors.
+    # Not what others have noted since: all processes must divide the same tensors among them.
     finished = _digests(source, [folder / JOURNAL])
     left = [name for name in source.placements if name not in finished]
     names = share(left, source.num_bytes, process, processes)

@@ -129,7 +129,7 @@ def save_model(
     dtype: DTypeLike | None = None,
     carried: TensorFiles | None = None,
 ) -> None:
-    """Write all weights of a model as a Hugging Face folder; an older one there gives way.
+    """Write all weights of a model as a Hugging Face folder; an older one there is replaced.
 
     Tuned experts and low-rank updates are in it, merged in float32, as in an exported adapter.
     On several processes all must call it; the first one writes.

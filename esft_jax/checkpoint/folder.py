@@ -72,11 +72,11 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends without an error.
 
     What killed writers left beside it is removed. Of two writers at one time the later one wins,
-    and the other one fails. Hidden files in a folder that gives way stay.
+    and the other one fails. Hidden files of a folder that is replaced stay.
 
     Args:
         target: must be new or empty, unless `replace` is set.
-        replace: an older result gives way once the new one is complete.
+        replace: an older result is replaced once the new one is complete.
 
     Raises:
         InputError: see `make_way`; or the system failed to write.

@@ -174,7 +174,7 @@ def open_lora(folder: Path) -> LoRAAdapter:
 def save_lora(
     folder: str | Path, model: Transformer, lora: LoRA, manifest: Mapping[str, Any]
 ) -> None:
-    """Write an adapter; an older one in the same place gives way once the new one is complete.
+    """Write an adapter; an older one in the same place is replaced once the new one is complete.
 
     On several processes all must call it; the first one writes.
 

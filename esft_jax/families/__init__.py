@@ -1,4 +1,4 @@
-"""The model families: a file each, and nobody else knows a model's name.
+"""The model families: a file each; no other module knows a model's name.
 
 A family is a module with two functions: `read_config(raw)` makes a `ModelConfig` of a parsed
 `config.json`, and `names(config)` says where each tensor of its checkpoints lies.

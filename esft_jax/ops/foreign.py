@@ -94,7 +94,7 @@ def _word(address: int) -> int:
 
 @compiled
 def clear(address: int, size: int) -> None:
-    """Set so many bytes to 0."""
+    """Set a number of bytes to 0."""
     # Loops over single numbers compile several times faster than array expressions.
     numbers = view(address, size, np.uint8)
     for i in range(size):

@@ -1,1 +1,1 @@
-"""Whether a training step fits a slice that nobody needs to own, and what it costs there."""
+"""Whether a training step fits a slice that need not be at hand, and what it costs there."""

@@ -58,7 +58,7 @@ class StepMemory:
             where it refused or was not asked.
         needed: all together, by the compiler; None where it was not asked, for weights and moments
             alone exceed what there is.
-        available: what the device has; None where nobody knows, as for a CPU.
+        available: what the device has; None where it is unknown, as for a CPU.
     """
 
     frozen: int

@@ -18,7 +18,7 @@ from esft_jax.routing.select import chosen_mask
 
 ENOUGH = 0.9  # agreement of two samples from which more tokens change little
 SURE = 0.8  # of the resamples choose an expert
-NEARLY_EVEN = 1.25  # even routing would take so many times the experts
+NEARLY_EVEN = 1.25  # even routing would take this many times the experts
 
 
 @dataclass(frozen=True)

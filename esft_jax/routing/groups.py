@@ -25,7 +25,7 @@ def group_experts(together: Int64[np.ndarray, "E E"], size: int) -> Int64[np.nda
     Two experts are as similar as the cosine of their rows of `together`: they are chosen beside
     the same experts, each other included. The two most similar ones that are left begin a group;
     whoever is most similar to its members on average joins, until it is full. Ties go to lower
-    ids. Experts that no token chose resemble nobody and are left for the last groups.
+    ids. Experts that no token chose resemble no other and are left for the last groups.
 
     Returns:
         Members of each group, ascending; groups by their first member.

@@ -32,7 +32,7 @@ def select_experts(
     configurations, an expert is added while the sum before it is below `top_p`. For the gate score
     it is absolute gate mass: a layer whose top-K gates never reach it is selected whole.
     `top_k`: as many in each layer.
-    `max_experts`: so many in all layers together, the best of all. Every layer routes the same
+    `max_experts`: this many in all layers together, the best of all. Every layer routes the same
     tokens, so no other choice of as many experts serves more of them; a layer may get none.
 
     Scores count with 4 decimals, in descending order, ties to the lower layer, then the lower id.

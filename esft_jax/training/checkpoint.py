@@ -224,7 +224,7 @@ def _one_voice() -> Iterator[None]:
     """Leave it to `_failed_writes` to say that a write failed.
 
     Threads of Orbax log the same error, each with a traceback; those of tensorstore print another
-    one, for nobody waits any more for what they have written; and asyncio logs the errors of all
+    one, since their results are not awaited any more; and asyncio logs the errors of all
     writes that failed beside the first one.
     """
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from esft_jax.adapt.attach import attach_tuned_experts
 from flax import nnx
 from safetensors.numpy import load_file
 
+from esft_jax.adapt.attach import attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.export import export_model

@@ -144,7 +144,7 @@ def _call(
         interpret=target_platform() == "cpu",
         name=name,
     )
-    # Unlike a kernel, a call is left out where nobody needs its results, as in `jax.checkpoint`.
+    # Unlike a kernel, a call is left out where its results are not used, as in `jax.checkpoint`.
     return jax.jit(run)(*operands)
 
 
