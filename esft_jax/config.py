@@ -222,7 +222,7 @@ class SelectConfig:
             `dense_mlps`, `embedding`, `head`; `non_expert_modules` is all of these but the first.
     """
 
-    method: ScoreMethod = "token"
+    method: Literal["token", "gate", "gate_share"] = "token"
     top_p: Share | None = None
     top_k: Count | None = None
     max_parameters: Size | None = None

@@ -179,7 +179,9 @@ def test_nobody_reads_the_output() -> None:
         done = say("x", count, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
         os.close(writer)
         assert done.returncode == 1
-        assert done.stderr == b"error: the output was closed by its reader; the command has stopped\n"
+        assert done.stderr == (
+            b"error: the output was closed by its reader; the command has stopped\n"
+        )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")

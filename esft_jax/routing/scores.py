@@ -260,7 +260,7 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
         raise InputError(f"{path}: layers: expected a list of decoder layer indices")
     if not isinstance(provenance, dict):
         raise InputError(f"{path}: provenance: expected an object")
-    tables: dict[str, Float64[np.ndarray, "L E"]] = {}
+    tables: dict[ScoreMethod, Float64[np.ndarray, "L E"]] = {}
     for method in SCORE_METHODS:
         key = _key(method)
         if key not in content:
@@ -288,7 +288,7 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
 
 def _of_tables(
     layers: tuple[int, ...],
-    tables: dict[str, Float64[np.ndarray, "L E"]],
+    tables: Mapping[ScoreMethod, Float64[np.ndarray, "L E"]],
     provenance: dict[str, Any],
     together: Int64[np.ndarray, "L E E"] | None = None,
 ) -> ExpertScores:
@@ -308,48 +308,41 @@ def _of_tables(
 
 
 def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
-    layers: list[list[int]] = []
-    tables: dict[str, Float64[np.ndarray, "L E"]] = {}
-    unmeasured = _unmeasured_layers(content)
-    if unmeasured:
-        named = ", ".join(map(str, unmeasured))
-        warnings.warn(f"{path}: every score of layer {named} is 0; left out", stacklevel=2)
+    found: dict[ScoreMethod, dict[int, dict[int, Any]]] = {}
     for method in SCORE_METHODS:
-        key = _key(method)
-        where = f"{path}: {key}"
+        key, where = _key(method), f"{path}: {_key(method)}"
         if key not in content:
             continue
         if not isinstance(content[key], dict):
             raise InputError(f"{where}: expected an object of layer -> {{expert: score}}")
-        rows = {}
+        rows = found[method] = {}
         for layer, row in content[key].items():
             if not isinstance(row, dict):
                 raise InputError(f"{where}.{layer}: expected an object of expert -> score")
             missing = {str(expert) for expert in range(len(row))} - row.keys()
             if missing:
                 raise InputError(f"{where}.{layer}: no score of expert {min(missing, key=int)}")
-            scores = {expert: row[str(expert)] for expert in range(len(row))}
-            rows[layer_index(layer, where)] = scores
-        rows = {layer: row for layer, row in rows.items() if layer not in unmeasured}
-        layers.append(sorted(rows))
-        tables[method] = _table({layer: rows[layer] for layer in sorted(rows)}, where)
-    if any(other != layers[0] for other in layers):
-        layer = min(set().union(*layers) - set(layers[0]).intersection(*layers))
-        raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
-    check_no_gap(layers[0], str(path))
+            rows[layer_index(layer, where)] = {n: row[str(n)] for n in range(len(row))}
+    every = {layer for rows in found.values() for layer in rows}
+    empty = {
+        layer
+        for layer in every
+        if all(score == 0 for rows in found.values() for score in rows.get(layer, {0: 0}).values())
+    }
+    if empty:
+        named = ", ".join(map(str, sorted(empty)))
+        warnings.warn(f"{path}: every score of layer {named} is 0; left out", stacklevel=2)
+    layers = sorted(every - empty)
+    tables = {}
+    for method, rows in found.items():
+        kept = {layer: rows[layer] for layer in layers if layer in rows}
+        tables[method] = _table(kept, f"{path}: {_key(method)}")
+    for layer in layers:
+        if any(layer not in rows for rows in found.values()):
+            raise InputError(f"{path}: layer {layer} has token or gate scores only; expected both")
+    check_no_gap(layers, str(path))
     provenance = {"source": "reference summary", "decimals": _DECIMALS}
-    return _of_tables(tuple(layers[0]), tables, provenance)
-
-
-def _unmeasured_layers(content: dict[str, Any]) -> list[int]:
-    """Layers of a summary whose scores are all 0."""
-    zero: dict[str, bool] = {}
-    for method in SCORE_METHODS:
-        table = content.get(_key(method), {})
-        for layer, row in table.items() if isinstance(table, dict) else ():
-            empty = isinstance(row, dict) and bool(row) and all(s == 0 for s in row.values())
-            zero[layer] = zero.get(layer, True) and empty
-    return sorted(int(layer) for layer, empty in zero.items() if empty and layer.isdecimal())
+    return _of_tables(tuple(layers), tables, provenance)
 
 
 def _table(rows: dict[int, dict[int, Any]], where: str) -> Float64[np.ndarray, "L E"]:

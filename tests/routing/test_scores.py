@@ -102,7 +102,13 @@ def test_layers_of_a_summary_that_were_not_measured_are_left_out(tmp_path):
     )
     with pytest.warns(UserWarning, match=r"summary.json: every score of layer 3 is 0; left out"):
         assert load_scores(path).layers == (1, 2)
-    # With a gate, but no token, it is damaged.
+    # It may be in one of the two tables only. With a gate, but no token, it is damaged.
+    path.write_text(json.dumps({"token_scores": GOOD, "gate_scores": {**GOOD, "3": none}}))
+    with pytest.warns(UserWarning, match="layer 3"):
+        assert load_scores(path).layers == (1, 2)
+    path.write_text(json.dumps({"token_scores": {"1": none}, "gate_scores": {"1": none}}))
+    with pytest.warns(UserWarning, match="layer 1"), pytest.raises(InputError, match="no layers"):
+        load_scores(path)
     path.write_text(json.dumps({"token_scores": {**GOOD, "3": none}, "gate_scores": GOOD3}))
     with pytest.raises(InputError, match="layer 3: token scores sum to 0.0000, not to 1"):
         load_scores(path)
@@ -189,6 +195,8 @@ GOOD = {"1": {"0": 0.25, "1": 0.75}, "2": {"0": 0.5, "1": 0.5}}
         ({}, GOOD, "token_scores: no layers"),
         ({"1": [1.0]}, GOOD, "token_scores.1: expected an object"),
         ({"x": {"0": 1.0}}, GOOD, "token_scores: 'x' is no layer index"),
+        ({"1" * 5000: {"0": 0.0}}, GOOD, "is no layer index"),
+        ({layer: {"0": 0, "1": 0} for layer in GOOD}, GOOD, "layer 1: token scores sum to 0.0000"),
         ({"1": {"0": 0.5, "2": 0.5}}, GOOD, "token_scores.1: no score of expert 1"),
         ({"1": {"0": 0.5, "1": "half"}}, GOOD, "layer 1, expert 1: 'half' is no number"),
         ({"1": {"0": 0.5, "1": 10**400}}, GOOD, "beyond the range"),
