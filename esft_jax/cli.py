@@ -26,6 +26,7 @@ from esft_jax.strict_yaml import explain
 
 VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
+    "data": "show training examples as they are rendered, and what of them is learned",
     "score": "measure how relevant each expert is to a task",
     "select": "choose the experts to train from their scores",
     "report": "show which experts a task needs, why, how sure that is, and what it costs",

@@ -13,7 +13,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -28,6 +35,8 @@ from esft_jax.adapt.parts import (
     merge_flags,
     ordered,
 )
+from esft_jax.data.chat_template import ChatFormat
+from esft_jax.data.template_worker import GIVEN
 from esft_jax.errors import InputError, shown
 from esft_jax.files import check_file, local_path
 
@@ -61,6 +70,15 @@ def _known_rate(name: object) -> object:
 def _known_metric(name: str) -> str:
     if name not in METRIC_NAMES:
         raise ValueError(f"expected one of {', '.join(METRIC_NAMES)}, got {name!r}")
+    return name
+
+
+def _argument_name(name: str) -> str:
+    if not name.isidentifier() or name in GIVEN:
+        raise ValueError(
+            f"expected the name of a variable other than {', '.join(sorted(GIVEN))}, got "
+            f"{shown(name)}"
+        )
     return name
 
 
@@ -111,6 +129,7 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
+TemplateArguments = dict[Annotated[Text, AfterValidator(_argument_name)], JsonValue]
 # Names of sources and of what is evaluated become names of metrics and of folders.
 Name = Annotated[Text, AfterValidator(_plain_name)]
 MetricName = Annotated[Text, AfterValidator(_known_metric)]
@@ -164,6 +183,11 @@ class DataConfig:
         format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
         sequence_length: Tokens per packed row.
         too_long: What to do with a chat longer than a row: stop, cut its end, or drop it.
+        chat_template: File of a chat template, instead of the model's.
+        template_arguments: What the chat template is given besides the chat, such as
+            `enable_thinking: false`; it has to read all of them.
+        stop_token: What ends an answer, and generation with it, where the chat template writes no
+            stop token there.
         mix: Other sources to train on, by name, such as the alignment data of the model; experts
             are scored on `train` alone.
     """
@@ -173,9 +197,20 @@ class DataConfig:
     format: Literal["chat", "text"] = "chat"
     sequence_length: Length = 4096
     too_long: Literal["error", "cut", "drop"] = "error"
+    chat_template: LocalPath | None = None
+    template_arguments: TemplateArguments = field(default_factory=dict)
+    stop_token: Text | None = None
     mix: Annotated[dict[Name, SourceConfig], AfterValidator(_distinct_names)] = field(
         default_factory=dict
     )
+
+    def chat_format(self) -> ChatFormat:
+        """How chats are rendered, other than the model says.
+
+        Raises:
+            InputError: the file of the template cannot be read, or is empty.
+        """
+        return ChatFormat.read(self.chat_template, self.template_arguments, self.stop_token)
 
     @property
     def source_names(self) -> tuple[str, ...]:

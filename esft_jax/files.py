@@ -291,8 +291,10 @@ def checked(kind: type[Value], value: object, where: str) -> Value:
         return _adapter(hashable).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         mistake = error.errors(include_url=False)[0]
-        key = ".".join(map(str, mistake["loc"]))
-        expected = re.sub("^(Input should be|String should)", "expected", mistake["msg"])
+        # A key that is wrong itself has `[key]` after it.
+        key = ".".join(str(part) for part in mistake["loc"] if part != "[key]")
+        message = mistake["msg"].removeprefix("Value error, ")
+        expected = re.sub("^(Input should be|String should)", "expected", message)
         found = _WRONG_KEYS.get(mistake["type"], f"is {reprlib.repr(mistake['input'])}; {expected}")
         raise InputError(": ".join(filter(None, (where, key, found)))) from None
     except RecursionError:

@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from esft_jax.checkpoint.load import local_folder
-from esft_jax.checkpoint.manifest import RUN_DTYPES
+from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share
+from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share, TemplateArguments
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.families import load_model_config
+from esft_jax.files import checked, parse_json
 
 
 @command
@@ -56,6 +59,18 @@ def main(argv: Sequence[str]) -> None:
         "--seed", type=option(Seed), default=0, metavar="S", help="of the draws (default: 0)"
     )
     parser.add_argument(
+        "--chat-template",
+        type=option(LocalPath),
+        metavar="FILE",
+        help="chat template (default: as the adapter's run, else the model's)",
+    )
+    parser.add_argument(
+        "--template-arguments",
+        metavar="JSON",
+        help="what the chat template is given, such as '{\"enable_thinking\": false}' (default: as "
+        "in the adapter's run, else nothing)",
+    )
+    parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as text, without a chat template"
     )
     parser.add_argument(
@@ -66,7 +81,14 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     folder = local_folder(args.model)
-    shape, tokenizer = load_model_config(folder), Tokenizer.load(folder)
+    chats = run_chat_format(args.adapter)
+    if args.chat_template is not None:
+        chats = replace(chats, template=ChatFormat.read(args.chat_template, {}, None).template)
+    if args.template_arguments is not None:
+        given = parse_json(args.template_arguments, "--template-arguments")
+        arguments = checked(TemplateArguments, given, "--template-arguments")
+        chats = replace(chats, arguments=arguments)
+    shape, tokenizer = load_model_config(folder), Tokenizer.load(folder, chats)
     tokenizer.check_vocabulary(shape.vocab_size)
     encode = tokenizer.encode_text if args.raw else tokenizer.encode_user
     prompt = encode(args.prompt)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from esft_jax.checkpoint.identity import check_same_base, tokenizer_fingerprint
+from esft_jax.checkpoint.identity import check_same_base, recorded_chat, tokenizer_fingerprint
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
 from esft_jax.config import Count, LocalPath, Share
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.files import (
@@ -117,7 +118,11 @@ def main(argv: Sequence[str]) -> None:
         if tokenizer is not None:
             here["tokenizer_fingerprint"] = tokenizer_fingerprint(folder, tokenizer)
         for task in tasks:
-            check_same_base(task.scores.provenance, here, task.source, "measured on")
+            provenance, chats = task.scores.provenance, here
+            if "chat" in provenance and tokenizer is not None:
+                own = Tokenizer.load(folder, recorded_chat(provenance, str(task.source)))
+                chats = here | {"tokenizer_fingerprint": tokenizer_fingerprint(folder, own)}
+            check_same_base(provenance, chats, task.source, "measured on")
     known = {task.log.top_k for task in tasks if task.log is not None}
     if router is not None:
         known.add(router.top_k)

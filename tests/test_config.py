@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from esft_jax.config import DataConfig, RunConfig, SelectConfig, load_config, save_config
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -110,6 +111,27 @@ def test_saved_file_loads_back_equal_and_holds_every_key(file: Path, tmp_path: P
     assert {"warmup_steps", "too_long", "also", "rates", "max_new_tokens"} <= set(lines)
 
 
+def test_how_chats_are_rendered(file: Path, tmp_path: Path) -> None:
+    assert load_config(file).data.chat_format() == ChatFormat()
+    template = tmp_path / "own.jinja"
+    given = [
+        f"data.chat_template={template}",
+        "data.template_arguments={enable_thinking: false, levels: [1, a: null]}",
+        "data.stop_token=<|end|>",
+    ]
+    config = load_config(file, given)
+    with pytest.raises(InputError, match=r"own\.jinja: cannot be read: No such file"):
+        config.data.chat_format()
+    template.write_text("")
+    with pytest.raises(InputError, match=r"own\.jinja: is empty; expected a chat template"):
+        config.data.chat_format()
+    template.write_text("mine")
+    arguments = {"enable_thinking": False, "levels": [1, {"a": None}]}
+    assert config.data.chat_format() == ChatFormat("mine", arguments, "<|end|>")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
 def test_threshold_of_the_paper_unless_given() -> None:
     assert SelectConfig(method="token").threshold == 0.2
     assert SelectConfig(method="gate").threshold == 0.1
@@ -159,6 +181,11 @@ def test_flags_of_older_versions_are_read(file: Path) -> None:
         ("data.train=task.jsonl", "data.train: expected a list, got 'task.jsonl'"),
         ("data.train=[]", "data.train: expected at least one item, got []"),
         ("data.train=[a, 3]", "data.train.1: expected a valid string, got 3"),
+        ("data.template_arguments=[a]", "data.template_arguments: expected a valid dictionary"),
+        ("data.template_arguments={messages: 1}", "data.template_arguments.messages: expected the"),
+        ("data.template_arguments.a-b=1", "data.template_arguments.a-b: expected the name of a"),
+        ("data.stop_token=''", "data.stop_token: expected at least 1 character"),
+        ("data.chat_template=gs://b/c", "data.chat_template: 'gs://b/c' is a URL"),
         ("data.mix.x.train=a", "data.mix.x.train: expected a list, got 'a'"),
         ("data.mix={x: {train: [a], wait: 2}}", "unknown key data.mix.x.wait; did you mean "),
         ("data.mix.x.weight=0", "data.mix.x.train: this key is missing"),

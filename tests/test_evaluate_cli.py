@@ -278,3 +278,32 @@ def test_generate_refuses_what_does_not_fit(model_folder, adapter, capsys, monke
     assert "--top-p: expected greater than 0" in refused("--top-p=0")
     ExpertConfig({1: (4,)}).save(adapter / "expert_cfg.json")
     assert "is missing; expert_cfg.json names it" in refused("--adapter", str(adapter))
+
+
+def test_an_adapter_is_asked_as_it_was_trained(config, adapter, model_folder, capsys):
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    chat = {"template": "{{ messages[-1].content }}{{ end }}", "arguments": {"end": "!"}}
+    (adapter / "manifest.json").write_text(json.dumps(manifest | {"chat": chat}))
+    arguments = ["--config", str(config[0]), "--adapter", str(adapter), "data.valid=[]"]
+    assert evaluate.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: data.chat_template: is None; ")
+    template = config[0].with_name("own.jinja")
+    template.write_text(chat["template"])
+    own = [*arguments, f"data.chat_template={template}"]
+    assert evaluate.main([*own, "data.template_arguments.end='?'"]) == 2
+    assert "data.template_arguments: is {'end': '?'}; " in capsys.readouterr().err
+
+    def generated(text, *options):
+        command = ["--model", str(model_folder), "--adapter", str(adapter), "--prompt", text]
+        assert generate.main([*command, "--max-new-tokens", "4", *options]) == 0
+        return capsys.readouterr().out
+
+    whole = generated("2 + 2 =!", "--template-arguments", '{"end": ""}')
+    assert generated("2 + 2 =") == whole
+    template.write_text("{{ messages[-1].content }}{{ end }}" * 2)
+    assert generated("1", "--chat-template", str(template)) == generated("1!1")
+    assert (
+        generate.main(["--model", str(model_folder), "--prompt", "a", "--template-arguments", "[]"])
+        == 2
+    )
+    assert "--template-arguments: is []" in capsys.readouterr().err

@@ -27,7 +27,7 @@ FLOORS = [
     {"reporting"},
     {"cli"},
     {"convert", "evaluate", "export", "generate", "harness", "plan", "select", "sweep", "train"},
-    {"report", "score"},
+    {"report", "score", "show_data"},
 ]
 
 

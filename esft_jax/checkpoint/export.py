@@ -23,11 +23,13 @@ from esft_jax.checkpoint.folder import (
 )
 from esft_jax.checkpoint.identity import tokenizer_fingerprint
 from esft_jax.checkpoint.load import open_source
+from esft_jax.checkpoint.manifest import run_chat_format
 from esft_jax.checkpoint.model_tensors import ModelTensors
 from esft_jax.checkpoint.peft import LoRAAdapter
 from esft_jax.checkpoint.stored import stored_parts, stored_specs, stored_tensor
 from esft_jax.checkpoint.streaming import in_order
 from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, TensorFiles, common_dtype, is_finite
+from esft_jax.data.chat_template import TEMPLATE_FILE, ChatFormat
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
@@ -58,7 +60,8 @@ def export_model(
         adapter: adapter folder, or None for the base alone.
         target: folder to write, new or empty.
         dtype: type of all weights.
-        say: receives a line that says the type, and what was cast to it.
+        say: receives a line that says the type, what was cast to it, and what the chat template is
+            to be given, since no file of the folder can say that.
 
     Raises:
         InputError: bad input, an adapter of another base, or numbers that are not finite in the
@@ -70,13 +73,14 @@ def export_model(
     wanted = dict(stored)
     if source.config.fp8_block is not None:  # as all such models are trained and served, but in fp8
         wanted = dict.fromkeys(stored, np.dtype(jnp.bfloat16))
-    loaded, changed = None, set[str]()
+    loaded, changed, chats = None, set[str](), run_chat_format(adapter)
     if adapter is not None:
         loaded = load_adapter(adapter)
         bound = loaded.manifest or {}
         tokenizer = None
         if "tokenizer_fingerprint" in bound:
-            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+            read = Tokenizer.load(source.folder, chats)
+            tokenizer = tokenizer_fingerprint(source.folder, read)
         loaded.check(source.config, tokenizer_fingerprint=tokenizer)
         if bound:  # the fingerprint may take reading the whole base
             loaded.check(source.config, source.fingerprint)
@@ -112,13 +116,16 @@ def export_model(
         return stored_tensor(table, name, specs, parts, merged)
 
     tensors = in_order(arriving, specs, lambda name: specs[name].num_bytes)
-    _write_model(target, source.folder, specs, tensors, common, replace=False)
+    _write_model(target, source.folder, specs, tensors, common, chats, replace=False)
     cast = Counter(stored[name].name for name in weights if stored[name] != common)
     said = [f"all {len(weights):,} tensors in {common.name}"]
     said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
     if source.config.fp8_block is not None:
         said.append("dequantised from fp8, without quantization_config")
     said += [f"{len(carried):,} tensors carried along"] if carried else []
+    if chats.arguments:
+        given = json.dumps(dict(chats.arguments), ensure_ascii=False)
+        said += [f"its chat template is to be given {given}"]
     say(", ".join(said))
 
 
@@ -128,6 +135,7 @@ def save_model(
     template_folder: str | Path,
     dtype: DTypeLike | None = None,
     carried: TensorFiles | None = None,
+    chat_format: ChatFormat | None = None,
 ) -> None:
     """Write all weights of a model as a Hugging Face folder; an older one there is replaced.
 
@@ -138,6 +146,7 @@ def save_model(
         template_folder: where `config.json` and the tokenizer are copied from.
         dtype: type of the weights; the model's own by default.
         carried: tensors of the base that the model does not use (`Source.carried`).
+        chat_format: what of the template and the stop tokens is to be other than there.
 
     Raises:
         InputError: another template, type or place than a model can be saved with.
@@ -158,7 +167,8 @@ def save_model(
     with on_all_processes(str(folder)):
         try:
             if jax.process_index() == 0:
-                _write_model(Path(folder), template, specs, tensors, dtype, replace=True)
+                chats = chat_format or ChatFormat()
+                _write_model(Path(folder), template, specs, tensors, dtype, chats, replace=True)
         finally:
             # Reading a tensor takes part of every process, even if the first one cannot write it.
             for _ in tensors:
@@ -202,6 +212,7 @@ def _write_model(
     specs: dict[str, TensorSpec],
     tensors: Iterator[tuple[str, np.ndarray]],
     dtype: np.dtype,
+    chats: ChatFormat,
     *,
     replace: bool,
 ) -> None:
@@ -209,5 +220,15 @@ def _write_model(
     config = exported_config(read_json(path), dtype)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "config.json", config)
+        if chats.template is not None:
+            (folder / TEMPLATE_FILE).write_text(chats.template, encoding="utf-8")
+        if chats.stop_token is not None:
+            generation = folder / "generation_config.json"
+            stops = {"eos_token_id": list(Tokenizer.load(template, chats).stop_ids)}
+            _write_json(generation, (read_json(generation) if generation.exists() else {}) | stops)
         write_tensors(folder, specs, tensors, _MAX_SHARD_BYTES)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.files import read_json
+from esft_jax.files import checked, read_json
 
 # Key in manifests, provenance and facts, and what it is the hash of.
 PARTS = {
     "base_fingerprint": "weights",
     "config_fingerprint": "config.json",
-    "tokenizer_fingerprint": "tokenizer or chat template",
+    "tokenizer_fingerprint": "tokenizer or chat format",
 }
 
 
@@ -41,7 +42,27 @@ def tokenizer_fingerprint(folder: Path, tokenizer: Tokenizer) -> str:
         "begins_with_bos": tokenizer.begins_with_bos,
         "chat_template": tokenizer.chat_template,
     }
+    # As it was before there were these.
+    content |= {k: v for k, v in tokenizer.chat_format.to_json().items() if k != "template"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def chat_record(chat_format: ChatFormat) -> dict[str, Any]:
+    """What is recorded of a chat format, beside hashes, to render chats alike again."""
+    content = chat_format.to_json()
+    return {"chat": content} if content else {}
+
+
+def recorded_chat(record: Mapping[str, Any] | None, where: str) -> ChatFormat:
+    """The chat format of a record; that of the model's folder if it says none.
+
+    Args:
+        where: what messages begin with: the file of the record.
+
+    Raises:
+        InputError: it is no chat format.
+    """
+    return checked(ChatFormat, (record or {}).get("chat", {}), f"{where}: chat")
 
 
 def check_same_base(

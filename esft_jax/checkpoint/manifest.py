@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from esft_jax.checkpoint.identity import PARTS, check_same_base
+from esft_jax.checkpoint.identity import PARTS, check_same_base, recorded_chat
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json
 
@@ -37,6 +38,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if dtype not in RUN_DTYPES:
         raise InputError(f"{path}: dtype: is {dtype!r}; expected {' or '.join(RUN_DTYPES)}")
     return manifest
+
+
+def run_chat_format(folder: str | Path | None) -> ChatFormat:
+    """How the run of an adapter rendered chats; as the model says for no adapter, or others'."""
+    if folder is None:
+        return ChatFormat()
+    return recorded_chat(read_manifest(Path(folder)), str(Path(folder) / MANIFEST))
 
 
 def run_dtype(manifest: dict[str, Any] | None) -> np.dtype | None:

@@ -73,7 +73,12 @@ def _parsed(value: Any, kind: pa.DataType, where: str) -> Any:
     if isinstance(kind, pa.JsonType):
         return parse_json(value, where)
     if pa.types.is_struct(kind):
-        return {field.name: _parsed(value[field.name], field.type, where) for field in kind}
+        # A struct has the keys of all rows; a null stands for each that this row lacks.
+        return {
+            field.name: _parsed(value[field.name], field.type, where)
+            for field in kind
+            if value[field.name] is not None
+        }
     if isinstance(value, list) and not pa.types.is_map(kind):
         return [_parsed(item, kind.value_type, where) for item in value]
     return value

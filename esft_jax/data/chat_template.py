@@ -1,9 +1,7 @@
-"""Chat templates: read from a model's folder, rendered within bounds, cut at answers."""
+"""Chat templates: read from a model's folder, rendered within bounds."""
 
 import atexit
-import bisect
 import contextlib
-import itertools
 import json
 import os
 import reprlib
@@ -12,10 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 from esft_jax.data import template_worker
+from esft_jax.data.chat import Chat, Message, marked, reasoning, seen
+from esft_jax.data.samples import Cutter, Rendered, Sample, renderings
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json, read_text
 
@@ -30,30 +31,48 @@ DEFAULT_TEMPLATE = (
 # Where the default template lies, besides `tokenizer_config.json`.
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 
-# Characters of a text that messages show.
-_SHOWN = 40
 # Chats rendered together, and characters of all their renderings.
 _BATCH_CHATS, _BATCH_CHARACTERS = 256, 4_000_000
 
 
-class Message(TypedDict):
-    """One turn of a chat; ``mask`` false keeps an assistant turn out of the loss."""
-
-    role: str
-    content: str
-    mask: NotRequired[bool]
-
-
-class Piece(NamedTuple):
-    """A part of a rendered chat.
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a run wants its chats, other than the model's folder says.
 
     Attributes:
-        text: the part, not empty.
-        turn: number of the message that it is to teach; None if it is not to be learned.
+        template: Jinja source of a chat template; None takes the model's.
+        arguments: what the template is given besides the chat.
+        stop_token: ends an answer, and generation with it, where the template writes none.
     """
 
-    text: str
-    turn: int | None
+    template: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    stop_token: str | None = None
+
+    @classmethod
+    def read(
+        cls, template: str | None, arguments: Mapping[str, Any], stop_token: str | None
+    ) -> "ChatFormat":
+        """As `data.chat_template`, `data.template_arguments` and `data.stop_token` say.
+
+        Raises:
+            InputError: the file of the template is missing or empty.
+        """
+        if template is None:
+            return cls(None, arguments, stop_token)
+        source = read_text(Path(template))
+        if not source.strip():
+            raise InputError(f"{template}: is empty; expected a chat template")
+        return cls(source, arguments, stop_token)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not as the model's folder says; `ChatFormat(**it)` is equal."""
+        values = {
+            "template": self.template,
+            "arguments": dict(self.arguments),
+            "stop_token": self.stop_token,
+        }
+        return {key: value for key, value in values.items() if value}
 
 
 class ChatTemplate:
@@ -63,113 +82,99 @@ class ChatTemplate:
         source: its Jinja source.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str], where: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        where: str,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         """Takes a template; whether it compiles shows when it is first rendered.
 
         Args:
             source: Jinja source.
-            variables: what the template sees besides the messages.
+            variables: what the template sees besides the messages, whether it reads it or not.
             where: what error messages begin with.
+            arguments: more of them, all of which the template has to read.
         """
         self.source = source
-        self._variables, self._where = dict(variables), where
+        self._variables, self._arguments = dict(variables), dict(arguments or {})
+        self._where = where
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
         """The text of a chat. Raises an `InputError` that names the template."""
-        request = _Request(messages, [(len(messages), add_generation_prompt)])
-        answers, fault = self._render([request])
-        if fault is not None:
-            raise fault
-        return answers[0][0].text
+        return self._rendered(chat, add_generation_prompt).text
 
-    def pieces(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
-    ) -> list[Piece]:
-        """The rendered chat cut where the assistant begins and ends.
-
-        To be learned is what the template adds for an assistant's message to the prompt that was
-        before it, or the part of the text within the template's generation blocks if it has any.
-        Not if the message has ``mask`` false.
-
-        Each piece is to be encoded on its own: a merge across a cut would give the prompt other
-        tokens in training than in generation.
+    def samples(self, chat: Chat) -> list[Sample]:
+        """What a chat is to teach, see `Cutter.samples`.
 
         Raises:
-            InputError: the template fails, or its texts do not continue each other.
+            InputError: the template fails, rewrites what it should continue, or leaves out tools,
+                or calls of them.
         """
-        renderings = _renderings(messages, add_generation_prompt)
-        answers, fault = self._render([_Request(messages, renderings)])
-        if fault is not None:
-            raise fault
-        return self._cut(messages, answers[0])
+        return next(self.samples_of_chats([chat]))
 
-    def pieces_of_chats(self, chats: Iterable[Sequence[Message]]) -> Iterator[list[Piece]]:
-        """`pieces` of each chat in turn, in bulk; an error comes after the chats before it."""
-        for batch in _batches(_Request(messages, _renderings(messages)) for messages in chats):
+    def samples_of_chats(self, chats: Iterable[Chat]) -> Iterator[list[Sample]]:
+        """`samples` of each chat in turn, in bulk; an error comes after the chats before it."""
+        for batch in _batches(_Request(chat, renderings(chat)) for chat in chats):
             answers, fault = self._render(batch)
             for request, rendered in zip(batch, answers, strict=False):
-                yield self._cut(request.messages, rendered)
+                self._check_tools(request.chat)
+                yield self._cutter(request.chat, rendered).samples()
             if fault is not None:
                 raise fault
 
-    def _cut(self, messages: Sequence[Message], rendered: Sequence["_Rendered"]) -> list[Piece]:
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = rendered[-1].spans
-        # Where each region of the text ends, and the message that it belongs to.
-        ends: list[int] = []
-        owners: list[int | None] = []
-        before = ""
-        for i, prompt, answer in zip(turns, rendered[0::2], rendered[1::2], strict=False):
-            self._check_continues(before, prompt.text)
-            if not answer.text.startswith(prompt.text):
-                self._explain(messages, i, prompt.text, answer.text)
-            learned = i if messages[i].get("mask", True) else None
-            ends += [len(prompt.text), len(answer.text)]
-            owners += [None if spans is None else learned, learned]
-            before = answer.text
-        text = rendered[-1].text
-        self._check_continues(before, text)
-        bounds = [] if spans is None else [bound for span in spans for bound in span]
-        pieces = []
-        for begin, end in itertools.pairwise(sorted({0, *ends, *bounds, len(text)})):
-            region = bisect.bisect_right(ends, begin)
-            owner = owners[region] if region < len(owners) else None
-            if spans is not None and bisect.bisect_right(bounds, begin) % 2 == 0:
-                owner = None  # between two generation blocks
-            pieces.append(Piece(text[begin:end], owner))
-        return pieces
+    def prompt(self, chat: Chat) -> Sample:
+        """A chat with a prompt for the next answer. Raises an `InputError` as `samples` does."""
+        answers, fault = self._render([_Request(chat, renderings(chat, True))])
+        if fault is not None:
+            raise fault
+        self._check_tools(chat)
+        return self._cutter(chat, answers[0]).prompt()
 
-    def _check_continues(self, before: str, text: str) -> None:
-        if not text.startswith(before):
-            raise InputError(
-                f"{self._where}: rewrites earlier messages when later ones follow; expected each "
-                "message to only add text"
-            )
+    def _cutter(self, chat: Chat, rendered: Sequence[Rendered]) -> Cutter:
+        return Cutter(chat, rendered, self._rendered, self._where)
 
-    def _explain(self, messages: Sequence[Message], i: int, prompt: str, answer: str) -> NoReturn:
-        """Says why the text with an answer does not continue the prompt for it."""
-        self._check_continues(self.render(messages[:i]), answer)
-        common = common_length(prompt, answer)
-        raise InputError(
-            f"{self._where}: the generation prompt is not what precedes the answer when that is "
-            f"rendered: for messages[{i}] it ends in {prompt[-_SHOWN:]!r}; in place of its last "
-            f"{len(prompt) - common} characters the chat has {answer[common:][:_SHOWN]!r}"
-        )
+    def _check_tools(self, chat: Chat) -> None:
+        """Refuse tools, and calls of them, that the template does not show, or not all of."""
+        if not chat.tools and not any("tool_calls" in message for message in chat.messages):
+            return
+        changed, wanted = marked(chat)
+        text = self.render(changed)
+        for key, marks in wanted:
+            if not any(mark in text for mark in marks):
+                raise InputError(
+                    f"{key}: is not, or not all of it, in what the chat template renders; "
+                    "expected a template that shows it (data.chat_template), or a chat without it"
+                )
+
+    def _rendered(self, chat: Chat, add_generation_prompt: bool = False) -> Rendered:
+        request = _Request(chat, [(len(chat.messages), add_generation_prompt)])
+        answers, fault = self._render([request])
+        if fault is not None:
+            raise fault
+        return answers[0][0]
 
     def _render(
         self, requests: Sequence["_Request"]
-    ) -> tuple[list[list["_Rendered"]], InputError | None]:
+    ) -> tuple[list[list[Rendered]], InputError | None]:
         """The texts of chats up to the first that fails, and why it does."""
         chats = [
             {
-                "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-                "renderings": renderings,
+                "messages": [seen(message) for message in chat.messages],
+                "tools": chat.tools,
+                "renderings": wanted,
             }
-            for messages, renderings in requests
+            for chat, wanted in requests
         ]
-        answers: list[list[_Rendered]] = []
+        answers: list[list[Rendered]] = []
+        program = {
+            "template": self.source,
+            "variables": self._variables,
+            "arguments": self._arguments,
+        }
         try:
-            for chat in _WORKER.render(self.source, self._variables, chats):
+            for chat in _WORKER.render(program, chats):
                 answers.append(chat)
         except _TemplateFault as error:
             return answers, InputError(f"{self._where}: {error}")
@@ -179,18 +184,8 @@ class ChatTemplate:
 class _Request(NamedTuple):
     """A chat, and which of its beginnings to render: messages, and whether a prompt follows."""
 
-    messages: Sequence[Message]
+    chat: Chat
     renderings: list[tuple[int, bool]]
-
-
-def _renderings(
-    messages: Sequence[Message], add_generation_prompt: bool = False
-) -> list[tuple[int, bool]]:
-    """Before and after each of the assistant's messages, and the whole chat at the end."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    renderings = [item for i in turns for item in ((i, True), (i + 1, False))]
-    whole = (len(messages), add_generation_prompt)
-    return renderings if renderings[-1:] == [whole] else [*renderings, whole]
 
 
 def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
@@ -199,7 +194,7 @@ def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
     characters = 0
     for request in requests:
         batch.append(request)
-        content = sum(len(message["content"]) for message in request.messages)
+        content = sum(len(text) for m in request.chat.messages for text in _texts(m))
         characters += content * len(request.renderings)
         if characters > _BATCH_CHARACTERS or len(batch) == _BATCH_CHATS:
             yield batch
@@ -208,11 +203,10 @@ def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
         yield batch
 
 
-class _Rendered(NamedTuple):
-    """A text, and the ranges of it that generation blocks made; None without such blocks."""
-
-    text: str
-    spans: list[tuple[int, int]] | None
+def _texts(message: Message) -> Iterator[str]:
+    """What takes most of the room of a message."""
+    yield message["content"]
+    yield from reasoning(message).values()
 
 
 class _TemplateFault(Exception):
@@ -231,11 +225,10 @@ class _Worker:
         atexit.register(self._stop)
 
     def render(
-        self, template: str, variables: Mapping[str, str], chats: Sequence[Mapping[str, Any]]
-    ) -> Iterator[list[_Rendered]]:
+        self, program: Mapping[str, Any], chats: Sequence[Mapping[str, Any]]
+    ) -> Iterator[list[Rendered]]:
         """The texts of each chat; to be read to the end, or to a `_TemplateFault`."""
-        request = {"template": template, "variables": variables, "chats": chats}
-        line = json.dumps(request).encode() + b"\n"
+        line = json.dumps({**program, "chats": chats}).encode() + b"\n"
         with self._lock:
             try:
                 replies = _replies(self._started(), line)
@@ -267,7 +260,7 @@ class _Worker:
                 self._process = None
 
 
-def _replies(process: subprocess.Popen[bytes], line: bytes) -> Iterator[_Rendered]:
+def _replies(process: subprocess.Popen[bytes], line: bytes) -> Iterator[Rendered]:
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # how the process ended is said below
         process.stdin.write(line)
@@ -285,16 +278,10 @@ def _replies(process: subprocess.Popen[bytes], line: bytes) -> Iterator[_Rendere
         answer = json.loads(reply)
         if "error" in answer:
             raise _TemplateFault(answer["error"])
-        yield _Rendered(**answer)
+        yield Rendered(**answer)
 
 
 _WORKER = _Worker()
-
-
-def common_length(one: str, other: str) -> int:
-    """Characters at the beginning of two texts that are the same."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in same)
 
 
 def named_templates(folder: Path) -> list[Path]:

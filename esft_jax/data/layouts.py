@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from esft_jax.data.chat import REASONING_KEYS
 from esft_jax.errors import InputError
 
 Kind = Literal["chat", "text", "prompt"]
@@ -23,12 +24,19 @@ _RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
     (
         re.compile(
             r"((available|builtin|python|xml)_)?(tool|function)s?(_(definition|schema|list|json)s?)?"
-            r"|function_call|tool_choice|parallel_tool_calls"
+        ),
+        ("chat", "prompt"),
+        "chat templates are not given it; expected the tools of a chat as tools, beside messages",
+    ),
+    (
+        re.compile(
+            r"function_call|tool_choice|parallel_tool_calls"
             r"|documents|response_format|chat_template(_kwargs)?|template_kwargs|enable_thinking"
             r"|reasoning_effort|add_generation_prompt|continue_final_message"
         ),
         ("chat", "prompt"),
-        "chat templates are not given it; expected records without it",
+        "chat templates are not given it; expected records without it, and what is the same for "
+        "all of them in data.template_arguments",
     ),
     (
         re.compile(r"(image|video|audio)(s|_urls?|_paths?)?|objects"),
@@ -59,11 +67,18 @@ _RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
 _MESSAGE_KEYS = (
     (re.compile(rf"{_MASKS}|loss|masked|learn"), f"expected mask; {_UNMASKED}"),
     (
-        re.compile(r"\w*tool\w*|function\w*|\w*(reasoning|thinking|thought)\w*|refusal"),
-        "tool calls and reasoning are not read yet; expected messages without them",
+        re.compile(r"\w*tool\w*|function\w*"),
+        "expected calls as tool_calls of an assistant message, and a result as a message of role "
+        "tool, with name and tool_call_id if need be",
+    ),
+    (
+        re.compile(r"\w*(reasoning|thinking|thought)\w*"),
+        f"expected one of {', '.join(REASONING_KEYS)} on an assistant message",
     ),
 )
 _OTHER_ROLES = {
+    **dict.fromkeys(("function", "ipython", "observation", "tool_response"), "tool"),
+    "tool_call": "assistant",
     "developer": "system",
     "human": "user",
     "gpt": "assistant",
@@ -72,7 +87,6 @@ _OTHER_ROLES = {
     "model": "assistant",
     "ai": "assistant",
 }
-_TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "tool_response")
 _AS_MESSAGES = 'expected {"messages": [{"role", "content"}, ...]}'
 
 # Layouts by keys that all their records have, and where each is read or what makes it readable.
@@ -126,19 +140,24 @@ def says_nothing(value: object) -> bool:
 
 
 def check_record_keys(
-    where: str, record: Mapping[str, Any], kind: Kind, said: Collection[str] = ()
+    where: str,
+    record: Mapping[str, Any],
+    kind: Kind,
+    said: Collection[str] = (),
+    read: Collection[str] = (),
 ) -> None:
     """Refuse keys of a record that would change what is said or learned.
 
     Args:
         said: texts that the record says anyway; to repeat one of them changes nothing.
+        read: keys that are read.
 
     Raises:
         InputError: naming the key.
     """
     for key, value in record.items():
         advice = _record_advice(kind, key)
-        if advice is None or says_nothing(value):
+        if advice is None or key in read or says_nothing(value):
             continue
         if isinstance(value, str) and value.strip() in (text.strip() for text in said):
             continue
@@ -178,10 +197,8 @@ def check_message_keys(where: str, message: Mapping[str, Any], read: Collection[
 def role_advice(role: object) -> str:
     """What to write instead of another tool's role; empty if there is nothing to say."""
     name = role.lower() if isinstance(role, str) else ""
-    if name in _TOOL_ROLES:
-        return "; tool calls and their results are not read yet"
     meant = _OTHER_ROLES.get(name, name)
-    return f"; {meant} perhaps" if meant in ("system", "user", "assistant") else ""
+    return f"; {meant} perhaps" if meant in ("system", "user", "assistant", "tool") else ""
 
 
 def layout(record: Mapping[str, Any]) -> str:

@@ -19,13 +19,14 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from esft_jax.data.chat import Chat
 from esft_jax.data.pack import PackPlan, plan_rows
 from esft_jax.data.read import ChatExample, TextExample, read_chat, read_text, source_sha256
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-Encoded = TypeVar("Encoded")
+Result = TypeVar("Result")
 TooLong = Literal["error", "cut", "drop"]
 # Examples encoded together: enough to keep the tokenizer's threads busy.
 _CHUNK = 1024
@@ -38,7 +39,8 @@ class DataStats:
     """What a dataset holds.
 
     Attributes:
-        examples: examples in the rows, those that were cut too.
+        examples: examples in the rows, those that were cut too; a chat is one, or one for each
+            learned answer where its template rewrites what was said before.
         rows: packed rows.
         tokens: positions that are not padding.
         target_tokens: positions with a loss.
@@ -393,30 +395,31 @@ def _add_chats(
 ) -> None:
     limit = sequence_length + 1  # the last token is only a target
     while chunk := list(itertools.islice(examples, _CHUNK)):
-        encoded = tokenizer.encode_chats([example.messages for example in chunk])
-        for example, (tokens, learned) in zip(chunk, _placed(chunk, encoded), strict=True):
-            learn = bytes(learned)
-            if not any(learn[1:]):
-                raise InputError(
-                    f"{example.where}: messages: no target; the chat template shows nothing of "
-                    "what is to be learned"
-                )
-            if len(tokens) <= limit:
-                flat.append(tokens, learn, example.where)
-            elif too_long == "error":
-                raise InputError(
-                    f"{example.where}: messages: {len(tokens)} tokens; expected at most "
-                    f"{limit} ({length_key} + 1), or data.too_long: cut or drop"
-                )
-            elif too_long == "drop":
-                flat.dropped += 1
-            elif flat.append(tokens[:limit], learn[:limit], example.where):
-                flat.cut += 1
+        encoded = tokenizer.encode_chats(Chat(e.messages, e.tools) for e in chunk)
+        for example, samples in zip(chunk, _placed(chunk, encoded), strict=True):
+            for tokens, learned in samples:
+                learn = bytes(learned)
+                if not any(learn[1:]):
+                    raise InputError(
+                        f"{example.where}: messages: no target; the chat template shows nothing of "
+                        "what is to be learned"
+                    )
+                if len(tokens) <= limit:
+                    flat.append(tokens, learn, example.where)
+                elif too_long == "error":
+                    raise InputError(
+                        f"{example.where}: messages: {len(tokens)} tokens; expected at most "
+                        f"{limit} ({length_key} + 1), or data.too_long: cut or drop"
+                    )
+                elif too_long == "drop":
+                    flat.dropped += 1
+                elif flat.append(tokens[:limit], learn[:limit], example.where):
+                    flat.cut += 1
 
 
 def _placed(
-    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Encoded]
-) -> Iterator[Encoded]:
+    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Result]
+) -> Iterator[Result]:
     """What examples are encoded to; an `InputError` of one names its place."""
     for example in examples:
         try:

@@ -13,19 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esft_jax.data.chat_template import Message
+from esft_jax.data.chat import REASONING_KEYS, Message, function, is_learned
 from esft_jax.data.layouts import (
     check_message_keys,
     check_record_keys,
     layout,
     role_advice,
+    says_nothing,
     short,
 )
 from esft_jax.errors import InputError, one_line
-from esft_jax.files import check_file, read_json_lines
+from esft_jax.files import check_file, parse_json, read_json_lines
 
-ROLES = ("system", "user", "assistant")
-MESSAGE_KEYS = ("role", "content", "mask")
+# Keys of messages by role, besides `role`, `content` and `mask`.
+ROLES = {
+    "system": (),
+    "user": (),
+    "assistant": ("tool_calls", *REASONING_KEYS),
+    "tool": ("name", "tool_call_id"),
+}
 # With its owner: the library takes `json` and its like for "all such files in this folder".
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%-]+)?")
 _PACKED = "expected it unpacked"
@@ -48,6 +54,7 @@ class ChatExample:
 
     where: str
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class TextExample:
 
 
 def read_chat(paths: Sequence[str]) -> Iterator[ChatExample]:
-    """Yields ``{"messages": [{"role", "content", "mask"?}, ...]}`` records.
+    """Yields ``{"messages": [{"role", "content", ...}, ...], "tools"?}`` records, see `ROLES`.
 
     Other keys of a record are free, unless they would change what is said or learned.
 
@@ -144,13 +151,14 @@ def chat_example(where: str, record: dict[str, Any]) -> ChatExample:
             f'{where}: messages: is {short(turns)}; expected a list of {{"role", "content"}}'
         )
     messages = [_message(where, f"messages[{i}]", turn) for i, turn in enumerate(turns)]
-    check_record_keys(where, record, "chat", [message["content"] for message in messages])
-    if not any(m["role"] == "assistant" and m.get("mask", True) for m in messages):
+    said = [message["content"] for message in messages]
+    check_record_keys(where, record, "chat", said, read=("tools",))
+    if not any(map(is_learned, messages)):
         raise InputError(
             f"{where}: messages: no target; expected at least one assistant message "
             "without mask: false"
         )
-    return ChatExample(where, messages)
+    return ChatExample(where, messages, _tools(where, record.get("tools")))
 
 
 def _message(where: str, key: str, turn: object) -> Message:
@@ -160,36 +168,107 @@ def _message(where: str, key: str, turn: object) -> Message:
     if role is None:
         hint = "; ShareGPT's from and value are role and content" if "from" in turn else ""
         raise InputError(f"{where}: {key}.role: missing; expected a string{hint}")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise InputError(
             f"{where}: {key}.role: is {short(role)}; expected one of {', '.join(ROLES)}"
             f"{role_advice(role)}"
         )
-    check_message_keys(f"{where}: {key}", turn, MESSAGE_KEYS)
-    if "content" not in turn:
+    mask = _mask(where, f"{key}.mask", role, turn.get("mask"))
+    check_message_keys(f"{where}: {key}", turn, ("role", "content", "mask", *ROLES[role]))
+    extras: dict[str, Any] = {
+        name: checked_text(where, f"{key}.{name}", turn[name])
+        for name in ROLES[role]
+        if name != "tool_calls" and not _absent(turn.get(name))
+    }
+    if not says_nothing(turn.get("tool_calls")):
+        extras["tool_calls"] = _calls(where, f"{key}.tool_calls", turn["tool_calls"])
+    content = turn.get("content")
+    if content is None and "tool_calls" in extras:
+        content = ""
+    if content is None and "content" not in turn:
         raise InputError(f"{where}: {key}.content: missing; expected a string")
-    if isinstance(turn["content"], list):
+    if isinstance(content, list):
         raise InputError(
-            f"{where}: {key}.content: is {short(turn['content'])}; parts are not read; expected "
+            f"{where}: {key}.content: is {short(content)}; parts are not read; expected "
             "one string that holds their texts"
         )
-    message = Message(role=role, content=checked_text(where, f"{key}.content", turn["content"]))
-    mask = turn.get("mask")
-    if mask is not None:  # Parquet has a null where the key is left out
-        if mask not in (0, 1):  # True and False included
-            raise InputError(f"{where}: {key}.mask: is {short(mask)}; expected true or false")
-        if mask and role != "assistant":
-            raise InputError(
-                f"{where}: {key}.mask: is true on a {role} message; "
-                "only assistant messages can be learned"
-            )
-        message["mask"] = bool(mask)
-    if role == "assistant" and message.get("mask", True) and not message["content"].strip():
+    message = Message(role=role, content=checked_text(where, f"{key}.content", content))
+    message.update(extras)  # type: ignore[typeddict-item]
+    if mask is not None:
+        message["mask"] = mask
+    if is_learned(message) and not message["content"].strip() and "tool_calls" not in message:
         raise InputError(
             f"{where}: {key}.content: is {short(message['content'])}; expected an answer to "
             "learn, or mask: false"
         )
     return message
+
+
+def _mask(where: str, key: str, role: str, mask: object) -> bool | None:
+    if mask is None:  # Parquet has a null where the key is left out
+        return None
+    if mask not in (0, 1):  # True and False included
+        raise InputError(f"{where}: {key}: is {short(mask)}; expected true or false")
+    if mask and role != "assistant":
+        raise InputError(
+            f"{where}: {key}: is true on a {role} message; only assistant messages can be learned"
+        )
+    return bool(mask)
+
+
+def _absent(value: object) -> bool:
+    return value is None or value == ""
+
+
+def _tools(where: str, value: object) -> list[dict[str, Any]] | None:
+    """The functions that a chat offers, as OpenAI and Transformers describe them."""
+    if says_nothing(value):
+        return None
+    tools = _objects(where, "tools", value, "tools")
+    for i in range(len(tools)):
+        _check_name(where, "tools", tools, i)
+    return tools
+
+
+def _calls(where: str, key: str, value: object) -> list[dict[str, Any]]:
+    calls = _objects(where, key, value, "calls of tools")
+    for i in range(len(calls)):
+        named, place = _check_name(where, key, calls, i)
+        arguments = named.get("arguments", {})
+        if not isinstance(arguments, dict | str):
+            raise InputError(
+                f"{where}: {place}.arguments: is {short(arguments)}; expected an object, or a "
+                "string that holds its JSON"
+            )
+    return calls
+
+
+def _objects(where: str, key: str, value: object, what: str) -> list[dict[str, Any]]:
+    """A list of objects, which tables may hold as the text of its JSON."""
+    found = parse_json(value, f"{where}: {key}") if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise InputError(f"{where}: {key}: is {short(value)}; expected a list of {what}: objects")
+    try:
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a time from a table, or NaN
+        raise InputError(f"{where}: {key}: is no JSON: {one_line(error)}") from error
+    checked_text(where, key, text)
+    return found
+
+
+def _check_name(
+    where: str, key: str, tools: Sequence[dict[str, Any]], i: int
+) -> tuple[dict[str, Any], str]:
+    """What has the name of one of some tools, or calls of tools, and its key."""
+    named, place = function(tools[i]), f"{key}[{i}]{'.function' * ('function' in tools[i])}"
+    name = named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(
+            f"{where}: {key}: is {short(tools)}; {place}.name: "
+            + ("missing" if name is None else f"is {short(name)}")
+            + '; expected {"type": "function", "function": {"name": ..., ...}}'
+        )
+    return named, place
 
 
 def _open(path: str) -> Iterator[tuple[str, Any]]:

@@ -6,9 +6,11 @@ Jinja's expensive constructs would be complete.
 
 Each line on standard input is a request:
 
-    {"template", "variables", "chats": [{"messages", "renderings": [[count, prompt], ...]}, ...]}
+    {"template", "variables", "arguments", "chats": [
+        {"messages", "tools", "renderings": [[count, prompt], ...]}, ...]}
 
-A rendering is of the first `count` messages, with a generation prompt or without. One line answers
+`variables` and `arguments` are what the template sees besides; it has to read all `arguments`. A
+rendering is of the first `count` messages, with a generation prompt or without. One line answers
 it: `{"text", "spans"}`, or `{"error"}`.
 `spans` are the ranges of the text that `{% generation %}` blocks made, null where the template has
 no such block. A rendering that takes too long ends the process with SIGPROF.
@@ -28,6 +30,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -36,8 +39,11 @@ import jinja2.sandbox
 SECONDS, MEAN_SECONDS = 2.0, 0.05
 # Address space of the process.
 MEMORY = 1 << 30
-# Characters of a rendering beyond ten times those of the messages.
+# Characters of a rendering beyond ten times those of the chat as JSON.
 CHARACTERS = 1_000_000
+
+# What every template is given, besides arguments.
+GIVEN = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token"}
 
 _STARTED = datetime.datetime.now()
 
@@ -64,11 +70,11 @@ class _GenerationBlocks(jinja2.ext.Extension):
 
 
 @functools.lru_cache(8)
-def _compile(source: str) -> tuple[jinja2.Template, bool]:
+def _compile(source: str) -> tuple[jinja2.Template, bool, frozenset[str]]:
     """Compiles with the settings and helpers that Hugging Face templates count on.
 
     Returns:
-        The template, and whether it has generation blocks.
+        The template, whether it has generation blocks, and the variables that it reads.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -79,10 +85,12 @@ def _compile(source: str) -> tuple[jinja2.Template, bool]:
     # One time for all renderings, or they would not continue each other.
     environment.globals["strftime_now"] = _STARTED.strftime
     # Templates ask whether they are none, not whether they are defined.
-    environment.globals.update(tools=None, documents=None)
+    environment.globals.update(documents=None)
     environment.filters["tojson"] = _to_json
     template = environment.from_string(source)
-    return template, vars(environment)["has_generation_blocks"]
+    has_blocks = vars(environment)["has_generation_blocks"]
+    read = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    return template, has_blocks, read - environment.globals.keys()
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -94,12 +102,22 @@ def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 def _answer(
-    request: dict[str, Any], messages: list[dict[str, str]], prompt: bool
+    request: dict[str, Any], chat: dict[str, Any], count: int, prompt: bool
 ) -> dict[str, Any]:
-    template, has_blocks = _compile(request["template"])
-    text = template.render(messages=messages, add_generation_prompt=prompt, **request["variables"])
+    template, has_blocks, read = _compile(request["template"])
+    for name in request["arguments"]:
+        if name not in read:
+            known = ", ".join(sorted(read - GIVEN)) or "none"
+            return {"error": f"reads no argument {name}; expected some of those it reads: {known}"}
+    text = template.render(
+        messages=chat["messages"][:count],
+        tools=chat["tools"],
+        add_generation_prompt=prompt,
+        **request["variables"],
+        **request["arguments"],
+    )
     text.encode()  # fails at half of a surrogate pair
-    most = CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
+    most = CHARACTERS + 10 * chat["characters"]
     if len(text) > most:
         return {"error": f"renders {len(text)} characters; expected at most {most}"}
     if not has_blocks:
@@ -125,9 +143,9 @@ def _split(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _reply(request: dict[str, Any], messages: list[dict[str, str]], prompt: bool) -> str:
+def _reply(request: dict[str, Any], chat: dict[str, Any], count: int, prompt: bool) -> str:
     try:
-        return json.dumps(_answer(request, messages, prompt))
+        return json.dumps(_answer(request, chat, count, prompt))
     except MemoryError:
         error = f"needs too much memory; expected at most {MEMORY >> 20} MiB"
     except RecursionError:
@@ -151,9 +169,10 @@ def _main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for chat in request["chats"]:
+            chat["characters"] = len(json.dumps([chat["messages"], chat["tools"]]))
             for count, prompt in chat["renderings"]:
                 signal.setitimer(signal.ITIMER_PROF, left)
-                reply = _reply(request, chat["messages"][:count], prompt)
+                reply = _reply(request, chat, count, prompt)
                 left = signal.setitimer(signal.ITIMER_PROF, 0)[0]
                 left = min(SECONDS, left + MEAN_SECONDS)
                 sys.stdout.buffer.write(reply.encode() + b"\n")

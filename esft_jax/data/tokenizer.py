@@ -2,26 +2,34 @@
 
 import contextlib
 import functools
-import os
+import json
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import tokenizers
 
+from esft_jax.data.chat import Chat, Message, reasoning
 from esft_jax.data.chat_template import (
     DEFAULT_TEMPLATE,
     TEMPLATE_FILE,
     TEMPLATE_JSON,
+    ChatFormat,
     ChatTemplate,
-    Message,
-    Piece,
-    common_length,
     read_template,
 )
-from esft_jax.errors import InputError, one_line
-from esft_jax.files import checked, read_json, read_text
+from esft_jax.data.samples import Sample, common_length
+from esft_jax.data.tokenizer_files import (
+    WORDS,
+    call,
+    load_backend,
+    read_stop_ids,
+    token_text,
+    try_backend,
+)
+from esft_jax.errors import InputError
+from esft_jax.files import checked, read_json
 
 # What `Tokenizer.load` reads, besides named chat templates.
 TOKENIZER_FILES = (
@@ -35,12 +43,15 @@ TOKENIZER_FILES = (
 
 # Text handed to the library at once: bounds the memory its encodings take.
 _BATCH_CHARACTERS = 4_000_000
-# Stands for a user's words where the template's own are looked for.
-_WORDS = "some words"
 # Characters of a text that messages show.
 _SHOWN = 40
 
-Result = TypeVar("Result")
+
+class Encoded(NamedTuple):
+    """A sample as tokens, and which of them are to be learned; never the first."""
+
+    tokens: list[int]
+    learn: list[bool]
 
 
 class Tokenizer:
@@ -54,6 +65,7 @@ class Tokenizer:
         begins_with_bos: whether the tokenizer puts BOS before plain text by itself. `encode` never
             does.
         chat_template: source of the chat template.
+        chat_format: what of the chats is not as the model's folder says.
         vocab_size: one more than the highest id.
     """
 
@@ -68,6 +80,7 @@ class Tokenizer:
         chat_template: str = DEFAULT_TEMPLATE,
         template_name: str = "chat template",
         stop_ids: Iterable[int] = (),
+        chat_format: ChatFormat | None = None,
     ) -> None:
         """Wraps a loaded tokenizer.
 
@@ -78,33 +91,41 @@ class Tokenizer:
             chat_template: Jinja source.
             template_name: what errors of the template begin with.
             stop_ids: tokens besides EOS at which generation stops.
+            chat_format: replaces `chat_template` if it has one, and adds to it.
 
         Raises:
             InputError: a special token is not in the vocabulary.
         """
         backend.no_truncation()
         backend.no_padding()
-        _try(backend)
+        try_backend(backend)
         self._backend = backend
         self.bos_id = None if bos_token is None else self._special_id("bos_token", bos_token)
         self.eos_id = self._special_id("eos_token", eos_token)
         self.pad_id = self.eos_id if pad_token is None else self._special_id("pad_token", pad_token)
+        self.chat_format = chat = chat_format or ChatFormat()
+        self._last_id = None  # of an answer that the template writes no end for
+        if chat.stop_token is not None:
+            self._last_id = self._special_id("data.stop_token", chat.stop_token)
+            stop_ids = [*stop_ids, self._last_id]
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stop_ids]))
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         if add_bos_token is None:
-            special = _call("cannot encode", backend.encode, "", add_special_tokens=True).ids
+            special = call("cannot encode", backend.encode, "", add_special_tokens=True).ids
             add_bos_token = special[:1] == [self.bos_id]
         self.begins_with_bos = add_bos_token and self.bos_id is not None
         self._bos, self._eos = bos_token or "", eos_token
         variables = {"bos_token": self._bos, "eos_token": eos_token}
         if pad_token is not None:
             variables["pad_token"] = pad_token
+        if chat.template is not None:
+            chat_template, template_name = chat.template, "data.chat_template: chat template"
         self.chat_template = chat_template
-        self._template = ChatTemplate(chat_template, variables, template_name)
+        self._template = ChatTemplate(chat_template, variables, template_name, chat.arguments)
         self._blanks: dict[int, bool] = {}
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
+    def load(cls, folder: str | Path, chat_format: ChatFormat | None = None) -> "Tokenizer":
         """Reads the tokenizer of a Hugging Face folder.
 
         That is ``tokenizer.json`` and ``tokenizer_config.json``, the chat template where it lies
@@ -115,17 +136,19 @@ class Tokenizer:
         config = read_json(config_path)
         if not isinstance(config, dict):
             raise InputError(f"{config_path}: expected a JSON object")
-        eos_token = _token_text(config, "eos_token", config_path)
+        eos_token = token_text(config, "eos_token", config_path)
         if eos_token is None:
             raise InputError(f"{config_path}: eos_token: missing; expected the token ending a text")
-        bos_token = _token_text(config, "bos_token", config_path)
-        pad_token = _token_text(config, "pad_token", config_path)
+        bos_token = token_text(config, "bos_token", config_path)
+        pad_token = token_text(config, "pad_token", config_path)
         add_bos_token = config.get("add_bos_token")
         if add_bos_token is not None:
             checked(bool, add_bos_token, f"{config_path}: add_bos_token")
-        template, template_name = read_template(Path(folder), config, config_path)
-        backend = _load_backend(tokenizer_path)
-        stop_ids = _stop_ids(Path(folder), backend)
+        template, template_name = DEFAULT_TEMPLATE, "chat template"
+        if chat_format is None or chat_format.template is None:
+            template, template_name = read_template(Path(folder), config, config_path)
+        backend = load_backend(tokenizer_path)
+        stop_ids = read_stop_ids(Path(folder), backend)
         try:
             return cls(
                 backend,
@@ -136,6 +159,7 @@ class Tokenizer:
                 chat_template=template,
                 template_name=template_name,
                 stop_ids=stop_ids,
+                chat_format=chat_format,
             )
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
@@ -150,7 +174,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special token is added."""
-        return _call("cannot encode", self._backend.encode, text, add_special_tokens=False).ids
+        return call("cannot encode", self._backend.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """``encode`` of each text in turn, in bulk: several times as fast."""
@@ -162,7 +186,7 @@ class Tokenizer:
                 stop += 1
             batch = list(texts[start:stop])
             try:
-                encodings = _call(
+                encodings = call(
                     "cannot encode",
                     self._backend.encode_batch_fast,
                     batch,
@@ -174,60 +198,80 @@ class Tokenizer:
                 yield from (encoding.ids for encoding in encodings)
             start = stop
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids, special tokens left out unless it is said otherwise."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a whole chat, and which of them are to be learned; see `encode_chats`."""
-        return next(self.encode_chats([messages]))
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[Encoded]:
+        """Token ids of the samples of a chat, and which of them are learned; see `encode_chats`."""
+        return next(self.encode_chats([Chat(messages, tools)]))
 
-    def encode_chats(
-        self, chats: Iterable[Sequence[Message]]
-    ) -> Iterator[tuple[list[int], list[bool]]]:
-        """Token ids of whole chats, and which of them are to be learned; in bulk.
+    def encode_chats(self, chats: Iterable[Chat]) -> Iterator[list[Encoded]]:
+        """Token ids of the samples of chats, and which of them are to be learned; in bulk.
 
-        Learned are the assistant's words (see `ChatTemplate.pieces`) and the stop token that ends
-        them, unless the message has ``mask`` false; never the first token.
+        A chat is one sample, or one for each learned answer (see `esft_jax.data.samples`). Learned
+        are the assistant's words and the stop token that ends them, unless the message has ``mask``
+        false; never the first token.
 
         Raises:
-            InputError: for a chat, once those before it are taken: the template fails, or a learned
-                turn does not end in a stop token.
+            InputError: for a chat, once those before it are taken: the template fails, leaves out
+                what was said, or a learned turn does not end in a stop token.
         """
-        chats = [self._without_eos(messages) for messages in chats]
-        rendered: list[list[Piece]] = []
+        chats = [Chat(self._without_eos(chat.messages), chat.tools) for chat in chats]
+        found: list[list[Sample]] = []
         failure = None
         try:
-            for pieces in self._template.pieces_of_chats(chats):
-                rendered.append(pieces)
+            for samples in self._template.samples_of_chats(chats):
+                found.append(samples)
         except InputError as error:
             failure = error
-        encoded = self.encode_batch([piece.text for pieces in rendered for piece in pieces])
-        for messages, pieces in zip(chats, rendered, strict=False):
-            self._check_contents(messages, pieces, learned=True)
-            tokens: list[int] = []
-            learn: list[bool] = []
-            # Where what is learned of each turn begins and ends.
-            spans: dict[int, tuple[int, int]] = {}
-            for piece in pieces:
-                begin = len(tokens)
-                tokens += next(encoded)
-                learn += [piece.turn is not None] * (len(tokens) - begin)
-                if piece.turn is not None:
-                    spans[piece.turn] = spans.get(piece.turn, (begin,))[0], len(tokens)
-            for number, message in enumerate(messages):
-                if message["role"] == "assistant" and message.get("mask", True):
-                    self._end_turn(number, tokens, learn, spans.get(number))
-            yield tokens, [False, *learn[1:]]
+        texts = [piece.text for samples in found for sample in samples for piece in sample.pieces]
+        encoded = self.encode_batch(texts)
+        for chat, samples in zip(chats, found, strict=False):
+            result: list[Encoded] = []
+            for sample in samples:
+                self._check_contents(chat.messages, sample)
+                result += self._encode(sample, encoded)
+            yield result
         if failure is not None:
             raise failure
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids after which the assistant speaks; a prefix of the ``encode_chat`` ids."""
+    def _encode(self, sample: Sample, encoded: Iterator[list[int]]) -> list[Encoded]:
+        """A sample as tokens. It takes several samples where answers are given other ends.
+
+        Args:
+            encoded: the tokens of its pieces, and others after them.
+        """
+        tokens: list[int] = []
+        learn: list[bool] = []
+        spans: dict[int, _Span] = {}
+        for piece in sample.pieces:
+            begin = len(tokens)
+            tokens += next(encoded)
+            learn += [piece.turn is not None] * (len(tokens) - begin)
+            if piece.turn is not None:
+                first = spans[piece.turn].begin if piece.turn in spans else begin
+                spans[piece.turn] = _Span(first, len(tokens), begin, piece.text)
+        cut: list[Encoded] = []
+        for turn in sample.turns:
+            self._end_turn(turn, tokens, learn, spans.get(turn), cut)
+        found = [*cut, Encoded(tokens, learn)] if any(learn) or not cut else cut
+        return [Encoded(tokens, [False, *learn[1:]]) for tokens, learn in found]
+
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids after which the assistant speaks: where `encode_chat` has them, they begin so.
+
+        Raises:
+            InputError: the template fails, or leaves out what was said.
+        """
         messages = self._without_eos(messages)
-        pieces = self._template.pieces(messages, add_generation_prompt=True)
-        self._check_contents(messages, pieces)
-        encoded = self.encode_batch([piece.text for piece in pieces])
+        sample = self._template.prompt(Chat(messages, tools))
+        self._check_contents(messages, sample)
+        encoded = self.encode_batch([piece.text for piece in sample.pieces])
         return [token for ids in encoded for token in ids]
 
     def encode_user(self, text: str) -> list[int]:
@@ -263,9 +307,16 @@ class Tokenizer:
             text = text.rstrip().removesuffix(self._eos)
         return text
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The text of a chat, by the template."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        chat = Chat(messages, tools)
+        return self._template.render(chat, add_generation_prompt=add_generation_prompt)
 
     def _without_eos(self, messages: Sequence[Message]) -> list[Message]:
         """A chat whose answers do not end in EOS yet, which the template writes."""
@@ -276,44 +327,58 @@ class Tokenizer:
             for message in messages
         ]
 
-    def _check_contents(
-        self, messages: Sequence[Message], pieces: Sequence[Piece], *, learned: bool = False
-    ) -> None:
+    def _check_contents(self, messages: Sequence[Message], sample: Sample) -> None:
         """Refuse messages that are rendered already, hold nothing, or that the template cuts.
 
-        Args:
-            pieces: of the rendered chat.
-            learned: whether answers are to be learned. Of those before a prompt, templates may
-                leave the reasoning out.
+        Of answers that are not learned, such as those before a prompt, templates may leave the
+        reasoning out.
         """
-        text = _without_blanks("".join(piece.text for piece in pieces))
-        for number, message in enumerate(messages):
-            where, content = f"messages[{number}].content", message["content"]
+        text = _without_blanks("".join(piece.text for piece in sample.pieces))
+        learned = {i: "".join(p.text for p in sample.pieces if p.turn == i) for i in sample.turns}
+        for number, message in enumerate(messages[: sample.num_messages]):
+            where, content = f"messages[{number}]", message["content"]
             answer = message["role"] == "assistant"
             # An answer may well begin with a token that prompts end in, such as `<think>`.
             tokens = {self._bos} - {""} if answer else self._marks.tokens
             if token := next(filter(content.lstrip().startswith, tokens), None):
                 raise InputError(
-                    f"{where}: begins with {token!r}, as a rendered chat does; expected the "
-                    "message alone, for the chat template to render"
+                    f"{where}.content: begins with {token!r}, as a rendered chat does; expected "
+                    "the message alone, for the chat template to render"
                 )
             if answer:
-                if not learned or not message.get("mask", True):
+                if number not in sample.turns:
                     continue
-                if not content.strip():
+                if not content.strip() and "tool_calls" not in message:
                     raise InputError(
-                        f"{where}: holds special tokens alone; expected an answer to learn, or "
-                        "mask: false"
+                        f"{where}.content: holds special tokens alone; expected an answer to "
+                        "learn, or mask: false"
                     )
-            # Templates may change the blanks.
-            if _without_blanks(content) not in text:
+                self._check_reasoning(where, message, _without_blanks(learned[number]))
+            # Templates may change the blanks, and show results of tools as JSON.
+            if not any(_without_blanks(shown) in text for shown in _spellings(content)):
                 raise InputError(
-                    f"{where}: {reprlib.repr(content)} is not, or not all of it, in what the chat "
-                    "template renders; expected messages that it shows as they are"
+                    f"{where}.content: {reprlib.repr(content)} is not, or not all of it, in what "
+                    "the chat template renders; expected messages that it shows as they are, or "
+                    "another template (data.chat_template)"
+                )
+
+    def _check_reasoning(self, where: str, message: Message, learned: str) -> None:
+        """Refuse reasoning that is not in what is learned of its message."""
+        for key, part in reasoning(message).items():
+            if _without_blanks(part) not in learned:
+                raise InputError(
+                    f"{where}.{key}: {reprlib.repr(part)} is not, or not all of it, in what the "
+                    "chat template renders to be learned; expected a template that shows it "
+                    "(data.chat_template), or messages without it"
                 )
 
     def _end_turn(
-        self, number: int, tokens: list[int], learn: list[bool], span: tuple[int, int] | None
+        self,
+        number: int,
+        tokens: list[int],
+        learn: list[bool],
+        span: "_Span | None",
+        cut: list[Encoded],
     ) -> None:
         """Lets a turn be learned through the stop token that ends it, and no further.
 
@@ -324,26 +389,37 @@ class Tokenizer:
             number: of the message.
             tokens: of the chat.
             learn: which of them are learned; changed.
-            span: where what is learned of the turn begins and ends.
+            span: what is learned of the turn.
+            cut: takes a turn that the template writes no stop token for, with `data.stop_token`.
         """
         if span is None:
             raise InputError(
                 f"messages[{number}]: the chat template renders nothing of it to be learned; "
                 "expected its text, in a generation block if the template has some, or mask: false"
             )
-        begin, end = span
+        begin, end = span.begin, span.end
         stop = end
         while stop > begin and (tokens[stop - 1] in self.stop_ids or self._blank(tokens[stop - 1])):
             stop -= 1
         while stop < len(tokens) and self._blank(tokens[stop]):
             stop += 1
         if stop == len(tokens) or tokens[stop] not in self.stop_ids:
-            text = self._backend.decode(tokens[begin:end], skip_special_tokens=False)
+            if self._last_id is not None:
+                last = [*self.encode(span.last_text.rstrip()), self._last_id]
+                flags = [i >= begin and learn[i] for i in range(span.last)] + [True] * len(last)
+                if stop == len(tokens):  # nothing comes after it: other turns may stay
+                    tokens[span.last :], learn[span.last :] = last, flags[span.last :]
+                    return
+                cut.append(Encoded([*tokens[: span.last], *last], flags))
+                learn[begin:end] = [False] * (end - begin)
+                return
+            text = self.decode(tokens[begin:end], skip_special_tokens=False)
             stops = " or ".join(repr(self._backend.id_to_token(i)) for i in self.stop_ids)
             raise InputError(
                 f"messages[{number}]: the answer ends in {text[-_SHOWN:]!r}, not in a token at "
-                f"which generation stops ({stops}); expected the token that ends it among "
-                "eos_token_id of generation_config.json, or as eos_token of tokenizer_config.json"
+                f"which generation stops ({stops}); expected the token that ends it as "
+                "data.stop_token, among eos_token_id of generation_config.json, or as eos_token of "
+                "tokenizer_config.json"
             )
         learn[end:stop] = [True] * (stop - end)
         learn[stop] = True
@@ -352,25 +428,25 @@ class Tokenizer:
     def _blank(self, token: int) -> bool:
         """Whether a token is nothing but white space."""
         if token not in self._blanks:
-            text = self._backend.decode([token], skip_special_tokens=False)
+            text = self.decode([token], skip_special_tokens=False)
             self._blanks[token] = not text.strip()
         return self._blanks[token]
 
     @functools.cached_property
     def _marks(self) -> "_Marks":
         """What the template writes around a user's words."""
-        user = Message(role="user", content=_WORDS)
+        user = Message(role="user", content=WORDS)
         try:
             text = self.render([user], add_generation_prompt=True)
         except InputError:  # it may render other chats
             return _Marks(False, "", "", frozenset({self._bos} - {""}))
-        opening, _, closing = text.rpartition(_WORDS)
+        opening, _, closing = text.rpartition(WORDS)
         begins_with_bos = bool(self._bos) and text.startswith(self._bos)
         opening = opening.removeprefix(self._bos)
         # A system text of the template's own is not written before a later turn.
         with contextlib.suppress(InputError):
-            answer = Message(role="assistant", content=_WORDS)
-            later = self.render([user, answer, user]).rpartition(_WORDS)[0]
+            answer = Message(role="assistant", content=WORDS)
+            later = self.render([user, answer, user]).rpartition(WORDS)[0]
             shared = common_length(opening[::-1], later[::-1])
             opening = opening[len(opening) - shared :] if shared else opening
         added = self._backend.get_added_tokens_decoder()
@@ -384,12 +460,21 @@ class Tokenizer:
         return _Marks(begins_with_bos, opening, closing, marks)
 
     def _special_id(self, key: str, token: str) -> int:
-        token_id = _call(f"cannot look up {key}", self._backend.token_to_id, token)
+        token_id = call(f"cannot look up {key}", self._backend.token_to_id, token)
         if token_id is None:
             raise InputError(
                 f"{key}: {reprlib.repr(token)} is not in the vocabulary of tokenizer.json"
             )
         return token_id
+
+
+class _Span(NamedTuple):
+    """What is learned of a turn: tokens `begin` to `end`, of which the last piece has a text."""
+
+    begin: int
+    end: int
+    last: int
+    last_text: str
 
 
 class _Marks(NamedTuple):
@@ -420,89 +505,8 @@ def _without_blanks(text: str) -> str:
     return "".join(text.split())
 
 
-def _call(fault: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-    """Calls the tokenizers library, which raises bare exceptions, and panics.
-
-    Args:
-        fault: what an error says of `tokenizer.json`.
-    """
-    try:
-        return function(*arguments, **options)
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"tokenizer.json: {fault}: {one_line(error)}") from error
-        raise
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Keeps what the library writes of its panics, a page each, from the terminal."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
-
-
-def _load_backend(path: Path) -> tokenizers.Tokenizer:
-    definition = read_text(path)
-    try:
-        with _without_stderr():
-            return _call("not a tokenizer", tokenizers.Tokenizer.from_str, definition)
-    except InputError as error:
-        raise InputError(f"{path.parent}: {error}") from error
-
-
-def _try(backend: tokenizers.Tokenizer) -> None:
-    """Encodes and decodes something: many a fault of a tokenizer shows no earlier."""
-    if not backend.get_vocab_size():
-        raise InputError("tokenizer.json: the vocabulary is empty")
-    with _without_stderr():
-        for special in (False, True):
-            encode = backend.encode
-            ids = _call("cannot encode", encode, _WORDS, add_special_tokens=special).ids
-        _call("cannot decode", backend.decode, ids)
-
-
-def _token_text(config: dict[str, Any], key: str, path: Path) -> str | None:
-    """A special token of the configuration: plain text, or an object with its ``content``."""
-    token, where = config.get(key), f"{path}: {key}"
-    if token is None:
-        return None
-    if isinstance(token, dict):
-        if "content" not in token:
-            raise InputError(f"{where}.content: missing; expected the text of the token")
-        token, where = token["content"], f"{where}.content"
-    return checked(str, token, where)
-
-
-def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
-    """Where generation stops besides EOS: by the first of two files that says it."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        config = read_json(path) if os.path.lexists(path) else {}
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: expected a JSON object")
-        value = config.get("eos_token_id")
-        if value is None:
-            continue
-        where = f"{path}: eos_token_id"
-        ids = (
-            checked(list[int], value, where)
-            if isinstance(value, list)
-            else [checked(int, value, where)]
-        )
-        if not ids:
-            raise InputError(f"{where}: is []; expected the ids at which generation stops")
-        for token_id in ids:
-            if not 0 <= token_id < 1 << 32 or backend.id_to_token(token_id) is None:
-                raise InputError(f"{where}: {token_id} is not in the vocabulary of tokenizer.json")
-        return ids
-    return []
+def _spellings(text: str) -> Iterator[str]:
+    """A text as it is, and as a part of JSON."""
+    yield text
+    for ascii in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii)[1:-1]

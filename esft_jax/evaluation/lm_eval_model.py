@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from esft_jax.checkpoint.load import local_folder
-from esft_jax.checkpoint.manifest import RUN_DTYPES
+from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import DecodingOptions, check_options, generate_tokens
 from esft_jax.decode.likelihood import continuation_likelihoods
@@ -35,7 +35,7 @@ class EsftJaxLM(TemplateLM):
 
     Args:
         pretrained: Hugging Face folder, hub name, or folder written by `convert`.
-        adapter: folder of an adapter.
+        adapter: folder of an adapter; chats are rendered as in its run.
         dtype: of weights and computation, `bfloat16` or `float32`; default: see `load_tuned`.
         batch_size: requests computed together, over all devices.
         max_length: tokens of context and continuation; default: the model's limit.
@@ -77,7 +77,7 @@ class EsftJaxLM(TemplateLM):
         pretrained = local_path(pretrained)
         adapter = None if adapter is None else local_path(adapter)
         folder = local_folder(pretrained)
-        self._tokens = Tokenizer.load(folder)
+        self._tokens = Tokenizer.load(folder, run_chat_format(adapter))
         mesh = make_mesh(data, expert)
         if jax.process_count() > 1:
             raise InputError("the harness runs in one process; expected no other ones")

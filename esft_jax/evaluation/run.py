@@ -22,14 +22,15 @@ from tqdm import tqdm
 from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
 from esft_jax.checkpoint.identity import tokenizer_fingerprint
 from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
-from esft_jax.checkpoint.manifest import RUN_DTYPES
+from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, read_manifest, run_chat_format
 from esft_jax.checkpoint.peft import ADAPTER_CONFIG
 from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.config import EvaluationConfig, OtherConfig, RunConfig
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
 from esft_jax.data.tokenizer import Tokenizer
-from esft_jax.errors import InputError, RunFailed
+from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, write_completions
 from esft_jax.evaluation.tasks import (
@@ -50,6 +51,13 @@ from esft_jax.training.run_folder import RunFolder
 
 # The run's own task, among the names of `evaluation.others`.
 OWN = "task"
+
+# Parts of a chat format, and the configuration's keys for them.
+_CHAT_KEYS = {
+    "template": "data.chat_template",
+    "arguments": "data.template_arguments",
+    "stop_token": "data.stop_token",
+}
 
 _SCORES, _COMPLETIONS = "scores.json", "completions.jsonl"
 
@@ -157,7 +165,8 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     check_writable(run.path, "output")
     run.check_way()
     folder = local_folder(config.model)
-    shape, tokenizer = load_model_config(folder), Tokenizer.load(folder)
+    shape = load_model_config(folder)
+    tokenizer = Tokenizer.load(folder, config.data.chat_format())
     tokenizer.check_vocabulary(shape.vocab_size)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
@@ -264,6 +273,7 @@ def run_evaluation(
     scores = {name: None if any_process(not score) else score for name, score in scores.items()}
     kept = tuple(name for name, score in scores.items() if score is not None)
     if len(kept) < len(scores):
+        _check_chat_format(adapter, inputs.tokenizer.chat_format)
         base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
         target = target or _target(config, adapter, inputs, base.fingerprint)
         names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
@@ -313,6 +323,19 @@ def _report(
     return EvaluationReport(scores, kept, seconds, fingerprint, target.folders)
 
 
+def _check_chat_format(adapter: str | Path | None, chat_format: ChatFormat) -> None:
+    """Refuse to evaluate an adapter on chats that its run would have rendered otherwise."""
+    if adapter is None or not read_manifest(Path(adapter)):
+        return
+    trained, asked = run_chat_format(adapter).to_json(), chat_format.to_json()
+    for key, name in _CHAT_KEYS.items():
+        if trained.get(key) != asked.get(key):
+            raise InputError(
+                f"{name}: is {shown(asked.get(key))}; {Path(adapter) / MANIFEST}: chat.{key}: is "
+                f"{shown(trained.get(key))}; expected what the adapter was trained with"
+            )
+
+
 def load_tuned(
     model: str | Path, adapter: str | Path | None, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> LoadedBase:
@@ -330,7 +353,8 @@ def load_tuned(
         opened = load_adapter(adapter)
         source, tokenizer = open_source(model), None
         if "tokenizer_fingerprint" in (opened.manifest or {}):
-            tokenizer = tokenizer_fingerprint(source.folder, Tokenizer.load(source.folder))
+            read = Tokenizer.load(source.folder, run_chat_format(adapter))
+            tokenizer = tokenizer_fingerprint(source.folder, read)
         opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
         dtype = dtype or opened.run_dtype
     base = load_base(model, dtype or _named_dtype(model), mesh)

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esft_jax.data.chat_template import Message
+from esft_jax.data.chat import Message
 from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
 from esft_jax.data.read import chat_example, checked_text, read_records
@@ -35,19 +35,21 @@ class TaskRow:
         messages: the chat that the model answers; None if `prompt` is what a user says, or a
             rendered chat already (see `Tokenizer.encode_user`).
         answers: what counts as right, at least one.
+        tools: those of `messages`.
     """
 
     where: str
     prompt: str
     messages: tuple[Message, ...] | None
     answers: tuple[str, ...]
+    tools: list[dict[str, Any]] | None = None
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids after which the answer begins; an `InputError` begins with `where`."""
         try:
             if self.messages is None:
                 return tokenizer.encode_user(self.prompt)
-            return tokenizer.encode_prompt(self.messages)
+            return tokenizer.encode_prompt(self.messages, self.tools)
         except InputError as error:
             raise InputError(f"{self.where}: {error}") from error
 
@@ -129,7 +131,8 @@ def _prompt_row(where: str, record: dict[str, Any]) -> TaskRow:
 
 
 def _chat_row(where: str, record: dict[str, Any]) -> TaskRow:
-    *turns, answer = chat_example(where, record).messages
+    example = chat_example(where, record)
+    *turns, answer = example.messages
     if answer["role"] != "assistant" or not turns:
         raise InputError(
             f"{where}: messages: expected a prompt, and the assistant's answer as the last message"
@@ -139,13 +142,18 @@ def _chat_row(where: str, record: dict[str, Any]) -> TaskRow:
             f"{where}: messages[{len(turns)}].mask: is false on the answer; expected an answer "
             "that counts as right"
         )
+    if "tool_calls" in answer:
+        raise InputError(
+            f"{where}: messages[{len(turns)}].tool_calls: is {short(answer['tool_calls'])} on the "
+            "answer; metrics compare texts; expected an answer without calls"
+        )
     if not says_nothing(record.get("raw_answers")):
         raise InputError(
             f"{where}: raw_answers: is {short(record['raw_answers'])} beside messages, whose last "
             "one is the answer; expected one of them"
         )
     prompt = "\n\n".join(turn["content"] for turn in turns)
-    return TaskRow(where, prompt, tuple(turns), (answer["content"],))
+    return TaskRow(where, prompt, tuple(turns), (answer["content"],), example.tools)
 
 
 def check_task(

@@ -480,7 +480,13 @@ class _Run:
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
         if self.trains is None:
             carried = None if self.source is None else self.source.carried
-            save_model(model, self.folder.model, self.setup.folder, carried=carried)
+            save_model(
+                model,
+                self.folder.model,
+                self.setup.folder,
+                carried=carried,
+                chat_format=self.setup.tokenizer.chat_format,
+            )
             return self.folder.model
         assert self.source is not None
         config = self.config

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
 from esft_jax.adapt.partition import check_experts, trained_roles
 from esft_jax.adapt.parts import check_rates
-from esft_jax.checkpoint.identity import check_same_base, tokenizer_fingerprint
+from esft_jax.checkpoint.identity import chat_record, check_same_base, tokenizer_fingerprint
 from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.config import RunConfig
 from esft_jax.data.mix import MixedDataset, Source
@@ -73,11 +74,12 @@ class Setup:
     experts: ExpertConfig | None
 
     @cached_property
-    def identity(self) -> dict[str, str]:
-        """Hashes of what the base is besides its weights, see `hf.identity.PARTS`."""
+    def identity(self) -> dict[str, Any]:
+        """What the base is besides its weights: hashes (`hf.identity.PARTS`), and chats' format."""
         return {
             "config_fingerprint": self.model_config.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint(self.folder, self.tokenizer),
+            **chat_record(self.tokenizer.chat_format),
         }
 
 
@@ -88,9 +90,9 @@ def open_setup(config: RunConfig) -> Setup:
         InputError: naming the key, file or line that is wrong.
     """
     run, folder, model_config, mesh, experts = check_setup(config)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, config.data.chat_format())
     tokenizer.check_vocabulary(model_config.vocab_size)
-    task_set, train_set, valid_sets = _data(config, tokenizer)
+    task_set, train_set, valid_sets = read_data(config, tokenizer)
     score_set = None
     if config.selects_experts and experts is None:
         score_set = score_rows(config, model_config, tokenizer, task_set)
@@ -159,10 +161,14 @@ def own_run(setup: Setup) -> Iterator[None]:
         yield
 
 
-def _data(
+def read_data(
     config: RunConfig, tokenizer: Tokenizer
 ) -> tuple[PackedDataset, Dataset, dict[str, PackedDataset]]:
-    """`task_set`, `train_set` and `valid_sets` of a `Setup`."""
+    """`task_set`, `train_set` and `valid_sets` of a `Setup`.
+
+    Raises:
+        InputError: naming file and line.
+    """
     data, length = config.data, config.data.sequence_length
     task_set = _packed(config, data.train, tokenizer, length)
     train_set: Dataset = task_set

@@ -1,5 +1,6 @@
 """What runs, scores and adapters are bound to: weights, configuration, tokenizer and template."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,13 @@ from safetensors.numpy import load_file, save_file
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.checkpoint.adapter import load_adapter, save_adapter
 from esft_jax.checkpoint.convert import convert_checkpoint
-from esft_jax.checkpoint.export import export_model
-from esft_jax.checkpoint.identity import tokenizer_fingerprint
-from esft_jax.checkpoint.load import open_source
+from esft_jax.checkpoint.export import export_model, save_model
+from esft_jax.checkpoint.identity import chat_record, tokenizer_fingerprint
+from esft_jax.checkpoint.load import load_model, open_source
+from esft_jax.checkpoint.manifest import run_chat_format
 from esft_jax.checkpoint.tensor_files import TensorFiles
-from esft_jax.data.tokenizer import DEFAULT_TEMPLATE, Tokenizer
+from esft_jax.data.chat_template import DEFAULT_TEMPLATE, ChatFormat
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation.run import load_tuned
 from tests.checkpoint.checkpoints import expert_names
@@ -104,6 +107,57 @@ def test_an_adapter_is_bound_to_its_base(adapter, copy, tmp_path, change, messag
     (adapter / "manifest.json").write_text(json.dumps(edit_manifest))
     if change is not other_weights:
         export_model(copy, adapter, tmp_path / "export")
+
+
+@pytest.fixture
+def own_chats(adapter, base) -> ChatFormat:
+    """What the run of the adapter rendered its chats with."""
+    source = "{{ style }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chats = ChatFormat(source, {"style": "x"}, "!")
+    own = tokenizer_fingerprint(base, Tokenizer.load(base, chats))
+    edit(adapter / "manifest.json", tokenizer_fingerprint=own, **chat_record(chats))
+    return chats
+
+
+def test_an_adapter_knows_how_its_run_rendered_chats(adapter, own_chats, base, tmp_path):
+    assert run_chat_format(adapter) == own_chats
+    assert run_chat_format(None) == ChatFormat()
+    load_tuned(base, adapter, np.dtype("float32"), None)
+    said = []
+    export_model(base, adapter, tmp_path / "export", say=said.append)
+    assert said[0].endswith(', its chat template is to be given {"style": "x"}')
+    exported = Tokenizer.load(tmp_path / "export", ChatFormat(arguments={"style": "x"}))
+    before = Tokenizer.load(base, own_chats)
+    assert exported.chat_template == before.chat_template == own_chats.template
+    assert exported.stop_ids == before.stop_ids == (before.eos_id, *before.encode("!"))
+    save_model(load_model(base), tmp_path / "model", base, chat_format=own_chats)
+    assert Tokenizer.load(tmp_path / "model").stop_ids == before.stop_ids
+    assert Tokenizer.load(tmp_path / "model").chat_template == own_chats.template
+
+
+@pytest.mark.parametrize("change", [{"arguments": {"style": "y"}}, {"template": "?"}, {}])
+def test_the_chat_format_is_a_part_of_the_base(adapter, own_chats, base, change):
+    other = dataclasses.replace(own_chats, **change) if change else ChatFormat()
+    edit(adapter / "manifest.json", chat=other.to_json())
+    with pytest.raises(
+        InputError, match=r"tokenizer_fingerprint: trained on another base: its tok"
+    ):
+        load_tuned(base, adapter, np.dtype("float32"), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (5, "chat: is 5"),
+        ({"template": 5}, "chat: template: is 5"),
+        ({"arguments": []}, "chat: arguments: is "),
+        ({"style": 1}, "chat: style: "),
+    ],
+)
+def test_a_damaged_chat_format(adapter, value, message):
+    edit(adapter / "manifest.json", chat=value)
+    with pytest.raises(InputError, match=message):
+        run_chat_format(adapter)
 
 
 def test_copies_are_the_same_base(adapter, base, tmp_path):

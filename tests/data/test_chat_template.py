@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from esft_jax.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, Message, Piece
+from esft_jax.data.chat import Chat, Message
+from esft_jax.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
+from esft_jax.data.samples import Piece
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 
@@ -22,6 +24,12 @@ PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, {"eos_token": "<eos>"}, "chat template")
+
+
+def pieces(source: str, messages: list[Message]) -> list[Piece]:
+    """Those of the only sample of a chat."""
+    (sample,) = template(source).samples(Chat(messages))
+    return sample.pieces
 
 
 @pytest.fixture
@@ -122,7 +130,7 @@ def test_named_files_without_a_default_one_are_refused(folder: Path) -> None:
 )
 def test_what_a_template_raises_is_one_line(source: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        template(source).pieces(CHAT)
+        pieces(source, CHAT)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -130,37 +138,14 @@ def test_what_a_template_raises_is_one_line(source: str, message: str) -> None:
 def test_an_error_comes_after_the_chats_before_it() -> None:
     source = "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + ROLES
     bad = [Message(role="user", content="bad"), CHAT[1]]
-    found = template(source).pieces_of_chats([CHAT, CHAT[:2], bad, CHAT])
-    assert next(found) == template(ROLES).pieces(CHAT)
-    assert next(found) == template(ROLES).pieces(CHAT[:2])
+    chats = [Chat(CHAT), Chat(CHAT[:2]), Chat(bad), Chat(CHAT)]
+    found = template(source).samples_of_chats(chats)
+    assert next(found) == template(ROLES).samples(Chat(CHAT))
+    assert next(found) == template(ROLES).samples(Chat(CHAT[:2]))
     with pytest.raises(InputError, match="chat template: no"):
         next(found)
     # The process that renders is as good as before.
-    assert len(list(template(ROLES).pieces_of_chats([CHAT] * 600))) == 600
-
-
-def test_a_template_that_rewrites_earlier_turns() -> None:
-    source = (
-        "{% for m in messages %}<{{ m.role }}>"
-        "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}"
-        "{% endfor %}" + PROMPT
-    )
-    assert template(source).pieces(CHAT[:2])[1] == Piece("yes", 1)
-    with pytest.raises(InputError, match="rewrites earlier messages when later ones follow"):
-        template(source).pieces(CHAT)
-
-
-def test_a_generation_prompt_that_no_answer_follows() -> None:
-    """A thought begins in the prompt, and no answer is rendered with one."""
-    source = ROLES + "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
-    with pytest.raises(InputError) as caught:
-        template(source).pieces(CHAT[:2])
-    message = str(caught.value)
-    assert message.startswith(
-        "chat template: the generation prompt is not what precedes the answer"
-    )
-    assert "for messages[1] it ends in '<user>hi<eos><assistant><think>\\n'" in message
-    assert "in place of its last 8 characters the chat has 'yes<eos>'" in message
+    assert len(list(template(ROLES).samples_of_chats([Chat(CHAT)] * 600))) == 600
 
 
 def test_generation_blocks_say_what_is_learned() -> None:
@@ -169,7 +154,7 @@ def test_generation_blocks_say_what_is_learned() -> None:
         "{% generation %}{{ m.content }}<eos>{% endgeneration %}\n"
         "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}" + PROMPT
     )
-    assert template(source).pieces(CHAT) == [
+    assert pieces(source, CHAT) == [
         Piece("<user>hi<assistant>", None),
         Piece("<think></think>", None),
         Piece("yes<eos>", 1),
@@ -178,21 +163,21 @@ def test_generation_blocks_say_what_is_learned() -> None:
         Piece("so<eos>", 3),
     ]
     masked = [CHAT[0], Message(role="assistant", content="yes", mask=False), *CHAT[2:]]
-    assert [piece.turn for piece in template(source).pieces(masked)] == [None] * 5 + [3]
+    assert [piece.turn for piece in pieces(source, masked)] == [None] * 5 + [3]
     # In whatever the template makes of a block's text.
     nested = source.replace("{% generation %}", "{% set x %}{% generation %}{% generation %}")
     end = "{% endgeneration %}"
     nested = nested.replace(end, end + end + "{% endset %}{{ x | upper }}")
-    assert template(nested).pieces(CHAT)[2] == Piece("YES<EOS>", 1)
-    assert template(source).render(CHAT[:1], add_generation_prompt=True) == "<user>hi<assistant>"
+    assert pieces(nested, CHAT)[2] == Piece("YES<EOS>", 1)
+    assert template(source).prompt(Chat(CHAT[:1])).pieces == [Piece("<user>hi<assistant>", None)]
 
 
 def test_what_templates_see_besides_the_messages() -> None:
     """As in Transformers; and a chat is rendered several times, at one time for all."""
     unset = "{{ tools is none and documents is none and tools is defined }}"
-    assert template(unset).render(CHAT) == "True"
-    pieces = template("{{ strftime_now('%f') }}" + ROLES).pieces(CHAT)
-    assert [piece.turn for piece in pieces] == [None, 1, None, 3]
+    assert template(unset).render(Chat(CHAT)) == "True"
+    turns = [piece.turn for piece in pieces("{{ strftime_now('%f') }}" + ROLES, CHAT)]
+    assert turns == [None, 1, None, 3]
 
 
 def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
@@ -201,7 +186,7 @@ def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
         "{% endgeneration %}{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
     )
     tokenizer = Tokenizer.load(folder)
-    assert any(tokenizer.encode_chat(CHAT[:2])[1])
+    assert any(tokenizer.encode_chat(CHAT[:2])[0].learn)
     with pytest.raises(InputError, match=r"messages\[1\]: the chat template renders nothing of it"):
         tokenizer.encode_chat(CHAT)
 
@@ -213,7 +198,7 @@ def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
         ("{{ 'x' * 5 * 10**9 }}", "needs too much memory; expected at most 1024 MiB"),
         ("{{ '%99999999999d' | format(1) }}", "needs too much memory; expected at most 1024 MiB"),
         ("{{ 'x' | center(10**10) }}", "needs too much memory; expected at most 1024 MiB"),
-        ("{{ 'x' * 3 * 10**6 }}", "renders 3000000 characters; expected at most 1000110"),
+        ("{{ 'x' * 3 * 10**6 }}", "renders 3000000 characters; expected at most 100"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself, too deeply"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is nested, or calls itself, too deeply"),
         (
@@ -231,7 +216,7 @@ def test_a_turn_in_no_generation_block_is_refused(folder: Path) -> None:
 )
 def test_what_a_template_may_take_is_bounded(source: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        template(source).render(CHAT)
+        template(source).render(Chat(CHAT))
     assert str(caught.value).startswith("chat template: ")
     assert message in str(caught.value)
 
@@ -239,7 +224,7 @@ def test_what_a_template_may_take_is_bounded(source: str, message: str) -> None:
 def test_many_slow_renderings_are_too_slow() -> None:
     source = "{% for a in range(90000) %}{% for b in range(9) %}{% endfor %}{% endfor %}"
     begin = time.process_time()
-    assert template(source).render(CHAT) == ""
+    assert template(source).render(Chat(CHAT)) == ""
     with pytest.raises(InputError, match=r"takes too long; .* 0.05 s on average"):
-        list(template(source).pieces_of_chats([CHAT] * 1000))
+        list(template(source).samples_of_chats([Chat(CHAT)] * 1000))
     assert time.process_time() - begin < 5

