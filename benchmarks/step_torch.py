@@ -1,4 +1,4 @@
-"""The torch contenders of `train_step.py`: `transformers`' DeepSeek-V2 with two kinds of experts.
+"""The torch contenders of `train_step.py`: models of `transformers` with two kinds of experts.
 
 `modules`: one module per expert, as the published code has them. Frozen experts have no gradients,
 so ESFT needs nothing else. The loop over experts is written for speed: one sort, no scatter-add.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from measuring import Measured, run_steps
 from torch import Tensor, nn
-from transformers import DeepseekV2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -71,10 +71,10 @@ class MergedExperts(nn.Module):
         return torch.func.functional_call(self.fused, merged, inputs)
 
 
-def load(folder: Path, kind: str, method: str) -> DeepseekV2ForCausalLM:
+def load(folder: Path, kind: str, method: str) -> PreTrainedModel:
     """The model, with gradients for what the method trains."""
     disable_progress_bar()
-    model = DeepseekV2ForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder / "model",
         dtype=torch.float32,
         attn_implementation="sdpa",

@@ -1,6 +1,6 @@
 """A training step against torch: tokens per second and peak memory, on a CPU.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py [--family qwen3_moe]
 
 Methods: full fine-tuning, ESFT of 5, 10 and 25 % of the experts of every layer, and the forward
 pass alone. Contenders: this package; torch with one module per expert; and the fused experts of
@@ -48,67 +48,110 @@ OPTIMIZER = {
 TOLERANCE = 1e-3
 CHECKED_STEPS = 3
 
-# `config.json` of the model, and rows and tokens per row of a batch.
-_COMMON = {
-    "model_type": "deepseek_v2",
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "hidden_act": "silu",
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
-    "small": (
-        _COMMON
-        | {
-            "vocab_size": 4096,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "moe_intermediate_size": 256,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 8,
-            "kv_lora_rank": 128,
-            "qk_nope_head_dim": 64,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 64,
-        },
-        (4, 512),
-    ),
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a model, in what families have in common, and of a batch.
+
+    Attributes:
+        head: features of a head, of those that are not rotated in latent attention.
+        rotated: those that are, there.
+        key_heads: heads of keys and values in grouped-query attention.
+        batch: rows, and tokens per row.
+    """
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    dense_width: int
+    expert_width: int
+    experts: int
+    top_k: int
+    heads: int
+    key_heads: int
+    head: int
+    rotated: int
+    latent: int
+    init: float
+    batch: tuple[int, int]
+
+
+SIZES = {
+    "small": Size(4096, 512, 8, 2048, 256, 64, 6, 8, 2, 64, 32, 128, 0.02, (4, 512)),
     # For a test of the benchmark itself; its figures mean nothing.
-    "tiny": (
-        _COMMON
-        | {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 16,
-            "n_routed_experts": 20,
-            "num_experts_per_tok": 3,
-            "initializer_range": 0.1,
-        },
-        (2, 32),
-    ),
+    "tiny": Size(64, 32, 3, 48, 16, 20, 3, 2, 1, 16, 8, 16, 0.1, (2, 32)),
 }
+
+
+def _common(size: Size) -> dict[str, Any]:
+    return {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_experts_per_tok": size.top_k,
+        "initializer_range": size.init,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def _deepseek_v2(size: Size) -> dict[str, Any]:
+    """Latent attention, a dense first layer, two shared experts, gates as they are."""
+    return _common(size) | {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "intermediate_size": size.dense_width,
+        "moe_intermediate_size": size.expert_width,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 2,
+        "n_routed_experts": size.experts,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "num_key_value_heads": size.heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": size.latent,
+        "qk_nope_head_dim": size.head,
+        "qk_rope_head_dim": size.rotated,
+        "v_head_dim": size.head,
+    }
+
+
+def _qwen3_moe(size: Size) -> dict[str, Any]:
+    """Grouped-query attention with a norm of each head, gates that add up to 1."""
+    return _common(size) | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "intermediate_size": size.dense_width,
+        "moe_intermediate_size": size.expert_width,
+        "num_experts": size.experts,
+        "norm_topk_prob": True,
+        "num_key_value_heads": size.key_heads,
+        "head_dim": size.head,
+    }
+
+
+def _olmoe(size: Size) -> dict[str, Any]:
+    """As many heads of keys as of queries, a norm of all of them, gates as they are."""
+    return _common(size) | {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "intermediate_size": size.expert_width,
+        "num_experts": size.experts,
+        "norm_topk_prob": False,
+        "num_key_value_heads": size.heads,
+        "pad_token_id": None,  # token 1 by default, whose embedding torch would not train
+    }
+
+
+# `config.json` of a model, by its `model_type`.
+FAMILIES = {"deepseek_v2": _deepseek_v2, "qwen3_moe": _qwen3_moe, "olmoe": _olmoe}
 
 Results = dict[str, dict[str, list[Measured]]]  # by method and contender, one per round
 
@@ -198,7 +241,8 @@ def print_figures(figures: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--family", choices=FAMILIES, default="deepseek_v2")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--threads", type=int, default=2)
@@ -211,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     pin(args.threads)
     before = machine(args.threads)
-    config, batch = CONFIGS[args.config]
+    size = SIZES[args.size]
+    config, batch = FAMILIES[args.family](size), size.batch
     results: Results = {method: {name: [] for name in args.contenders} for method in args.methods}
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)

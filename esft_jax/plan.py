@@ -108,6 +108,8 @@ def _rows(plan: Plan) -> dict[str, str]:
     }
     if plan.operations is not None:
         rows["operations as compiled, GFLOP per token"] = f"{plan.operations / 1e9:.2f}"
+    if plan.experts_overhead is not None:
+        rows["operations of experts, over those without padding"] = f"{plan.experts_overhead:.3f}"
     rows["operations by arithmetic, GFLOP per token"] = f"{plan.model_operations / 1e9:.2f}"
     if plan.received is not None:
         rows |= {f"{kind}, GB": _gigabytes(size) for kind, size in sorted(plan.received.items())}

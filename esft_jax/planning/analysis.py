@@ -49,6 +49,8 @@ class Plan:
         memory: bytes of one device.
         operations: floating-point operations per token as compiled, loops, kernels and what is
             computed again included; None where they cannot be counted, which is only on TPUs.
+        experts_overhead: operations of the experts' kernels as compiled, padding of rows and widths
+            to blocks included, over those of the routed rows alone; None where not counted.
         model_operations: the same by arithmetic, nothing computed twice.
         received: bytes that one device receives from others in a step, by kind of collective, and
             apart for those between slices; None
@@ -64,6 +66,7 @@ class Plan:
     tokens: int
     memory: StepMemory
     operations: float | None
+    experts_overhead: float | None
     model_operations: float
     received: dict[str, float] | None
     roofline: Roofline | None
@@ -181,12 +184,13 @@ def make_plan(case: Case) -> Plan:
     config, model, mesh, trained = case.config, case.model, case.mesh, case.trained
     shapes = case.shapes()
     traced = shapes.trace(config)
-    operations = None
+    operations = overhead = None
     if mesh.devices.flat[0].platform == "tpu":
         micro_batch = case.tokens // config.train.micro_batches
         routing = Routing.balanced(model, mesh, trained, micro_batch)
         found = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
         operations = found.total / case.tokens
+        overhead = found.experts / found.experts_exact
     by_arithmetic = model_operations(model, trained, config.data.sequence_length)
     memory, text = compile_step(shapes, traced)
     received = roofline = None
@@ -202,6 +206,7 @@ def make_plan(case: Case) -> Plan:
         tokens=case.tokens,
         memory=memory,
         operations=operations,
+        experts_overhead=overhead,
         model_operations=by_arithmetic,
         received=received,
         roofline=roofline,

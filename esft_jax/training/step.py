@@ -162,9 +162,18 @@ def make_train_step(
             )
             return optax.apply_updates(tuned, updates[TUNED]), opt_state
 
-        # Not a choice between numbers: that would need the old ones beside the new ones.
-        tuned, opt_state = jax.lax.cond(
-            finite, update, lambda *same: same, state.tuned, state.opt_state
+        def update_if_finite(*before: Any) -> tuple:
+            # Not a choice between numbers: that would need the old ones beside the new ones.
+            return jax.lax.cond(finite, update, lambda *same: same, *before)
+
+        def update_in_loop(*before: Any) -> tuple:
+            # On GPUs, XLA has a condition write beside what it may leave alone, all states once
+            # more. A loop of one turn or none is in place, but keeps every gradient to its end.
+            turns = finite.astype(jnp.int32)
+            return jax.lax.fori_loop(0, turns, lambda _, now: update(*now), before)
+
+        tuned, opt_state = jax.lax.platform_dependent(
+            state.tuned, state.opt_state, cuda=update_in_loop, default=update_if_finite
         )
         return TrainState(state.step + 1, skipped, tuned, opt_state), metrics
 

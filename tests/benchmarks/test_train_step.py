@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,38 @@ def benchmark(script):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What all contenders read."""
-    folder = tmp_path_factory.mktemp("inputs")
+def folders(tmp_path_factory):
+    """What all contenders read, by family."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
         train_step, step_jax = map(importlib.import_module, ("train_step", "step_jax"))
-        config, batch = train_step.CONFIGS["tiny"]
-        load = step_jax.prepare(folder, config, batch, count=3, shares=[10])
-    assert 0.1 < load["10"] < 1  # those with the most tokens
-    return folder
+    size = train_step.SIZES["tiny"]
+
+    @cache
+    def prepare(family):
+        folder, config = tmp_path_factory.mktemp(family), train_step.FAMILIES[family](size)
+        assert config["model_type"] == family
+        load = step_jax.prepare(folder, config, size.batch, count=3, shares=[10])
+        assert 0.1 < load["10"] < 1  # those with the most tokens
+        return folder
+
+    return prepare
 
 
-@pytest.mark.parametrize("method", ["forward", "esft-10", "full"])
-def test_contenders_compute_the_same(benchmark, script, monkeypatch, folder, method):
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("deepseek_v2", "forward"),
+        ("deepseek_v2", "esft-10"),
+        ("deepseek_v2", "full"),
+        ("qwen3_moe", "esft-10"),
+        ("qwen3_moe", "full"),
+        ("olmoe", "full"),
+    ],
+)
+def test_contenders_compute_the_same(benchmark, script, monkeypatch, folders, family, method):
+    folder = folders(family)
+
     def call(module, function, **arguments):
         return getattr(script(module), function)(**arguments)
 
@@ -104,8 +123,10 @@ def test_a_report_is_written_and_differences_end_in_an_error(
 
     monkeypatch.setattr(benchmark, "in_new_process", call)
     output = tmp_path / "folder" / "report.json"
-    benchmark.main(["--methods", "full", "esft-10", "--output", str(output)])
+    arguments = ["--family", "qwen3_moe", "--methods", "full", "esft-10", "--output", str(output)]
+    benchmark.main(arguments)
     report = json.loads(output.read_text())
+    assert report["model"]["model_type"] == "qwen3_moe"
     assert report["figures"]["full"].keys() == set(benchmark.CONTENDERS)
     assert all(len(runs) == 3 for runs in report["runs"]["esft-10"].values())
     assert len(report["bars"]) == 4 and report["before"]["processor"]
@@ -122,7 +143,7 @@ def test_a_measurement_has_a_process_of_its_own(benchmark):
 @pytest.mark.slow
 def test_the_whole_script(tmp_path):
     output = tmp_path / "report.json"
-    options = ["--config", "tiny", "--rounds", "1", "--steps", "1", "--methods", "esft-10"]
+    options = ["--size", "tiny", "--rounds", "1", "--steps", "1", "--methods", "esft-10"]
     # The session's flags for JAX are not for what is to be measured.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     subprocess.run(

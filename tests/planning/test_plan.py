@@ -3,12 +3,15 @@
 import dataclasses
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from esft_jax import plan
 from esft_jax.adapt.expert_config import ExpertConfig
@@ -17,9 +20,9 @@ from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
-from esft_jax.sharding import make_mesh
+from esft_jax.sharding import DATA, EXPERT, REPLICA, make_mesh
 from esft_jax.training import loop
-from esft_jax.training.setup import open_setup
+from esft_jax.training.setup import check_fit, open_setup
 from esft_jax.training.timing import Stopwatch
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,7 @@ def test_the_command(make_config, tmp_path, capsys) -> None:
     assert esft["memory"]["frozen"] > full["memory"]["frozen"] == 0
     assert esft["received"]["all-gather"] > 0
     assert 0 < esft["model_operations"] < full["model_operations"]
+    assert esft["experts_overhead"] is None  # only kernels for TPUs are counted
 
 
 def test_what_lora_trains_is_said_and_counted(make_config) -> None:
@@ -197,6 +201,7 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
     (found,) = json.loads(output.read_text())
     assert found["mesh"] == {"replica": slices, "data": 2, "expert": 4} and found["fits"]
     assert found["operations"] > found["model_operations"] > 0
+    assert found["experts_overhead"] >= 1
     # The tokens of a group, bfloat16, to each of its devices: in every layer, forward and backward.
     tokens = 3 * 64 * 32 * 2
     assert found["received"]["all-gather"] > 2 * 3 * 2 * tokens
@@ -206,11 +211,51 @@ def test_a_slice_of_tpus(topology, make_config, tmp_path) -> None:
     assert 0 < roofline["overlapped"] < roofline["serial"] < 1e-3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pods").glob("*.yaml")), ids=str)
-def test_pod_configurations(path) -> None:
+@pytest.mark.slow
+def test_a_gpu_updates_masters_and_moments_in_place(make_config, tmp_path) -> None:
+    if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
+        pytest.skip("JAX's CUDA compiler is not installed: pip install 'esft-jax[cuda]'")
+    path, output = tmp_path / "run.yaml", tmp_path / "plan.json"
+    config = make_config(
+        expert_cfg=None,
+        mesh={},
+        data={"train": ("none",), "sequence_length": 8},
+        train={"batch_size": 1, "remat": "full"},
+    )
+    raw = json.loads((Path(config.model) / "config.json").read_text())
+    raw["moe_intermediate_size"] = 512  # so that trained experts are nearly everything
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    save_config(dataclasses.replace(config, model=str(tmp_path)), path)
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", "h100:1", "--json", output]
+    command += ["--config", path, "--experts-per-layer", "8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(output.read_text())
+    memory = found["memory"]
+    # Gradients, and the rest. A second state takes three times as much beside them.
+    assert memory["tuned"] < memory["temporary"] < 3 * memory["tuned"]
+
+
+CONFIGS = ROOT / "configs"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("pods/*.yaml")]),
+    ids=lambda path: path.stem,
+)
+def test_shipped_configurations_fit_their_models(path) -> None:
+    """On the slice that a configuration names, or else on as many devices as share the experts."""
     config = load_config(path)
     model = load_model_config(ROOT / "models" / Path(config.model).name)
-    assert model.router.num_experts % config.mesh.expert == 0
+    groups = 1
+    if named := re.search(r"--topology (?:(\d+)x)?\w+:([\dx]+)\)", path.read_text()):
+        devices = int(named[1] or 1) * math.prod(map(int, named[2].split("x")))
+        groups, rest = divmod(devices, config.mesh.expert)
+        assert rest == 0
+    axes = (REPLICA, DATA, EXPERT)
+    check_fit(config, model, AbstractMesh((1, groups, config.mesh.expert), axes))
+    assert path.parent == CONFIGS or named
 
 
 def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
