@@ -37,21 +37,35 @@ CASES = {
     "one-giant": [0, 0, 200, 0, 0],
     "all-empty": [0, 0, 0, 0, 0],
 }
-N = 200  # no multiple of the block; most cases leave rows that belong to nobody
+N = 200  # no multiple of the block; most cases leave padding rows
+# Sizes and starts.
+SCATTERED = {
+    "gaps": ([70, 3, 0, 65, 1], [5, 75, 90, 100, 199]),
+    "any order": ([70, 3, 0, 55, 1], [120, 60, 7, 0, 57]),
+    "any order, no gaps": ([80, 30, 40, 0, 50], [70, 0, 30, 77, 150]),
+    "one tile": ([2, 3, 1, 4, 5], [40, 10, 30, 20, 1]),
+    "one-giant": ([0, 0, 197, 0, 0], [0, 0, 3, 200, 0]),
+    "all-empty": ([0, 0, 0, 0, 0], [0, 9, 3, 200, 0]),
+}
 
 
 def draw(*shape, seed):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def reference(x, matrices, sizes, cotangent):
+def rows_of(sizes, starts=None):
+    """Of each group."""
+    ends = np.cumsum(sizes)
+    starts = ends - sizes if starts is None else starts
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def reference(x, matrices, cotangent, groups):
     """Product, and gradients of `sum(product * cotangent)`, in float64."""
     x, matrices, cotangent = (a.astype(np.float64) for a in (x, matrices, cotangent))
     out = np.zeros((len(x), matrices.shape[2]))
     dx, dw = np.zeros_like(x), np.zeros_like(matrices)
-    start = 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start := start + size)
+    for group, rows in enumerate(groups):
         out[rows] = x[rows] @ matrices[group]
         dx[rows] = cotangent[rows] @ matrices[group].T
         dw[group] = x[rows].T @ cotangent[rows]
@@ -59,25 +73,27 @@ def reference(x, matrices, sizes, cotangent):
 
 
 @partial(jax.jit, static_argnums=0)
-def run(implementation, x, banks, sizes, cotangent):
+def run(implementation, x, banks, sizes, cotangent, starts=None):
     def multiply(x, banks):
-        return grouped_matmul(x, banks, sizes, implementation=implementation)
+        return grouped_matmul(x, banks, sizes, starts, implementation=implementation)
 
     out, pull = jax.vjp(multiply, x, banks)
     return out, *pull(cotangent)
 
 
-def check(run, x, banks, sizes, cotangent, tolerance):
-    out, dx, dbanks = run(x, banks, np.array(sizes, np.int32), cotangent)
+def check(run, x, banks, sizes, cotangent, tolerance, starts=None):
+    numbers = [None if n is None else np.array(n, np.int32) for n in (sizes, starts)]
+    out, dx, dbanks = run(x, banks, numbers[0], cotangent, numbers[1])
     found = (out, dx, np.concatenate([np.asarray(d, np.float64) for d in dbanks]))
     matrices = np.concatenate([np.asarray(b, np.float64) for b in banks])
-    for ours, expected in zip(found, reference(x, matrices, sizes, cotangent), strict=True):
+    groups = rows_of(sizes, starts)
+    for ours, expected in zip(found, reference(x, matrices, cotangent, groups), strict=True):
         scale = np.abs(expected).max() or 1.0
         np.testing.assert_allclose(
             np.asarray(ours, np.float64) / scale, expected / scale, atol=tolerance, rtol=0
         )
-    past = sum(sizes)
-    assert not np.any(out[past:]) and not np.any(dx[past:])
+    padding = np.delete(np.arange(len(x)), np.r_[tuple(groups)])
+    assert not np.any(out[padding]) and not np.any(dx[padding])
 
 
 class TestEveryImplementation:
@@ -91,6 +107,11 @@ class TestEveryImplementation:
     def test_two_banks(self, sizes):
         banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
         check(self.run, draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6)
+
+    @pytest.mark.parametrize(("sizes", "starts"), SCATTERED.values(), ids=SCATTERED)
+    def test_groups_that_start_anywhere(self, sizes, starts):
+        banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
+        check(self.run, draw(N, D, seed=0), banks, sizes, draw(N, F, seed=3), 1e-6, starts)
 
     def test_a_part_of_an_array(self):
         tuned, more = draw(2, D, F, seed=1), draw(9, D, F, seed=2)
@@ -143,13 +164,18 @@ class TestEveryImplementation:
         _, _, (found,) = self.run(x, banks, np.array([rows], np.int32), cotangent)
         np.testing.assert_allclose(found, 64 + (rows - 1) / 512, rtol=1e-6)
 
-    def test_rows_of_nobody_poison_nothing(self):
+    @pytest.mark.parametrize("starts", [None, [100, 0, 45, 0, 31]], ids=["behind", "between"])
+    def test_padding_rows_poison_nothing(self, starts):
         banks = (draw(2, D, F, seed=1), draw(3, D, F, seed=2))
         sizes = np.array([30, 0, 20, 0, 7], np.int32)
+        starts = None if starts is None else np.array(starts, np.int32)
         x, cotangent = draw(N, D, seed=0), draw(N, F, seed=3)
-        clean = self.run(x, banks, sizes, cotangent)
-        x[57:100], x[100:] = np.nan, np.inf
-        jax.tree.map(np.testing.assert_array_equal, self.run(x, banks, sizes, cotangent), clean)
+        clean = self.run(x, banks, sizes, cotangent, starts)
+        padding = np.delete(np.arange(N), np.r_[tuple(rows_of(sizes, starts))])
+        x[padding[::2]], x[padding[1::2]] = np.nan, np.inf
+        cotangent[padding] = np.nan
+        found = self.run(x, banks, sizes, cotangent, starts)
+        jax.tree.map(np.testing.assert_array_equal, found, clean)
 
 
 def test_matrices_of_several_tasks_on_a_cpu():
@@ -212,6 +238,18 @@ WRONG = {
     "broken sizes": ({"group_sizes": [1, 2.5, 3]}, "float64 .3,.; expected integers"),
     "negative sizes": ({"group_sizes": [1, -2, 3]}, "none below 0"),
     "more than the rows": ({"group_sizes": [1, 2, 7]}, "a sum of at most the 9 rows"),
+    "too few starts": ({"group_starts": [1, 2]}, r"group_starts is int64 .2,.; expected integers"),
+    "broken starts": ({"group_starts": [0, 0.5, 3]}, "group_starts is float64 .3,."),
+    "a negative start": ({"group_starts": [-1, 2, 5]}, r"\[-1, 2, 5\] with .* none below 0"),
+    "an end past the rows": ({"group_starts": [0, 1, 7]}, "groups within the 9 rows"),
+    "a start past the rows": (
+        {"group_sizes": jnp.array([1, 2, 3]), "group_starts": [0, 1, 10]},
+        r"group_starts \[0, 1, 10\]; .* within the 9 rows",
+    ),
+    "shared rows": (
+        {"group_starts": [4, 5, 2]},
+        "groups 2 and 0 share rows: they have rows 2 to 4 and 4 to 4",
+    ),
 }
 
 
@@ -223,23 +261,38 @@ def test_what_does_not_fit_is_refused(implementation, changed, message):
         grouped_matmul(**operands | changed, implementation=implementation)
 
 
+def test_empty_groups_share_no_rows():
+    x, banks = draw(9, D, seed=0), [draw(3, D, F, seed=1)]
+    found = grouped_matmul(x, banks, [2, 0, 3], [3, 4, 5], implementation="xla")
+    np.testing.assert_allclose(found[3:5], x[3:5] @ banks[0][0], atol=1e-5)
+
+
 HUGE = 2**31 - 1
-# What was asked for, and what it counts as, of 10 rows.
+# What was asked for, and what it counts as, of 10 rows: sizes, or sizes and starts.
 ASKED = {
-    "too many": ([4, 4, 4], [4, 4, 2]),
-    "negative": ([4, -3, 2], [4, 0, 2]),
-    "beyond int32": ([3, HUGE, HUGE], [3, 7, 0]),
+    "too many": (([4, 4, 4],), ([4, 4, 2],)),
+    "negative": (([4, -3, 2],), ([4, 0, 2],)),
+    "beyond int32": (([3, HUGE, HUGE],), ([3, 7, 0],)),
+    "past the rows": (([4, 4, 4], [4, 8, 99]), ([4, 2, 0], [4, 8, 10])),
+    "before the rows": (([2, 4, 4], [7, -5, -HUGE]), ([2, 4, 0], [7, 0, 0])),
+    "ends beyond int32": (([3, HUGE, 1], [0, 5, HUGE]), ([3, 5, 0], [0, 5, 0])),
+    "overlapping": (([4, 5, 2], [3, 0, 4]), ([2, 5, 0], [5, 0, 0])),
+    "inside of another": (([2, 9, 3], [2, 1, 6]), ([0, 9, 0], [0, 1, 0])),
+    "the same": (([3, 3, 4], [2, 2, 2]), ([3, 0, 1], [2, 0, 5])),
 }
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("asked", "counted"), ASKED.values(), ids=ASKED)
-def test_sizes_at_run_time_keep_to_the_rows(implementation, asked, counted):
+def test_groups_at_run_time_keep_to_their_rows(implementation, asked, counted):
     with IMPLEMENTATIONS[implementation]():
         bank, x, cotangent = (draw(*shape, seed=1) for shape in ((3, D, F), (10, D), (10, F)))
-        found = run(implementation, x, (bank,), np.array(asked, np.int32), cotangent)
-        expected = run(implementation, x, (bank,), np.array(counted, np.int32), cotangent)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+        def computed(sizes, starts=None):
+            starts = None if starts is None else np.array(starts, np.int32)
+            return run(implementation, x, (bank,), np.array(sizes, np.int32), cotangent, starts)
+
+        jax.tree.map(np.testing.assert_array_equal, computed(*asked), computed(*counted))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -308,5 +361,5 @@ def test_a_second_bank_alone_can_be_learned():
     def second(bank):
         return jnp.sum(grouped_matmul(x, (banks[0], bank), sizes) * cotangent)
 
-    expected = reference(x, np.concatenate(banks), sizes, cotangent)[2][2:]
+    expected = reference(x, np.concatenate(banks), cotangent, rows_of(sizes))[2][2:]
     np.testing.assert_allclose(jax.grad(second)(banks[1]), expected, atol=1e-4)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.ops import foreign
 from esft_jax.ops.foreign import (
     BFLOAT16,
@@ -34,31 +35,38 @@ ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
 def multiply(
     x: Float[Array, "N C"],
     banks: tuple[Bank, ...],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
-    """See `xla.multiply`. Addresses follow from shapes and sizes, which `operation.py` checks."""
+    """See `xla.multiply`. Addresses follow from shapes and groups, which `operation.py` checks."""
     arrays = [bank.matrices for bank in banks]
     foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
     out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
     firsts = jnp.stack([bank.first for bank in banks])
     counts = jnp.array([len(bank) for bank in banks], jnp.int32)
     call = jax.ffi.ffi_call("esft_jax_multiply", out)
-    return call(x, group_sizes, firsts, counts, jnp.int32(transposed), *arrays)
+    starts = _if_any(groups.starts), _if_any(groups.order)
+    return call(x, groups.sizes, *starts, firsts, counts, jnp.int32(transposed), *arrays)
 
 
 def weight_gradient(
     x: Float[Array, "N D"],
     grad: Float[Array, "N F"],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     first: int,
     count: int,
 ) -> Float[Array, "count D F"]:
     """See `xla.weight_gradient`."""
     foreign.register("esft_jax_weight_gradient", _gradient_tasks, _gradient)
     out = jax.ShapeDtypeStruct((count, x.shape[1], grad.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call("esft_jax_weight_gradient", out)(x, grad, group_sizes, jnp.int32(first))
+    call = jax.ffi.ffi_call("esft_jax_weight_gradient", out)
+    return call(x, grad, groups.sizes, _if_any(groups.starts), jnp.int32(first))
+
+
+def _if_any(numbers: Int[Array, " G"] | None) -> Int[Array, " _"]:
+    """An operand, without numbers where there are none."""
+    return jnp.zeros(0, jnp.int32) if numbers is None else numbers
 
 
 @compiled
@@ -109,8 +117,9 @@ def _multiply_tasks(frame: int) -> int:
 @compiled
 def _multiply(frame: int, index: int) -> None:
     x, sizes = operand(frame, 0), operand(frame, 1)
-    firsts, counts = operand(frame, 2), operand(frame, 3)
-    turned = integer(operand(frame, 4), 0) != 0
+    starts, order = operand(frame, 2), operand(frame, 3)
+    firsts, counts = operand(frame, 4), operand(frame, 5)
+    turned = integer(operand(frame, 6), 0) != 0
     out = result(frame, 0)
     rows, inner, outer = extent(x, 0), extent(x, 1), extent(out, 1)
     # The task's column, and its piece among those of all groups.
@@ -119,11 +128,13 @@ def _multiply(frame: int, index: int) -> None:
     columns = min(COLUMNS, outer - column)
     begin = group = 0
     for bank in range(extent(firsts, 0)):
-        matrices = operand(frame, 5 + bank)
+        matrices = operand(frame, 7 + bank)
         for place in range(integer(counts, bank)):
             size = integer(sizes, group)
             here = _pieces(size, ROWS)
             if piece < here:
+                if extent(starts, 0) > 0:
+                    begin = integer(starts, group)
                 begin += piece * ROWS
                 length = min(ROWS, size - piece * ROWS)
                 first = (integer(firsts, bank) + place) * inner * outer
@@ -151,8 +162,16 @@ def _multiply(frame: int, index: int) -> None:
             piece -= here
             begin += size
             group += 1
-    item = 2 if out.dtype == BFLOAT16 else 4  # the last task: rows of nobody
-    clear(out.address + item * begin * outer, item * (rows - begin) * outer)
+    # The last task: padding rows, which lie between groups if these have starts.
+    width = (2 if out.dtype == BFLOAT16 else 4) * outer
+    padding = begin if extent(starts, 0) == 0 else 0
+    for i in range(extent(order, 0)):
+        group = integer(order, i)
+        if integer(sizes, group) > 0:
+            begin = integer(starts, group)
+            clear(out.address + width * padding, width * (begin - padding))
+            padding = begin + integer(sizes, group)
+    clear(out.address + width * padding, width * (rows - padding))
 
 
 @compiled
@@ -164,7 +183,8 @@ def _gradient_tasks(frame: int) -> int:
 
 @compiled
 def _gradient(frame: int, index: int) -> None:
-    x, grad, sizes = operand(frame, 0), operand(frame, 1), operand(frame, 2)
+    x, grad = operand(frame, 0), operand(frame, 1)
+    sizes, starts = operand(frame, 2), operand(frame, 3)
     out = result(frame, 0)
     inner, outer = extent(out, 1), extent(out, 2)
     down, across = _pieces(inner, GRADIENT_ROWS), _pieces(outer, COLUMNS)
@@ -173,10 +193,13 @@ def _gradient(frame: int, index: int) -> None:
     place, row = index // (down * across), index % down * GRADIENT_ROWS
     column = index // down % across * COLUMNS
     rows, columns = min(GRADIENT_ROWS, inner - row), min(COLUMNS, outer - column)
-    group = integer(operand(frame, 3), 0) + place
+    group = integer(operand(frame, 4), 0) + place
     begin = 0
-    for before in range(group):
-        begin += integer(sizes, before)
+    if extent(starts, 0) > 0:
+        begin = integer(starts, group)
+    else:
+        for before in range(group):
+            begin += integer(sizes, before)
     length = integer(sizes, group)
     target = Matrix(out.address + 4 * ((place * inner + row) * outer + column), outer)
     if length == 0:

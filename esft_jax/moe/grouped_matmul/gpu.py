@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.ops.triton_tiles import Part, load, store
 
 
@@ -63,17 +64,15 @@ def _compiled(dtype: jnp.dtype) -> Tiles:
 def multiply(
     x: Float[Array, "N C"],
     banks: tuple[Bank, ...],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
     """As `xla.multiply`."""
 
-    def run(
-        x: Array, group_sizes: Array, *banks: Bank, tile: Tiles, interpret: bool = False
-    ) -> Array:
+    def run(x: Array, groups: Groups, *banks: Bank, tile: Tiles, interpret: bool = False) -> Array:
         rows, width = x.shape[0], banks[0].width(transposed=transposed)
-        schedule = _schedule(group_sizes, rows, tile.rows)
+        schedule = _schedule(groups, rows, tile.rows)
         columns = pl.cdiv(width, tile.columns)
         panels = pl.cdiv(columns, tile.panel)
         return pl.pallas_call(
@@ -86,24 +85,24 @@ def multiply(
             name="grouped_matmul",
         )(schedule, jnp.stack([b.first for b in banks]), x, *(b.matrices for b in banks))
 
-    return _on_platform(run, x, group_sizes, *banks)
+    return _on_platform(run, x, groups, *banks)
 
 
 def weight_gradient(
     x: Float[Array, "N D"],
     grad: Float[Array, "N F"],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     first: int,
     count: int,
 ) -> Float[Array, "count D F"]:
     """As `xla.weight_gradient`."""
 
     def run(
-        x: Array, grad: Array, group_sizes: Array, *, tile: Tiles, interpret: bool = False
+        x: Array, grad: Array, groups: Groups, *, tile: Tiles, interpret: bool = False
     ) -> Array:
         depth, width = x.shape[1], grad.shape[1]
-        ends = jnp.cumsum(group_sizes)
-        limits = jnp.stack([ends - group_sizes, ends])[:, first : first + count]
+        ends = groups.ends
+        limits = jnp.stack([ends - groups.sizes, ends])[:, first : first + count]
         return pl.pallas_call(
             partial(_weight_gradient_kernel, tile=tile),
             out_shape=jax.ShapeDtypeStruct((count, depth, width), jnp.float32),
@@ -113,10 +112,10 @@ def weight_gradient(
             name="grouped_weight_gradient",
         )(limits.astype(jnp.int32), x, grad)
 
-    return _on_platform(run, x, grad, group_sizes)
+    return _on_platform(run, x, grad, groups)
 
 
-def _on_platform(run: Callable[..., Array], x: Array, *args: Array | Bank) -> Array:
+def _on_platform(run: Callable[..., Array], x: Array, *args: Array | Bank | Groups) -> Array:
     """Decided while the program is lowered: it may be compiled for a device that is not here."""
     return jax.lax.platform_dependent(
         x,
@@ -126,20 +125,22 @@ def _on_platform(run: Callable[..., Array], x: Array, *args: Array | Bank) -> Ar
     )
 
 
-def _schedule(group_sizes: Int[Array, " G"], rows: int, block: int) -> Int[Array, "3 M"]:
+def _schedule(groups: Groups, rows: int, block: int) -> Int[Array, "3 M"]:
     """Group, first row and end of rows of every block of rows.
 
-    Rows of nobody are group G. Blocks of group G + 1 do not exist: there is room for the most
-    blocks that any group sizes need.
+    Padding rows are group G. Blocks of group G + 1 do not exist: there is room for the most blocks
+    that any groups need.
     """
-    sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes)).astype(jnp.int32)
-    ends = jnp.cumsum(sizes)
+    sizes, ends, of_group = groups.stretches(rows)
     blocks = (sizes + block - 1) // block
     block_ends = jnp.cumsum(blocks)
     index = jnp.arange(rows // block + len(sizes), dtype=jnp.int32)
-    group = jnp.searchsorted(block_ends, index, side="right", method="compare_all")
-    start = (ends - sizes)[group] + (index - (block_ends - blocks)[group]) * block
-    return jnp.stack([group.astype(jnp.int32), start, ends[group]])
+    stretch = jnp.searchsorted(block_ends, index, side="right", method="compare_all")
+    start = (ends - sizes)[stretch] + (index - (block_ends - blocks)[stretch]) * block
+    group = stretch.astype(jnp.int32)
+    if of_group is not None:
+        group = jnp.append(of_group, len(groups.sizes) + 1)[stretch]
+    return jnp.stack([group, start, ends[stretch]])
 
 
 def _multiply_kernel(

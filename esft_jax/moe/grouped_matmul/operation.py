@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.ops.platform import fastest_implementation
 
 # Modules of this package, imported when used: kernel languages are slow to import.
@@ -29,21 +31,25 @@ def grouped_matmul(
     x: Float[Array, "N D"],
     banks: Sequence[Float[Array, "_ D F"] | Bank],
     group_sizes: Int[Array, " G"],
+    group_starts: Int[Array, " G"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N F"]:
     """Multiply each group of consecutive rows with its own matrix.
 
     Args:
-        x: rows sorted by group. Rows past `sum(group_sizes)` belong to nobody: their result is 0.
-            Float32 or bfloat16, like the matrices: integers and 8-bit floats would need a scale.
+        x: rows; those of a group are consecutive. Rows of no group are padding: their result and
+            their gradient are 0. Float32 or bfloat16, like the matrices: integers and 8-bit floats
+            would need a scale.
         banks: matrices of the groups in order, split over one or more arrays, or parts of arrays
             (`Bank`), that are neither concatenated nor copied. Matrices of a narrower type than `x`
             are widened as they are read; those of a wider one (float32 masters) are converted
             before.
-        group_sizes: rows per group, integers; G is the total number of matrices. Sizes that are
-            known only at run time cannot be refused: negative ones count as 0, and groups end with
-            the rows.
+        group_sizes: rows per group, integers; G is the total number of matrices.
+        group_starts: first row of each group, integers, in any order; there may be padding between
+            groups. None if the groups follow one another from row 0 on. Sizes and starts that are
+            known only at run time cannot be refused: negative ones count as 0, groups end with the
+            rows, and rows that several groups claim belong to the one that begins first.
         implementation: how it is computed; None takes the fastest of the platform that the
             surrounding mesh, or else JAX's default device, belongs to.
 
@@ -52,14 +58,15 @@ def grouped_matmul(
 
     Raises:
         ValueError: `implementation` is unknown, another type, shapes that do not fit together, or
-            sizes known by now that are negative or more than the rows.
+            sizes and starts known by now that are negative, past the rows, or share rows.
 
     The weight gradient is computed only for the banks that are differentiated, in the bank's own
     type: with tuned and frozen experts in two banks, frozen ones cost nothing.
     """
     x = jnp.asarray(x)
     all_banks = [b if isinstance(b, Bank) else _whole(jnp.asarray(b)) for b in banks]
-    _check_operands(x, all_banks, group_sizes)
+    _check_operands(x, all_banks)
+    _check_groups(len(x), sum(map(len, all_banks)), group_sizes, group_starts)
     if implementation is None:
         implementation = fastest_implementation()
     if implementation not in get_args(Implementation):
@@ -68,14 +75,16 @@ def grouped_matmul(
     filled = tuple(_placed(bank) for bank in all_banks if bank.count and bank.matrices.size)
     if len(x) == 0 or not filled:
         return jnp.zeros((len(x), all_banks[0].width(transposed=False)), x.dtype)
-    return _grouped_matmul(implementation, x, filled, _within(jnp.asarray(group_sizes), len(x)))
+    starts = None if group_starts is None else jnp.asarray(group_starts)
+    groups = Groups.within(jnp.asarray(group_sizes), starts, len(x))
+    return _grouped_matmul(implementation, x, filled, groups)
 
 
 def _whole(matrices: Array) -> Bank:
     return Bank(matrices, 0, len(matrices) if matrices.ndim else 0)
 
 
-def _check_operands(x: Array, banks: Sequence[Bank], group_sizes: Any) -> None:
+def _check_operands(x: Array, banks: Sequence[Bank]) -> None:
     """What tracing can know. Kernels compute addresses from these, and check nothing."""
     if not banks:
         raise ValueError("grouped_matmul: no banks; expected one or more")
@@ -110,18 +119,47 @@ def _check_operands(x: Array, banks: Sequence[Bank], group_sizes: Any) -> None:
                 f"grouped_matmul: {name}.own is {bank.own.dtype} {bank.own.shape}; expected "
                 f"{bank.matrices.dtype} {expected}"
             )
-    groups = sum(map(len, banks))
-    sizes = group_sizes if isinstance(group_sizes, jax.Array) else np.asarray(group_sizes)
-    if sizes.shape != (groups,) or not (groups == 0 or jnp.issubdtype(sizes.dtype, jnp.integer)):
-        raise ValueError(
-            f"grouped_matmul: group_sizes is {sizes.dtype} {sizes.shape}; expected integers "
-            f"({groups},), one for each matrix"
-        )
-    if isinstance(sizes, np.ndarray) and (np.any(sizes < 0) or sizes.sum() > len(x)):
+
+
+def _check_groups(rows: int, groups: int, group_sizes: Any, group_starts: Any) -> None:
+    """What tracing can know of them; `Groups.within` takes care of the rest."""
+
+    def integers(name: str, given: Any) -> Any:
+        numbers = given if isinstance(given, jax.Array) else np.asarray(given)
+        if numbers.shape != (groups,) or not (
+            groups == 0 or jnp.issubdtype(numbers.dtype, jnp.integer)
+        ):
+            raise ValueError(
+                f"grouped_matmul: {name} is {numbers.dtype} {numbers.shape}; expected integers "
+                f"({groups},), one for each matrix"
+            )
+        return numbers
+
+    sizes = integers("group_sizes", group_sizes)
+    if isinstance(sizes, np.ndarray) and (np.any(sizes < 0) or sizes.sum() > rows):
         raise ValueError(
             f"grouped_matmul: group_sizes {sizes.tolist()}; expected none below 0, and a sum of at "
-            f"most the {len(x)} rows"
+            f"most the {rows} rows"
         )
+    starts = None if group_starts is None else integers("group_starts", group_starts)
+    if not isinstance(starts, np.ndarray):
+        return
+    known = isinstance(sizes, np.ndarray)
+    begins = starts.astype(np.int64)
+    ends = begins + (sizes.astype(np.int64) if known else 0)
+    if np.any(begins < 0) or np.any(ends > rows):
+        raise ValueError(
+            f"grouped_matmul: group_starts {starts.tolist()}"
+            f"{f' with group_sizes {sizes.tolist()}' if known else ''}; expected none below 0, and "
+            f"groups within the {rows} rows"
+        )
+    filled = [group for group in np.argsort(begins, kind="stable") if begins[group] < ends[group]]
+    for one, other in pairwise(filled):
+        if begins[other] < ends[one]:
+            raise ValueError(
+                f"grouped_matmul: groups {one} and {other} share rows: they have rows "
+                f"{begins[one]} to {ends[one] - 1} and {begins[other]} to {ends[other] - 1}"
+            )
 
 
 def _check_type(name: str, array: Array) -> None:
@@ -135,32 +173,22 @@ def _placed(bank: Bank) -> Bank:
     return replace(bank, first=jnp.clip(jnp.int32(bank.first), 0, last))
 
 
-def _within(group_sizes: Array, rows: int) -> Int[Array, " G"]:
-    """Sizes with which every group lies within the rows, whatever they are at run time: kernels
-    read and write where they say. Those of a `Dispatch` do not change.
-    """
-    sizes = jnp.clip(group_sizes, 0, rows).astype(jnp.int32)
-    # Sums too large for int32 are negative; the ends must not go back.
-    ends = jax.lax.cummax(jnp.clip(jnp.cumsum(sizes), 0, rows))
-    return jnp.diff(ends, prepend=0)
-
-
 def _module(implementation: Implementation) -> ModuleType:
     return import_module(f"esft_jax.moe.grouped_matmul.{implementation}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(
-    implementation: Implementation, x: Array, banks: tuple[Bank, ...], group_sizes: Array
+    implementation: Implementation, x: Array, banks: tuple[Bank, ...], groups: Groups
 ) -> Array:
-    return _multiply(implementation, x, banks, group_sizes, transposed=False)
+    return _multiply(implementation, x, banks, groups, transposed=False)
 
 
 def _multiply(
     implementation: Implementation,
     x: Array,
     banks: tuple[Bank, ...],
-    group_sizes: Array,
+    groups: Groups,
     transposed: bool,
 ) -> Array:
     def read(bank: Bank) -> Bank:
@@ -171,7 +199,7 @@ def _multiply(
         return Bank(cut.astype(x.dtype), jnp.zeros_like(bank.first), bank.count)
 
     return _module(implementation).multiply(
-        x, tuple(map(read, banks)), group_sizes, transposed=transposed
+        x, tuple(map(read, banks)), groups, transposed=transposed
     )
 
 
@@ -190,9 +218,9 @@ def _forward(
     implementation: Implementation,
     x: CustomVJPPrimal,
     banks: tuple[Any, ...],
-    group_sizes: CustomVJPPrimal,
+    groups: Groups,
 ) -> tuple[Array, tuple]:
-    # Here the leaves of banks are `CustomVJPPrimal`s. Whether an operand is differentiated is known
+    # Here the leaves of operands are `CustomVJPPrimal`s. Whether one is differentiated is known
     # while tracing, so what nobody asked for is neither computed nor, for `x`, kept.
     def learned(bank: Any) -> str | None:
         names = ("matrices",) if bank.own is None else ("own", "matrices")
@@ -200,22 +228,25 @@ def _forward(
 
     needed = _Needed(x.perturbed, tuple(map(learned, banks)))
     read = tuple(Bank(b.matrices.value, b.first.value, b.count) for b in banks)
-    out = _grouped_matmul(implementation, x.value, read, group_sizes.value)
+    values = jax.tree.map(
+        lambda leaf: leaf.value, groups, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    )
+    out = _grouped_matmul(implementation, x.value, read, values)
     kept = x.value if any(needed.banks) else None
-    return out, (kept, read, group_sizes.value, needed)
+    return out, (kept, read, values, needed)
 
 
 def _backward(implementation: Implementation, residuals: tuple, grad: Array) -> tuple:
-    x, banks, group_sizes, needed = residuals
+    x, banks, groups, needed = residuals
     module = _module(implementation)
     dx, dbanks, begin = None, [], 0
     if needed.x:
-        dx = _multiply(implementation, grad, banks, group_sizes, transposed=True)
+        dx = _multiply(implementation, grad, banks, groups, transposed=True)
     for bank, learned in zip(banks, needed.banks, strict=True):
         gradient = {"matrices": None, "own": None}
         if learned:
             with jax.named_scope("expert_weight_gradient"):
-                dbank = module.weight_gradient(x, grad, group_sizes, begin, bank.count)
+                dbank = module.weight_gradient(x, grad, groups, begin, bank.count)
                 dbank = dbank.astype(bank.matrices.dtype)
             if learned == "matrices" and bank.count < len(bank.matrices):
                 dbank = jax.lax.dynamic_update_slice_in_dim(

@@ -1,14 +1,14 @@
 """Grouped products as Pallas kernels for TPU.
 
 The kernels that come with JAX (`jax.experimental.pallas.ops.tpu.megablox`) fall short here: with
-them a second bank, and zeros for the rows of nobody, are further passes over the whole result, and
+them a second bank, and zeros for the padding rows, are further passes over the whole result, and
 every row tile that a group touches is multiplied whole, which is a third more work at the 384 rows
 that an expert of DeepSeek-V2-Lite gets from a sequence of 4096 tokens.
 
 Here one call walks over visits: pairs of a row tile and a group with rows in it, in order
-(`tpu_tiles.py`). The rows of nobody are one more group, whose visits store zeros. A visit
-multiplies the pieces of its tile that the group's rows lie in. Every bank is an operand of its own;
-one that a visit does not need keeps the block it has, so nothing is fetched for it.
+(`tpu_tiles.py`). The padding rows are one more group, whose visits store zeros. A visit multiplies
+the pieces of its tile that the group's rows lie in. Every bank is an operand of its own; one that a
+visit does not need keeps the block it has, so nothing is fetched for it.
 """
 
 from functools import partial
@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.moe.grouped_matmul.tpu_tiles import (
     PIECES,
+    Fetches,
     Visits,
     gradient_widths,
     multiply_widths,
     piece_rows,
+    plan_fetches,
     plan_visits,
     vmem_limit,
 )
@@ -35,24 +38,27 @@ from esft_jax.moe.grouped_matmul.tpu_tiles import (
 def multiply(
     x: Float[Array, "N C"],
     banks: tuple[Bank, ...],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
     """As `xla.multiply`."""
-    own_rows, piece = len(x), piece_rows(len(x), len(group_sizes))
+    own_rows, piece = len(x), piece_rows(len(x), len(groups.sizes))
     x = _pad_to_tile(x, piece)
-    (rows, in_width), tile, nobody = x.shape, PIECES * piece, len(group_sizes)
+    (rows, in_width), tile, nobody = x.shape, PIECES * piece, len(groups.sizes)
     out_width = banks[0].width(transposed=transposed)
     begins = np.cumsum([0, *map(len, banks)])[:-1].tolist()
     ranges = [(begin, len(bank)) for begin, bank in zip(begins, banks, strict=True)]
-    total = group_sizes.sum()
-    sizes = jnp.append(group_sizes, rows - total)
-    visits, num_visits = plan_visits(jnp.cumsum(sizes) - sizes, sizes, rows, piece)
-    last_tile = jnp.maximum(total - 1, 0)[None] // tile
+    sizes, ends, of_group = groups.stretches(rows)
+    visits, num_visits = plan_visits(ends - sizes, sizes, rows, piece)
+    if of_group is None:
+        fetched = jnp.maximum(groups.sizes.sum() - 1, 0)[None] // tile
+    else:
+        visits = visits._replace(group=of_group[visits.group])
+        fetched = plan_fetches(visits, ranges)
     firsts = jnp.stack([bank.first for bank in banks])
     inner, outer = multiply_widths(
-        len(visits.tile),
+        pl.cdiv(rows, tile) + nobody + 1,
         nobody,
         tile,
         in_width,
@@ -63,21 +69,33 @@ def multiply(
     parts = in_width // inner
 
     # A visit that has no use for an operand asks for the block that is there already or is needed
-    # next, which costs no transfer.
+    # next, which costs no transfer. Groups in order need only the last tile that any of them has.
     def rows_block(
-        o: Array, v: Array, c: Array, visits: Visits, last_tile: jax.Ref, _: jax.Ref
+        o: Array, v: Array, c: Array, visits: Visits, fetched: Fetches | jax.Ref, _: jax.Ref
     ) -> tuple:
-        idle = visits.group[v] == nobody
-        return jnp.minimum(visits.tile[v], last_tile[0]), jnp.where(idle, parts - 1, c)
+        c = jnp.where(visits.group[v] == nobody, parts - 1, c)
+        if isinstance(fetched, Fetches):
+            return fetched.tile[v], c
+        return jnp.minimum(visits.tile[v], fetched[0]), c
 
     def bank_block(
-        bank: int, o: Array, v: Array, c: Array, visits: Visits, _: jax.Ref, firsts: jax.Ref
+        bank: int,
+        o: Array,
+        v: Array,
+        c: Array,
+        visits: Visits,
+        fetched: Fetches | jax.Ref,
+        firsts: jax.Ref,
     ) -> tuple:
         begin, count = ranges[bank]
         row = visits.group[v] - begin
-        c = jnp.where(row < 0, 0, jnp.where(row < count, c, parts - 1))
-        row = firsts[bank] + jnp.clip(row, 0, count - 1)
-        return row, *((o, c) if transposed else (c, o))
+        if isinstance(fetched, Fetches):
+            c = jnp.where((row >= 0) & (row < count), c, parts - 1)
+            row = fetched.matrices[bank][v]
+        else:
+            c = jnp.where(row < 0, 0, jnp.where(row < count, c, parts - 1))
+            row = jnp.clip(row, 0, count - 1)
+        return firsts[bank] + row, *((o, c) if transposed else (c, o))
 
     matrix = (None, *((outer, inner) if transposed else (inner, outer)))
     out = pl.pallas_call(
@@ -95,13 +113,13 @@ def multiply(
         ),
         compiler_params=_compiler_params(),
         name="grouped_matmul",
-    )(visits, last_tile, firsts, x, *(bank.matrices for bank in banks))
+    )(visits, fetched, firsts, x, *(bank.matrices for bank in banks))
     return out[:own_rows]
 
 
 def _multiply_kernel(
     visits: Visits,
-    _last_tile: jax.Ref,
+    _fetched: Fetches | jax.Ref,
     _firsts: jax.Ref,
     x: jax.Ref,
     *refs: jax.Ref,
@@ -163,19 +181,19 @@ def _multiply_kernel(
 def weight_gradient(
     x: Float[Array, "N D"],
     grad: Float[Array, "N F"],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     first: int,
     count: int,
 ) -> Float[Array, "count D F"]:
     """As `xla.weight_gradient`."""
     in_width, out_width = x.shape[1], grad.shape[1]
-    piece = piece_rows(len(x), len(group_sizes))
+    piece = piece_rows(len(x), len(groups.sizes))
     x, grad = _pad_to_tile(x, piece), _pad_to_tile(grad, piece)
     asked, tile = slice(first, first + count), PIECES * piece
     # Groups without rows are visited too: their zeros must be stored.
     visits, num_visits = plan_visits(
-        (jnp.cumsum(group_sizes) - group_sizes)[asked],
-        group_sizes[asked],
+        (groups.ends - groups.sizes)[asked],
+        groups.sizes[asked],
         len(x),
         piece,
         visit_empty=True,

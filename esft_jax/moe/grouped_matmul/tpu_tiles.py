@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -59,7 +60,7 @@ def plan_visits(
     *,
     visit_empty: bool = False,
 ) -> tuple[Visits, Int[Array, ""]]:
-    """Visits of consecutive groups, and how many of them there are; the rest is undefined.
+    """Visits of disjoint groups, and how many of them there are; the rest is undefined.
 
     Args:
         visit_empty: visit groups without rows too, once and without pieces.
@@ -77,6 +78,41 @@ def plan_visits(
     begin = low // piece * piece
     pieces = jnp.where(high > low, pl.cdiv(high - begin, piece), 0)
     return Visits(group, tiles, low, high, begin, pieces), bounds[-1]
+
+
+class Fetches(NamedTuple):
+    """Which blocks each visit asks for: those that it needs, or else those that are there already.
+
+    Attributes:
+        tile: the row tile.
+        matrices: for each bank, which of its matrices.
+    """
+
+    tile: Int[Array, " M"]
+    matrices: tuple[Int[Array, " M"], ...]
+
+
+def plan_fetches(visits: Visits, ranges: Sequence[tuple[int, int]]) -> Fetches:
+    """Fetches where visits to padding lie between others, and groups are in any order.
+
+    Args:
+        ranges: first group, and number of groups, of each bank.
+    """
+
+    def at_latest(values: Array, needed: Array) -> Array:
+        """Of the latest visit with a need; the first one's where there was none yet."""
+        index = jnp.arange(len(needed), dtype=jnp.int32)
+        latest = jax.lax.cummax(jnp.where(needed, index, jnp.argmax(needed).astype(jnp.int32)))
+        return values[latest]
+
+    def matrices(begin: int, count: int) -> Array:
+        place = visits.group - begin
+        taken = at_latest(place, (place >= 0) & (place < count))
+        return jnp.clip(taken, 0, count - 1)
+
+    groups = sum(count for _, count in ranges)
+    tile = at_latest(visits.tile, visits.group < groups)
+    return Fetches(tile, tuple(matrices(*bank) for bank in ranges))
 
 
 class Widths(NamedTuple):

@@ -9,9 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 
 # Rows that one product may cover: each group takes the smallest that holds it. Fewer products mean
 # fewer passes over a matrix, or over a weight gradient as large as one.
@@ -21,25 +22,25 @@ COVERED = (64, 128, 192, 256, 320, 384)
 def multiply(
     x: Float[Array, "N C"],
     banks: tuple[Bank, ...],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     *,
     transposed: bool,
 ) -> Float[Array, "N O"]:
     """Rows times their matrices `[D, F]` (C = D, O = F), or times the transposes (C = F, O = D).
 
-    Rows past `sum(group_sizes)` become 0. Sums are made in float32.
+    Padding rows become 0. Sums are made in float32.
     """
     rows = x.shape[0]
     covered = _covered(rows)
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
+    sizes, ends = groups.sizes, groups.ends
+    starts = ends - sizes
     # What no single product covers is cut into pieces of the shortest, to waste little of the last.
-    cover = jnp.asarray([*covered, covered[0]])[jnp.searchsorted(jnp.asarray(covered), group_sizes)]
+    cover = jnp.asarray([*covered, covered[0]])[jnp.searchsorted(jnp.asarray(covered), sizes)]
     out = jnp.zeros((rows, banks[0].width(transposed=transposed)), x.dtype)
     # A loop for each size: a choice inside of one loop would copy `out` in every turn.
     for size in covered:
-        chosen = (cover == size) & (group_sizes > 0)
-        groups = jnp.flatnonzero(chosen, size=len(chosen), fill_value=0).astype(jnp.int32)
+        chosen = (cover == size) & (sizes > 0)
+        fitting = jnp.flatnonzero(chosen, size=len(chosen), fill_value=0).astype(jnp.int32)
         bounds = jnp.pad(jnp.cumsum(chosen), (1, 0))
         first = 0
         for bank in banks:
@@ -48,11 +49,11 @@ def multiply(
                 i: Array,
                 out: Array,
                 size: int = size,
-                groups: Array = groups,
+                fitting: Array = fitting,
                 bank: Bank = bank,
                 first: int = first,
             ) -> Array:
-                g = groups[i]
+                g = fitting[i]
                 matrix = bank.matrices[bank.first + g - first].astype(x.dtype)
 
                 def piece(j: Array | int, out: Array) -> Array:
@@ -69,7 +70,7 @@ def multiply(
 
                 if size > covered[0]:
                     return piece(0, out)
-                return jax.lax.fori_loop(0, -(-group_sizes[g] // size), piece, out)
+                return jax.lax.fori_loop(0, -(-sizes[g] // size), piece, out)
 
             out = jax.lax.fori_loop(bounds[first], bounds[first + len(bank)], group, out)
             first += len(bank)
@@ -79,7 +80,7 @@ def multiply(
 def weight_gradient(
     x: Float[Array, "N D"],
     grad: Float[Array, "N F"],
-    group_sizes: Int[Array, " G"],
+    groups: Groups,
     first: int,
     count: int,
 ) -> Float[Array, "count D F"]:
@@ -90,8 +91,8 @@ def weight_gradient(
     rows = x.shape[0]
     summed = _covered(rows)
     longest = summed[-1]
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
+    sizes, ends = groups.sizes, groups.ends
+    starts = ends - sizes
 
     def product(size: int, begin: Array, end: Array) -> Array:
         start, valid = _window(begin, end, size, rows)
@@ -111,7 +112,7 @@ def weight_gradient(
                 smallest, [partial(product, size) for size in summed], begin, ends[g]
             )
 
-        parts = -(-group_sizes[g] // longest)
+        parts = -(-sizes[g] // longest)
         gradient = jax.lax.fori_loop(1, parts, lambda j, so_far: so_far + part(j), part(0))
         return jax.lax.dynamic_update_index_in_dim(total, gradient, g - first, 0)
 
