@@ -73,7 +73,8 @@ def attach_factors(
 ) -> None:
     """Give the model low-rank factors: updates of 0 at first, for B is 0.
 
-    Base experts move to where `place_updated_experts` has them.
+    Where experts are split over devices, base experts move between these so that all of them
+    update about as many (`place_updated_experts`).
 
     Args:
         loads: see `attach_tuned_experts`.

@@ -66,8 +66,8 @@ def place_updated_experts(
 ) -> Placement:
     """Place experts whose base is read and updated: both lie on one device.
 
-    Selected ones are dealt out evenly, as by `place_experts`, and come first on their devices, in
-    ascending order.
+    Selected ones are dealt out evenly, as by `place_experts`. Experts of a device lie there in
+    ascending order: on one device, all stay where they are.
 
     Args:
         loads: see `place_experts`; without it, experts stay on their devices while there is room.
@@ -88,8 +88,7 @@ def place_updated_experts(
         else:
             device = _by_load(loads[layer], ids, room, rest)
         owners.append(tuple(int(device[expert]) for expert in ids))
-        later = ~np.isin(np.arange(num_experts), ids)
-        order = np.lexsort((later, device))  # a stable sort: ties stay in ascending order
+        order = np.argsort(device, kind="stable")
         positions.append(tuple(int(place) for place in np.argsort(order)))
     return Placement(tuple(owners), tuple(positions))
 

@@ -164,9 +164,7 @@ class TunedLayout:
 class LowRankLayout(TunedLayout):
     """Which row of the banks updates which expert, and which device that row.
 
-    Base matrices and factors meet the same sorted rows. So updated experts come first among the
-    base experts of their device, in the order of their rows: products with factors stop where they
-    end, and nothing is computed for the others.
+    Base matrices and factors meet the same sorted rows, those of an expert on the device of both.
     """
 
     @classmethod
@@ -199,10 +197,11 @@ class LowRankLayout(TunedLayout):
         return groups
 
     @cached_property
-    def sources(self) -> np.ndarray:
+    def sources(self) -> np.ndarray | None:
         """The group that each row of a layer's window updates: int32 `[shards, L, W]`.
 
-        E of the device for rows of other layers: nothing.
+        As many as a device has for rows of other layers: nothing. None if every group is updated,
+        by the row of its number.
         """
         local = self.num_experts // self.shards
         sources = np.full((self.shards, len(self.selected), self.window), local, np.int32)
@@ -210,7 +209,8 @@ class LowRankLayout(TunedLayout):
             shard, within = divmod(row, self.rows_per_shard)
             place = within - self.window_starts[shard, layer]
             sources[shard, layer, place] = self.groups[shard, layer, expert]
-        return sources
+        all_in_order = sources.shape[2] == local and (sources == np.arange(local)).all()
+        return None if all_in_order else sources
 
     def layer_window(
         self,
@@ -234,6 +234,6 @@ class LowRankLayout(TunedLayout):
         window = LowRankWindow(
             ExpertWeights(gate_up, (a_down, b_down)),
             jnp.asarray(self.groups)[shard, layer],
-            jnp.asarray(self.sources)[shard, layer],
+            None if self.sources is None else jnp.asarray(self.sources)[shard, layer],
         )
         return window, carried

@@ -74,12 +74,13 @@ class LowRankWindow(NamedTuple):
         factors: A `[W, in, r]` and B `[W, r, out]`; r is twice the rank for gate and up.
         groups: for each expert of the model and the phantom one, the base expert of the device that
             computes its tokens, or as many as there are for nothing.
-        sources: the group that each row updates, or as many as there are for none.
+        sources: the group that each row updates, or as many as there are for none; None if row g
+            updates group g, for all of them.
     """
 
     factors: ExpertWeights
     groups: Int[Array, " E+1"]
-    sources: Int[Array, " W"]
+    sources: Int[Array, " W"] | None
 
 
 class Layout(Protocol):
@@ -161,12 +162,19 @@ class GroupWeights(NamedTuple):
 def update_rows(
     rows: Float[Array, "M in"],
     factors: tuple[Float[Array, "W in R"], Float[Array, "W R out"]],
-    sources: Int[Array, " W"],
+    sources: Int[Array, " W"] | None,
     group_sizes: Int[Array, " G"],
 ) -> Float[Array, "M out"]:
-    """Low-rank update of each of the sorted rows' products; 0 for those of experts without one."""
-    sizes = jnp.append(group_sizes, 0)[sources]
+    """Low-rank update of each of the sorted rows' products; 0 for those of experts without one.
+
+    Args:
+        sources: see `LowRankWindow`.
+    """
+    sizes, starts = group_sizes, None
+    if sources is not None:
+        begins = jnp.cumsum(group_sizes) - group_sizes
+        sizes, starts = (jnp.append(numbers, 0)[sources] for numbers in (group_sizes, begins))
     a, b = factors
     if a.shape[-1] == 1:  # kernels for TPUs do not compile for a single column
         a, b = jnp.pad(a, ((0, 0), (0, 0), (0, 1))), jnp.pad(b, ((0, 0), (0, 1), (0, 0)))
-    return grouped_matmul(grouped_matmul(rows, (a,), sizes), (b,), sizes)
+    return grouped_matmul(grouped_matmul(rows, (a,), sizes, starts), (b,), sizes, starts)

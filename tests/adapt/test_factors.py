@@ -27,34 +27,40 @@ MODULES = ("attention", "dense_mlps", "shared_experts")
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("selected", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("loaded", [False, True])
-def test_rows_update_the_first_experts_of_their_device(selected, shards, loaded):
+def test_rows_update_experts_of_their_device(selected, shards, loaded):
     loads = np.random.default_rng(0).random((3, 8)) if loaded else None
     layout = LowRankLayout.place(selected, 8, shards, loads)
     local, size = 8 // shards, layout.rows_per_shard
     first = next(i for i, ids in enumerate(selected) if ids)
     for layer, positions in enumerate(layout.placement.positions):
         assert sorted(positions) == list(range(8))
-        if layer < first:  # read without a layout
+        if layer < first or shards == 1:  # read without a layout; nothing to deal out
             assert positions == tuple(range(8))
     # Every expert is computed on one device, as what lies in its place there.
     owners = (layout.groups[:, :, :8] < local).sum(axis=0)
     assert (owners == 1).all() and (layout.groups[:, :, 8] == local).all()
+    sources = layout.sources
+    if sources is None:
+        sources = np.broadcast_to(np.arange(local), (shards, 3, local))
+    updated = set()
     for layer, expert, row in layout.rows():
         shard, within = divmod(row, size)
         assert layout.placement.positions[layer][expert] // local == shard
-        window = layout.sources[shard, layer]
         place = within - layout.window_starts[shard, layer]
-        assert window[place] == layout.groups[shard, layer, expert]
-    for shard, layer in np.ndindex(shards, 3):
-        # The updated groups are the first ones, in order: their rows are the first sorted rows.
-        used = [group for group in layout.sources[shard, layer] if group < local]
-        assert used == list(range(len(used)))
+        assert sources[shard, layer, place] == layout.groups[shard, layer, expert]
+        updated.add((shard, layer, place))
+    for index in np.ndindex(sources.shape):
+        assert (sources[index] < local) == (index in updated)
     assert size == -(-sum(map(len, selected)) // shards)
 
 
-def test_all_experts_stay_where_they_are():
-    layout = LowRankLayout.place(LAYOUTS["all"], 8, 4)
-    assert layout.placement.positions == (tuple(range(8)),) * 3
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_rows_of_all_experts_need_no_table(shards, loaded):
+    loads = np.random.default_rng(0).random((3, 8)) if loaded else None
+    layout = LowRankLayout.place(LAYOUTS["all"], 8, shards, loads)
+    assert layout.sources is None
+    assert loaded or layout.placement.positions == (tuple(range(8)),) * 3
 
 
 @pytest.fixture(scope="module")

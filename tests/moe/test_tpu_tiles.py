@@ -11,15 +11,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from esft_jax.families import load_model_config
 from esft_jax.moe.grouped_matmul import tpu_tiles
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.moe.grouped_matmul.tpu import multiply, weight_gradient
 from esft_jax.moe.grouped_matmul.tpu_tiles import (
     PIECES,
     gradient_widths,
     multiply_widths,
     piece_rows,
+    plan_fetches,
     plan_visits,
 )
-from tests.moe.test_grouped_matmul import draw, emulated_tpu
+from tests.moe.test_grouped_matmul import draw, emulated_tpu, rows_of
 
 ROOT = Path(__file__).parents[2]
 CHIPS = {"v4": ("TPU v4", 2), "v5e": ("TPU v5 lite", 1), "v5p": ("TPU v5", 2)}
@@ -137,11 +139,13 @@ def test_what_cannot_be_cut_to_fit_is_refused():
         multiply_widths(300, 8, 128, 60_001, 4096, jnp.bfloat16, (jnp.bfloat16,))
 
 
-def test_matrices_cut_in_both_directions(monkeypatch):
+@pytest.mark.parametrize("starts", [None, [20, 0, 3, 90]], ids=["in order", "scattered"])
+def test_matrices_cut_in_both_directions(monkeypatch, starts):
     """The sum over blocks, an edge block that is not full, and what each visit fetches."""
     monkeypatch.setattr(tpu_tiles, "vmem_limit", lambda: 700_000)
     rows, d, f = 150, 384, 300
     sizes = np.array([70, 0, 3, 60], np.int32)
+    groups = Groups.within(sizes, None if starts is None else np.array(starts, np.int32), rows)
     x, grad = draw(rows, d, seed=0), draw(rows, f, seed=1)
     banks = (draw(2, d, f, seed=2), draw(2, d, f, seed=3))
     with emulated_tpu():
@@ -149,13 +153,37 @@ def test_matrices_cut_in_both_directions(monkeypatch):
         blocks = multiply_widths(*plan)
         assert blocks.inner < d and blocks.outer < f
         layers = tuple(Bank(bank, jnp.int32(0), len(bank)) for bank in banks)
-        forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, sizes)
-        gradient = jax.jit(lambda *a: weight_gradient(*a, 2, 2))(x, grad, sizes)
-    group = np.repeat(np.arange(4), sizes)
-    matrices = np.concatenate(banks)
-    expected = np.einsum("nd,ndf->nf", x[: len(group)], matrices[group])
-    np.testing.assert_allclose(forward[: len(group)], expected, atol=1e-4)
-    assert not np.any(forward[len(group) :])
+        forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, groups)
+        gradient = jax.jit(lambda *a: weight_gradient(*a, 2, 2))(x, grad, groups)
+    matrices, expected = np.concatenate(banks), np.zeros((rows, f))
+    own = rows_of(sizes, starts)
+    for g, of_group in enumerate(own):
+        expected[of_group] = x[of_group] @ matrices[g]
+    np.testing.assert_allclose(forward, expected, atol=1e-4)
+    assert not np.any(forward[~np.any(expected, axis=1)])
     for g in (2, 3):
-        own = np.flatnonzero(group == g)
-        np.testing.assert_allclose(gradient[g - 2], x[own].T @ grad[own], atol=1e-4)
+        np.testing.assert_allclose(gradient[g - 2], x[own[g]].T @ grad[own[g]], atol=1e-4)
+
+
+def test_a_visit_without_a_need_fetches_nothing():
+    # Tiles of 64 rows. Padding before, between and after groups 2 and 0 of two banks.
+    groups = Groups.within(np.array([10, 0, 70]), np.array([300, 0, 100]), 400)
+    sizes, ends, of_group = groups.stretches(400)
+    visits, count = plan_visits(ends - sizes, sizes, 400, 16)
+    visits = visits._replace(group=of_group[visits.group])
+    fetches = plan_fetches(visits, [(0, 2), (2, 1)])
+    found = np.stack([visits.group, visits.tile, fetches.tile, *fetches.matrices])[:, : int(count)]
+    assert found.T.tolist() == [
+        # group, tile; tile and matrices asked for
+        [3, 0, 1, 0, 0],
+        [3, 1, 1, 0, 0],
+        [2, 1, 1, 0, 0],
+        [2, 2, 2, 0, 0],
+        [3, 2, 2, 0, 0],
+        [3, 3, 2, 0, 0],
+        [3, 4, 2, 0, 0],
+        [0, 4, 4, 0, 0],
+        [3, 4, 4, 0, 0],
+        [3, 5, 4, 0, 0],
+        [3, 6, 4, 0, 0],
+    ]
