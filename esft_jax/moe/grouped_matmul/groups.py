@@ -61,12 +61,12 @@ class Groups:
             Sizes and ends of the stretches, and the group of each, G for padding; None for the last
             if the stretches are the groups in their order, followed by the padding.
         """
-        if self.order is None:
+        if self.starts is None or self.order is None:
             sizes = jnp.append(self.sizes, rows - jnp.sum(self.sizes)).astype(jnp.int32)
             return sizes, jnp.cumsum(sizes), None
         # Padding (of 0 rows or more) lies before and after every group. Groups without rows end
         # where the group before them does.
-        limits = jnp.stack([self.starts, self.ends], axis=1)[self.order]
+        limits = jnp.stack([self.starts, self.starts + self.sizes], axis=1)[self.order]
         limits = jnp.where(self.sizes[self.order, None] > 0, limits, 0).reshape(-1)
         ends = jax.lax.cummax(jnp.append(limits, rows)).astype(jnp.int32)
         groups = jnp.full(len(ends), len(self.sizes), jnp.int32).at[1::2].set(self.order)

@@ -51,6 +51,7 @@ def multiply(
     ranges = [(begin, len(bank)) for begin, bank in zip(begins, banks, strict=True)]
     sizes, ends, of_group = groups.stretches(rows)
     visits, num_visits = plan_visits(ends - sizes, sizes, rows, piece)
+    fetched: Fetches | Array
     if of_group is None:
         fetched = jnp.maximum(groups.sizes.sum() - 1, 0)[None] // tile
     else:
