@@ -341,6 +341,18 @@ def test_no_gradient_of_a_frozen_bank_is_computed():
     assert (rows, D) not in shapes(1)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_groups_that_follow_one_another_are_not_sorted(implementation):
+    x, bank, numbers = draw(10, D, seed=0), draw(3, D, F, seed=1), jnp.array([3, 2, 4])
+    multiply = partial(grouped_matmul, implementation=implementation)
+    with IMPLEMENTATIONS[implementation]():
+        programs = [
+            str(jax.make_jaxpr(lambda *given: multiply(x, (bank,), *given))(*given))
+            for given in ((numbers,), (numbers, numbers))
+        ]
+    assert [" sort[" in program for program in programs] == [False, True]
+
+
 def test_a_frozen_bank_takes_no_memory():
     memory = jax.jit(gradient((0, 1))).lower(*arguments(70)).compile().memory_analysis()
     frozen_bytes = 4 * np.prod(FROZEN)
