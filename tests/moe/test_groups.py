@@ -1,6 +1,7 @@
 """Which rows belong to which group, whatever is asked for."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ ASKED = {
 
 @pytest.mark.parametrize(("asked", "counted"), ASKED.values(), ids=ASKED)
 def test_groups_keep_to_rows_of_their_own(asked, counted):
-    groups = Groups.within(*(np.array(numbers, np.int32) for numbers in asked), ROWS)
+    groups = Groups.within(*(jnp.array(numbers, jnp.int32) for numbers in asked), ROWS)
     assert (groups.sizes.tolist(), groups.starts.tolist()) == counted
 
 

@@ -144,8 +144,8 @@ def test_matrices_cut_in_both_directions(monkeypatch, starts):
     """The sum over blocks, an edge block that is not full, and what each visit fetches."""
     monkeypatch.setattr(tpu_tiles, "vmem_limit", lambda: 700_000)
     rows, d, f = 150, 384, 300
-    sizes = np.array([70, 0, 3, 60], np.int32)
-    groups = Groups.within(sizes, None if starts is None else np.array(starts, np.int32), rows)
+    sizes = [70, 0, 3, 60]
+    groups = Groups.within(jnp.array(sizes), None if starts is None else jnp.array(starts), rows)
     x, grad = draw(rows, d, seed=0), draw(rows, f, seed=1)
     banks = (draw(2, d, f, seed=2), draw(2, d, f, seed=3))
     with emulated_tpu():
@@ -167,7 +167,7 @@ def test_matrices_cut_in_both_directions(monkeypatch, starts):
 
 def test_a_visit_without_a_need_fetches_nothing():
     # Tiles of 64 rows. Padding before, between and after groups 2 and 0 of two banks.
-    groups = Groups.within(np.array([10, 0, 70]), np.array([300, 0, 100]), 400)
+    groups = Groups.within(jnp.array([10, 0, 70]), jnp.array([300, 0, 100]), 400)
     sizes, ends, of_group = groups.stretches(400)
     visits, count = plan_visits(ends - sizes, sizes, 400, 16)
     visits = visits._replace(group=of_group[visits.group])

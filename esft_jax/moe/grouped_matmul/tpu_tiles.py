@@ -81,7 +81,7 @@ def plan_visits(
 
 
 class Fetches(NamedTuple):
-    """Which blocks each visit asks for: those that it needs, or else those that are there already.
+    """Which blocks each visit asks for: those that it needs, or those that are there already.
 
     Attributes:
         tile: the row tile.
@@ -100,7 +100,7 @@ def plan_fetches(visits: Visits, ranges: Sequence[tuple[int, int]]) -> Fetches:
     """
 
     def at_latest(values: Array, needed: Array) -> Array:
-        """Of the latest visit with a need; the first one's where there was none yet."""
+        """Of the latest visit that needs the operand; of the first one where none has yet."""
         index = jnp.arange(len(needed), dtype=jnp.int32)
         latest = jax.lax.cummax(jnp.where(needed, index, jnp.argmax(needed).astype(jnp.int32)))
         return values[latest]
