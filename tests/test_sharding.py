@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from esft_jax import mesh as mesh_module
+from esft_jax import processes
 from esft_jax.errors import InputError
 from esft_jax.sharding import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices
@@ -104,10 +104,10 @@ def test_no_tpu_is_looked_for_where_none_can_be(
     for device in devices:
         (tmp_path / device).parent.mkdir(exist_ok=True)
         (tmp_path / device).touch()
-    monkeypatch.setattr(mesh_module, "_DEV", tmp_path)
+    monkeypatch.setattr(processes, "_DEV", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
     chosen: dict[str, str] = {}
     config = SimpleNamespace(values={"jax_platforms": asked}, update=chosen.__setitem__)
     monkeypatch.setattr(jax, "config", config)
-    mesh_module.skip_absent_tpu()
+    processes.skip_absent_tpu()
     assert chosen == ({"jax_platforms": "cpu"} if skipped else {})

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from esft_jax.evaluation.generate import generate_tokens
 
 from esft_jax import export, train
 from esft_jax.checkpoint.load import load_model
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.decode.generation import generate_tokens
 from tests.yardstick import torch
 
 ROOT = Path(__file__).parents[2]
