@@ -4,6 +4,7 @@ from .adapt.partition import partition as partition
 from .checkpoint.adapter import apply_adapter as apply_adapter
 from .checkpoint.adapter import load_adapter as load_adapter
 from .checkpoint.adapter import save_adapter as save_adapter
+from .checkpoint.adapter import trained_tensors as trained_tensors
 from .checkpoint.convert import convert_checkpoint as convert_checkpoint
 from .checkpoint.export import export_model as export_model
 from .checkpoint.export import save_model as save_model
@@ -11,6 +12,7 @@ from .checkpoint.load import load_base as load_base
 from .checkpoint.load import load_model as load_model
 from .config import RunConfig as RunConfig
 from .config import load_config as load_config
+from .data.batch import Batch as Batch
 from .data.pipeline import build_dataset as build_dataset
 from .data.pipeline import eval_batches as eval_batches
 from .data.pipeline import train_iterator as train_iterator
@@ -28,5 +30,19 @@ from .routing.scores import ExpertScores as ExpertScores
 from .routing.scores import load_scores as load_scores
 from .routing.select import select_experts as select_experts
 from .sharding import make_mesh as make_mesh
+from .sharding import place_batch as place_batch
+from .training.hooks import Hook as Hook
+from .training.hooks import StepInfo as StepInfo
 from .training.loop import run_training as run_training
+from .training.result import RunResult as RunResult
 from .training.setup import open_setup as open_setup
+from .training.state import TrainState as TrainState
+from .training.state import init_state as init_state
+from .training.state import place_state as place_state
+from .training.state import tuned_only as tuned_only
+from .training.step import Loss as Loss
+from .training.step import balance_loss as balance_loss
+from .training.step import jit_train_step as jit_train_step
+from .training.step import make_eval_step as make_eval_step
+from .training.step import make_train_step as make_train_step
+from .training.step import token_loss as token_loss

@@ -15,14 +15,9 @@ from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe
 from esft_jax.select import print_selection
 from esft_jax.terminal import Terminal
-from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import (
-    Setup,
-    load_pretrained,
-    measure_scores,
-    open_setup,
-    score_rows,
-)
+from esft_jax.training.base import load_pretrained
+from esft_jax.training.choosing import measure_scores
+from esft_jax.training.setup import Setup, open_setup, score_rows
 
 
 @command
@@ -41,12 +36,11 @@ def main(argv: Sequence[str]) -> None:
     setup = open_setup(config)
     rows = score_rows(config, setup.model_config, setup.tokenizer, setup.task_set)
     setup = dataclasses.replace(setup, score_set=rows)
-    folder = Path(args.output) if args.output else RunFolder(config.output).scores
+    folder = Path(args.output) if args.output else setup.run.scores
     check_writable(folder, "--output" if args.output else "output")
     with ExitStack() as stack:
         if not args.output:
-            run = RunFolder(config.output)
-            on_first_process(lambda: stack.enter_context(run.owned()), "output")
+            on_first_process(lambda: stack.enter_context(setup.run.owned()), "output")
         _score(setup, folder)
 
 

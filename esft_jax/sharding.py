@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from esft_jax.errors import InputError
 
 REPLICA, DATA, EXPERT = "replica", "data", "expert"
+
+Arrays = TypeVar("Arrays")  # a tree of arrays `[B, ...]`, such as a `Batch`
 
 
 def make_mesh(
@@ -190,14 +193,12 @@ def device_multiple(rows: int, mesh: Mesh | None) -> int:
     return math.ceil(rows / devices) * devices
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
+def place_batch(batch: Arrays, mesh: Mesh | None) -> Arrays:
     """This process's rows of a batch, on its devices; see `place_whole_batch`."""
     if mesh is None:
-        return {key: jax.numpy.asarray(value) for key, value in batch.items()}
-    sharding = batch_sharding(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
-    }
+        return jax.tree.map(jax.numpy.asarray, batch)
+    place = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(place, batch)
 
 
 def place_whole_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:

@@ -22,8 +22,9 @@ from esft_jax.evaluation.run import (
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.processes import on_first_process
 from esft_jax.terminal import Terminal
-from esft_jax.training.loop import RunResult, run_training
+from esft_jax.training.loop import run_training
 from esft_jax.training.preemption import watch_preemption
+from esft_jax.training.result import RunResult
 from esft_jax.training.setup import Setup, open_setup, own_run
 from esft_jax.training.signals import exit_on_signals
 

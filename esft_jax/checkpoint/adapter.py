@@ -7,7 +7,7 @@ the layout of `peft` (`lora.py`).
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,18 +169,16 @@ def trained_names(config: ModelConfig, expert_cfg: ExpertConfig, where: str) -> 
     return [name for name, place in table.places.items() if trained(name, place)]
 
 
-def trained_tensors(
-    model: Transformer, trained: Collection[tuple[Any, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
+def trained_tensors(model: Transformer, tuned: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
     """The trained tensors of a model under training, in `model.dtype`; with factors, merged.
 
     On several processes all must consume it, in step.
 
     Args:
-        model: with its tuned bank, if experts are trained.
-        trained: paths of all trained parameters; the bank's own may be among them.
+        model: merged from the parts of `partition`, after the last update.
+        tuned: the tuned one of them; its values are not read.
     """
-    tensors = ModelTensors(model)
+    tensors, trained = ModelTensors(model), {path for path, _ in nnx.to_flat_state(tuned)}
     names = [
         name
         for name, place in tensors.placements.items()
@@ -201,7 +199,13 @@ def save_adapter(
 
     Args:
         tensors: what `trained_tensors` yields.
-        manifest: provenance, with the key `base_fingerprint`.
+        expert_cfg: what was trained.
+        manifest: provenance, with the key `base_fingerprint` (of `LoadedBase`); all of it must be
+            JSON. With `dtype`, models that it is merged into are loaded in that type.
+
+    Raises:
+        KeyError: `manifest` has no `base_fingerprint`.
+        InputError: the folder holds something else, or cannot be written.
     """
     if "base_fingerprint" not in manifest:
         raise KeyError("base_fingerprint")

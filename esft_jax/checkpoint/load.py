@@ -61,7 +61,15 @@ def load_base(
 
     All processes call it together.
     """
-    source = open_source(path)
+    return load_source(open_source(path), str(path), dtype, mesh)
+
+
+def load_source(source: Source, name: str, dtype: DTypeLike, mesh: Mesh | None) -> LoadedBase:
+    """The same of files that are open.
+
+    Args:
+        name: what messages call them.
+    """
     model = nnx.eval_shape(
         lambda: Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
     )
@@ -73,7 +81,7 @@ def load_base(
         array = _read_leaf(source, leaf, param.get_value(), sharding.get_value())
         loaded.append((leaf, param.replace(array)))
     base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
-    check_base(base.model, str(path))
+    check_base(base.model, name)
     return base
 
 

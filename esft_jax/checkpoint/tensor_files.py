@@ -133,7 +133,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
         Like `transformers`, all tensors of a listed shard count.
         """
-        files, listed, index = self._chosen()
+        held = visible(self.folder)
+        files, listed, index = self._chosen(held)
         holds: dict[str, Path] = {}
         for path in files:
             header, begin = _read_header(path)
@@ -150,8 +151,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
                     f"{self.folder / file}: tensor {name!r} is missing; {index} lists it here"
                 )
         # Other files may be of another tool, but none may say something else of these tensors.
-        for path in visible(self.folder, "*.safetensors"):
-            if path not in files:
+        for path in held:
+            if path.name.endswith(".safetensors") and path not in files:
                 again = sorted(holds.keys() & _read_header(path)[0])
                 if again:
                     raise InputError(
@@ -159,10 +160,14 @@ class TensorFiles(Mapping[str, TensorInfo]):
                         "every tensor in one file"
                     )
 
-    def _chosen(self) -> tuple[list[Path], dict[str, str] | None, Path | None]:
-        """The files that count, and the index with its list of tensors, if there is one."""
-        files = visible(self.folder, "*.safetensors")
-        indices = visible(self.folder, "*.safetensors.index.json")
+    def _chosen(self, held: list[Path]) -> tuple[list[Path], dict[str, str] | None, Path | None]:
+        """The files that count, and the index with its list of tensors, if there is one.
+
+        Args:
+            held: all that the folder holds.
+        """
+        files = [path for path in held if path.name.endswith(".safetensors")]
+        indices = [path for path in held if path.name.endswith(".safetensors.index.json")]
         index = _only(indices, self.folder / "model.safetensors.index.json")
         if index is not None:
             listed = _read_index(index)
@@ -179,7 +184,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 f"{self.folder}: {len(files)} safetensors files without an index; expected "
                 "model.safetensors.index.json"
             )
-        pickled = [*visible(self.folder, "*.bin"), *visible(self.folder, "*.pt")]
+        pickled = [path for end in (".bin", ".pt") for path in held if path.name.endswith(end)]
         found = f"only {pickled[0].name}; pickled weights are not read, " if pickled else ""
         raise InputError(f"{self.folder}: no weights: {found}expected model.safetensors")
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int64
 
-from esft_jax.data.pipeline import Batch, DataStats, PackedDataset
+from esft_jax.data.batch import Batch
+from esft_jax.data.pipeline import DataStats, PackedDataset
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Interleaving:
 class MixedDataset:
     """Sources as one dataset: rows are numbered through, source after source.
 
-    Batches have `sources` besides: int32 `[B]`, the index of each row's source.
+    Batches say of each row which source it is of.
     """
 
     sources: tuple[Source, ...]
@@ -128,10 +130,12 @@ class MixedDataset:
         batch = self.sources[0].dataset.gather([], size)
         batch["sources"] = np.zeros(size, np.int32)
         batch["sources"][: len(rows)] = sources
+        arrays: dict[str, Any] = {**batch}
         for index, source in enumerate(self.sources):
             (here,) = np.nonzero(sources == index)
-            for key, values in source.dataset.gather(local[here]).items():
-                batch[key][here] = values
+            part: dict[str, Any] = {**source.dataset.gather(local[here])}
+            for key, values in part.items():
+                arrays[key][here] = values
         return batch
 
     @property

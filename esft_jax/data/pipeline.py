@@ -1,9 +1,6 @@
 """From data files to batches: ``build_dataset``, then ``train_iterator`` or ``eval_batches``.
 
-B rows in a global batch, S positions in a row. A batch is a dict of arrays ``[B, S]``:
-``tokens``, ``targets``, ``segment_ids`` (0 padding, 1.. the documents of the row), ``positions``
-(from 0 in each document), all int32, and ``loss_weights`` float32 (1 where ``targets`` counts).
-Batches of several sources (``esft_jax.data.mix``) say besides which one each row is of.
+B rows in a global batch (``esft_jax.data.batch``), S positions in a row.
 """
 
 from __future__ import annotations
@@ -19,14 +16,14 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from esft_jax.data.batch import Batch
 from esft_jax.data.chat import Chat
 from esft_jax.data.pack import PackPlan, plan_rows
 from esft_jax.data.read import ChatExample, TextExample, read_chat, read_text, source_sha256
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 
-Batch = dict[str, np.ndarray]
-Result = TypeVar("Result")
+Encoded = TypeVar("Encoded")
 TooLong = Literal["error", "cut", "drop"]
 # Examples encoded together: enough to keep the tokenizer's threads busy.
 _CHUNK = 1024
@@ -111,9 +108,10 @@ class PackedDataset:
         ]
         return ", ".join(parts + lost)
 
-    def __getitem__(self, row: int) -> Batch:
-        """One row: arrays ``[S]``."""
-        return {key: rows[0] for key, rows in self.gather([range(len(self))[row]]).items()}
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """One row: the arrays of a batch, ``[S]`` each."""
+        batch: dict[str, Any] = {**self.gather([range(len(self))[row]])}
+        return {key: rows[0] for key, rows in batch.items()}
 
     def endless_rows(self, seed: int) -> grain.MapDataset[int]:
         """Row numbers for training: all of them in a new random order, again and again."""
@@ -418,8 +416,8 @@ def _add_chats(
 
 
 def _placed(
-    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Result]
-) -> Iterator[Result]:
+    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Encoded]
+) -> Iterator[Encoded]:
     """What examples are encoded to; an `InputError` of one names its place."""
     for example in examples:
         try:

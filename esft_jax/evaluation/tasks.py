@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from esft_jax.data.batch import Batch
 from esft_jax.data.chat import Message
 from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
@@ -22,7 +23,7 @@ from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, Completion
 from esft_jax.model.transformer import Transformer
 from esft_jax.sharding import device_multiple, place_batch
-from esft_jax.training.step import loss_sum
+from esft_jax.training.step import token_loss
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) ->
 
 @partial(jax.jit, static_argnames=("graph",))
 def _batch_loss(
-    graph: nnx.GraphDef, params: nnx.State, batch: dict[str, Array]
+    graph: nnx.GraphDef, params: nnx.State, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums of losses in nats and of their weights; compiled once for all datasets of one shape."""
-    return loss_sum(nnx.merge(graph, params), batch)[0], batch["loss_weights"].sum()
+    return token_loss(nnx.merge(graph, params), batch)

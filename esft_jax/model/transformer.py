@@ -66,6 +66,9 @@ class Transformer(nnx.Module):
         mesh: devices the parameters and the batch are split over, or None for one device.
         transport: how tokens reach the devices of their experts, and come back; decoding, which has
             few tokens, always gathers them.
+        remat: what the backward pass computes again.
+        experts_learn: base experts are differentiated. Without it they can be too, but the
+            gradient of every layer is then made as large as that of all.
         tuned_experts: the selected experts under training, or factors of experts, or None.
     """
 
@@ -81,6 +84,8 @@ class Transformer(nnx.Module):
     ):
         self.config, self.dtype, self.mesh = config, jnp.dtype(dtype), mesh
         self.transport = transport
+        self.remat: Remat = "none"
+        self.experts_learn = False
         params = ParamFactory(rngs, param_dtype or dtype, config.init_std)
         self.embedding = params.weight(
             (config.vocab_size, config.hidden_size), (None, "embed"), Role.EMBEDDING
@@ -122,16 +127,10 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
-        *,
-        remat: Remat = "none",
-        experts_learn: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
         """What the head reads, and the router outputs; no logits.
 
-        Args:
-            remat: what the backward pass computes again.
-            experts_learn: base experts are differentiated. Without it they can be too, but the
-                gradient of every layer is then made as large as that of all.
+        Arguments are those of `__call__`.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -164,11 +163,15 @@ class Transformer(nnx.Module):
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
         for run in self.config.runs:
             if not run.moe:
-                x, _ = _scan_blocks(dense_layer, self.dense_blocks, x, run, remat=remat)
+                x, _ = _scan_blocks(dense_layer, self.dense_blocks, x, run, remat=self.remat)
                 continue
             below, above = run.split(first)
             (x, _), router = _scan_blocks(
-                partial(moe_layer, adapted=None), self.moe_blocks, (x, None), below, remat=remat
+                partial(moe_layer, adapted=None),
+                self.moe_blocks,
+                (x, None),
+                below,
+                remat=self.remat,
             )
             routers += [router] if router else []
             if above.start < above.stop and carried is None:
@@ -178,8 +181,8 @@ class Transformer(nnx.Module):
                 self.moe_blocks,
                 (x, carried),
                 above,
-                remat=remat,
-                experts_learn=experts_learn,
+                remat=self.remat,
+                experts_learn=self.experts_learn,
             )
             routers += [router] if router else []
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routers)

@@ -33,6 +33,7 @@ from esft_jax.routing.choose import affordable_experts
 from esft_jax.sharding import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices, hardware
 from esft_jax.training.operations import model_operations
+from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import check_fit, given_experts, low_rank_updates
 
 
@@ -161,7 +162,7 @@ def _selected(
     config: RunConfig, model: ModelConfig, per_layer: int | None
 ) -> tuple[ExpertConfig, str]:
     total = model.router.num_experts
-    given = given_experts(config, model)
+    given = given_experts(config, model, RunFolder(config.output).expert_cfg)
     if given is not None:
         if per_layer is not None:
             raise InputError("--experts-per-layer: the run has its experts already")

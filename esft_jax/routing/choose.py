@@ -160,7 +160,6 @@ def check_select(select: SelectConfig, model: ModelConfig, dtype: str) -> None:
             "are gate shares; expected gate_share "
             f"(p = {DEFAULT_TOP_P['gate_share']} without a rule)"
         )
-    affordable_experts(select, model, dtype)
     if total % select.group_size:
         raise InputError(
             f"select.group_size: {select.group_size} does not divide the model's {total} experts"
@@ -169,6 +168,7 @@ def check_select(select: SelectConfig, model: ModelConfig, dtype: str) -> None:
         raise InputError(f"select.top_k: {select.top_k}; the model has {total} experts per layer")
     if select.groups_from is not None:
         _check_scores(_grouping(select, model.router.top_k), model, select.groups_from)
+    affordable_experts(select, model, dtype)
 
 
 def _check_fit(

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from esft_jax.data.batch import Batch
 from esft_jax.model.transformer import Transformer
 from esft_jax.routing.log import RoutingLog
 from esft_jax.routing.scores import ExpertScores
@@ -60,7 +61,7 @@ def chosen_together(expert_ids: Int[Array, "L B S K"], num_experts: int) -> Int[
 
 def score_experts(
     model: Transformer,
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: Iterable[Batch],
     provenance: dict[str, Any] | None = None,
 ) -> ExpertScores:
     """Run a model forward over task samples and average its routing.
@@ -72,8 +73,8 @@ def score_experts(
 
     Args:
         model: the base model.
-        batches: dicts with `tokens`, `segment_ids` and `positions`, int32 `[B, S]`; one row is
-            one sample. With a mesh: this process's rows of the global batch.
+        batches: one row is one sample; only tokens, segment ids and positions are read. With a
+            mesh: this process's rows of the global batch.
         provenance: where the samples came from; kept with the scores.
 
     Raises:
@@ -119,7 +120,11 @@ def score_experts(
     kept: list[_Batch] = []
     room = ROUTING_TOKENS
     for batch in batches:
-        inputs = {key: batch[key] for key in ("tokens", "segment_ids", "positions")}
+        inputs = {
+            "tokens": batch["tokens"],
+            "segment_ids": batch["segment_ids"],
+            "positions": batch["positions"],
+        }
         totals, routing = add(totals, params, place_batch(inputs, model.mesh), keep=room > 0)
         if routing is not None:
             kept.append(_Batch(*map(np.asarray, routing)))

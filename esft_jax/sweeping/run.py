@@ -76,13 +76,15 @@ def _check(cells: Sequence[Cell], sweep: SweepConfig) -> None:
         config = run_config(sweep, cell)
         data = (config.model, config.data, config.evaluation)
         try:
-            if cell.method != BASE:
-                check_setup(config)
             if data not in read:  # most cells of a task share them
                 check_evaluation(config)
-                if cell.method != BASE:
-                    open_setup(config)
-                    read.append(data)
+            if cell.method == BASE:
+                continue
+            if data in read:
+                check_setup(config)
+            else:
+                open_setup(config)
+                read.append(data)
         except InputError as error:
             raise InputError(f"cell {cell.name}: {error}") from None
 

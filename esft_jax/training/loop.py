@@ -1,133 +1,121 @@
 """A whole training run, from a configuration to an adapter."""
 
 import dataclasses
-import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Float
 
 from esft_jax.accelerators import peak_flops
 from esft_jax.adapt.attach import attach
-from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import partition
-from esft_jax.adapt.placement import Placement, expected_loads, place_experts
-from esft_jax.adapt.slots import TunedLayout
-from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
-from esft_jax.checkpoint.export import save_model
 from esft_jax.checkpoint.finite import check_result
-from esft_jax.checkpoint.load import LoadedBase
-from esft_jax.checkpoint.peft import save_lora
 from esft_jax.checkpoint.source import Source
-from esft_jax.config import load_config
-from esft_jax.data.mix import MixedDataset
-from esft_jax.data.pipeline import PackedDataset, batch_rows, eval_batches, train_iterator
-from esft_jax.errors import Diverged
-from esft_jax.files import write_text_atomic
+from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
+from esft_jax.errors import Diverged, InputError
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import most_of_processes, on_first_process
-from esft_jax.routing.choose import choose_experts, describe
-from esft_jax.routing.scores import load_scores
-from esft_jax.sharding import EXPERT, place_batch
+from esft_jax.sharding import place_batch
+from esft_jax.training.base import load_pretrained, random_model
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
+from esft_jax.training.choosing import describe_placement, experts_to_train, loads_of
+from esft_jax.training.hooks import Caller, Hook, Report, StepInfo
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.operations import model_operations
-from esft_jax.training.optimizer import changed_rate, make_optimizer, make_schedule
+from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
 from esft_jax.training.program import known_refusals, trace_step
-from esft_jax.training.setup import (
-    Setup,
-    check_scored_on,
-    load_pretrained,
-    low_rank_updates,
-    measure_scores,
-    own_run,
-    random_model,
+from esft_jax.training.result import (
+    Outcome,
+    RunResult,
+    hash_of,
+    trained_parameters,
+    write_result,
 )
+from esft_jax.training.resume import facts_of, new_rate, restore
+from esft_jax.training.setup import Setup, low_rank_updates, own_run
 from esft_jax.training.signals import on_user_signal, stop_signal
+from esft_jax.training.skipped import Skipped
 from esft_jax.training.state import place_state
-from esft_jax.training.step import make_eval_step
+from esft_jax.training.step import Loss, make_eval_step, token_loss
 from esft_jax.training.timing import Percentiles, RunTiming, Spent, Stopwatch
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run leaves behind.
-
-    Attributes:
-        folder: the run's folder.
-        result: `adapter/` or `model/` in it; None if the run was stopped before its end.
-        step: updates whose parameters the result holds.
-        valid_loss: its mean validation loss in nats per token, if there is a validation set.
-        trained, total: parameters trained, and in the model.
-        experts: the routed experts that were trained, or updated; None where all are.
-        step_bytes: arguments and temporaries of the update, per device; None where the backend does
-            not say.
-        seconds: spent in this call.
-        timing: of its steps, and of the run as a whole.
-        stopped_by: the signal that stopped it before its end, such as `signal.SIGINT`.
-    """
-
-    folder: Path
-    result: Path | None
-    step: int
-    valid_loss: float | None
-    trained: int
-    total: int
-    experts: ExpertConfig | None
-    step_bytes: int | None
-    seconds: float
-    timing: RunTiming
-    stopped_by: int | None = None
-
-
-def run_training(setup: Setup, say: Callable[[str], None] = print) -> RunResult:
+def run_training(
+    setup: Setup,
+    say: Callable[[str], None] = print,
+    *,
+    on_log: Report | None = None,
+    on_eval: Report | None = None,
+    hooks: Sequence[Hook] = (),
+    optimizer: optax.GradientTransformation | None = None,
+    loss: Loss = token_loss,
+) -> RunResult:
     """Train as configured; continue from the last checkpoint if the run folder has one.
+
+    On several processes all call it, and all call what they are given.
 
     Args:
         setup: what `open_setup` made of a configuration.
         say: receives a line of text for every stage.
+        on_log: receives step and metrics of every logged step, such as `loss` and
+            `tokens_per_second`.
+        on_eval: receives step and losses of every evaluation, `valid_loss` first.
+        hooks: called after every n-th step.
+        optimizer: instead of the one that the section `optimizer` describes; any optax
+            transformation, of the trained parameters only (`tuned_only`).
+        loss: what is minimised, and evaluated on the validation sets; see `Loss`.
 
     Raises:
         InputError: damaged weights, a checkpoint of another run, or another process that trains in
-            the folder; before any training.
+            the folder; before any training. A checkpoint of another optimizer is known by its
+            state, one of another loss by its name.
         Diverged: loss or parameters are not finite, or every update was skipped.
     """
     begin = time.perf_counter()
-    for line in _describe_data(setup):
+    caller = Caller(say, on_log, on_eval, hooks, optimizer, loss)
+    if caller.own_loss and setup.config.train.balance_loss:
+        raise InputError(
+            f"train.balance_loss: {setup.config.train.balance_loss} beside an own loss; expected "
+            "0, and an own loss that adds it (`balance_loss`)"
+        )
+    for line in setup.describe():
         say(line)
+    if optimizer is not None:
+        say("optimizer: the caller's own; the section `optimizer` is not used")
+    if caller.own_loss and setup.config.data.mix:
+        say("loss: the caller's own; training losses are not logged by source")
     with own_run(setup):
-        return _train(setup, say, begin)
+        return _train(setup, caller, begin)
 
 
-def _train(setup: Setup, say: Callable[[str], None], begin: float) -> RunResult:
+def _train(setup: Setup, caller: Caller, begin: float) -> RunResult:
+    say = caller.say
     base = load_pretrained(setup) if setup.config.init == "pretrained" else None
     trained: Trained = None
     experts = loads = None
     if base is not None and setup.config.selects_experts:
-        trained = experts = _choose_experts(setup, base, say)
-        loads = _expected_loads(setup)
+        trained = experts = experts_to_train(setup, base, say)
+        loads = loads_of(setup)
     if setup.config.method == "lora":
         trained = low_rank_updates(setup.config, setup.model_config, experts)
-    if base is None:
-        run = _Run(setup, random_model(setup), None, trained, loads, say)
-    else:
-        run = _Run(setup, base.model, base.source, trained, loads, say)
-    del base  # the run takes over its arrays
+    model, source = (random_model(setup), None) if base is None else (base.model, base.source)
+    run = _Run(setup, model, source, trained, loads, caller)
+    del base, model  # the run takes over its arrays
     if loads is not None and run.layout is not None:
-        say(_describe_placement(run.layout, loads))
+        say(describe_placement(run.layout, loads))
     say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
     if run.step_bytes is not None:
         mebibytes = run.step_bytes / 2**20
@@ -138,7 +126,7 @@ def _train(setup: Setup, say: Callable[[str], None], begin: float) -> RunResult:
     # A signal in the end must not cut the last checkpoint or the result short.
     with stop_signal() as stopped, closing(run.checkpoints):
         outcome = run.train(stopped)
-        path = None if outcome.tuned is None else run.write_result(outcome)
+        path = None if outcome.tuned is None else run.write(outcome)
     if path is not None and (late := stopped()):
         signal.raise_signal(late)  # too late for the loop, but what comes next is to stop
     return RunResult(
@@ -156,73 +144,6 @@ def _train(setup: Setup, say: Callable[[str], None], begin: float) -> RunResult:
     )
 
 
-def _describe_data(setup: Setup) -> list[str]:
-    if isinstance(setup.train_set, MixedDataset):
-        train = [
-            f"train {source.name} (weight {source.weight:g}): {source.dataset.describe()}"
-            for source in setup.train_set.sources
-        ]
-    else:
-        train = [f"train: {setup.task_set.describe()}"]
-    valid = [
-        f"{'valid' if len(train) == 1 else f'valid {name}'}: {dataset.describe()}"
-        for name, dataset in setup.valid_sets.items()
-    ]
-    rows = setup.score_set
-    score = [] if rows is None or rows is setup.task_set else [f"score: {rows.describe()}"]
-    return train + valid + score
-
-
-def _choose_experts(setup: Setup, base: LoadedBase, say: Callable[[str], None]) -> ExpertConfig:
-    """The experts that were given, or newly scored and selected ones; kept in the run folder."""
-    experts, select = setup.experts, setup.config.select
-    if experts is not None:
-        check_scored_on(setup, base)
-        say(f"experts: {experts.num_experts_selected} given")
-    else:
-        scores = measure_scores(setup, base)
-        on_first_process(lambda: scores.save(setup.run.scores), "scores")
-        experts = choose_experts(select, [scores], setup.model_config, setup.config.dtype)
-        say(
-            f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
-            f"{describe(select)}"
-        )
-    on_first_process(lambda: experts.save(setup.run.expert_cfg), "experts")
-    return experts
-
-
-def _expected_loads(setup: Setup) -> Float[np.ndarray, "L E"] | None:
-    """What the scores say of the experts' shares of tokens, where it decides where they lie."""
-    given = setup.config.expert_cfg is not None or setup.config.select.scores
-    if given or setup.mesh.shape[EXPERT] == 1:
-        return None
-    return load_scores(setup.run.scores).token
-
-
-def _describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) -> str:
-    def busiest(placement: Placement) -> float:
-        return expected_loads(placement, layout.selected, layout.shards, loads).max()
-
-    before = place_experts(layout.selected, layout.num_experts, layout.shards)
-    rows = np.bincount([row // layout.rows_per_shard for *_, row in layout.rows()])
-    return (
-        f"placement on {layout.shards} devices: {rows.min()} to {rows.max()} tuned experts each; "
-        f"expected tokens of the busiest in any layer {busiest(before):.2f} times the mean, "
-        f"now {busiest(layout.placement):.2f}"
-    )
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """Where the loop ended: the parameters to keep, or the signal that stopped it before."""
-
-    step: int
-    tuned: nnx.State | None
-    valid_loss: float | None
-    timing: RunTiming
-    stopped_by: int | None = None
-
-
 class _Run:
     """The compiled functions, the state and the files of a run in progress."""
 
@@ -233,30 +154,41 @@ class _Run:
         source: Source | None,
         trained: Trained,
         loads: Float[np.ndarray, "L E"] | None,
-        say: Callable[[str], None],
+        caller: Caller,
     ):
-        self.say = say
+        self.caller = caller
         self.setup, self.source, self.trains = setup, source, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
         attach(model, trained, self.config.seed, loads)
         self.graph, tuned, self.frozen = partition(model, trained)
-        self.frozen_hash = self._hash_frozen() if self.config.train.verify_frozen else None
+        self.frozen_hash = hash_of(self.frozen) if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
         self.token_flops = model_operations(model.config, trained, self.train_set.sequence_length)
         self.layout = model.tuned_experts.layout if model.tuned_experts else None
         rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
-        self.checkpoints = Checkpoints(self.folder.checkpoints, self._facts(), rows)
+        facts = facts_of(setup, source, trained, self.state.opt_state, caller.loss)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, facts, rows)
         self.best_loss: float | None = None
-        self.skipped = 0
+        self.skipped = Skipped(setup)
 
     def _compile(self, tuned: nnx.State) -> None:
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
+        optimizer = self.caller.optimizer
+        if optimizer is None:
+            optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
         self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
         begin = time.perf_counter()
-        traced = trace_step(self.config, self.graph, optimizer, self.state, self.frozen, self.mesh)
+        traced = trace_step(
+            self.config,
+            self.graph,
+            optimizer,
+            self.state,
+            self.frozen,
+            self.mesh,
+            self.caller.loss,
+        )
         with known_refusals():
             self.train_step = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -267,21 +199,9 @@ class _Run:
         )
         if self.step_bytes is not None:
             check_fits(self.step_bytes, "train: arguments and temporaries of the step take")
-        self.eval_step = jax.jit(make_eval_step(self.graph))
+        self.eval_step = jax.jit(make_eval_step(self.graph, self.caller.loss))
 
-    def _facts(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and its resumption."""
-        experts = self.trains.experts if isinstance(self.trains, LoRA) else self.trains
-        return {
-            "base_fingerprint": self.source.fingerprint if self.source else None,
-            **self.setup.identity,
-            "experts": experts and {str(k): list(v) for k, v in experts.experts.items()},
-            "data_sha256": self.train_set.stats.sha256,
-            # They choose the best step.
-            "valid_sha256": {name: s.stats.sha256 for name, s in self.valid_sets.items()},
-        }
-
-    def train(self, stopped: Callable[[], int | None]) -> _Outcome:
+    def train(self, stopped: Callable[[], int | None]) -> Outcome:
         """Run to the last step, or until a signal has asked to stop."""
         config = self.config.train
         iterator = train_iterator(
@@ -303,28 +223,33 @@ class _Run:
             closing(profiler),
             on_user_signal(profiler.request),
         ):
-            skipped: list[jax.Array] = []  # counted so far, by step since the last logged one
             for step in range(first + 1, config.steps + 1):
                 last = step == config.steps
                 with profiler.step(step):
                     with watch.waiting_for_input():
                         batch = next(iterator)
                     self.state, metrics = self.train_step(self.state, self.frozen, batch)
-                skipped.append(metrics["skipped"])
-                profiler.finish_step(skipped[-1])
-                watch.step(skipped[-1])
+                self.skipped.add(metrics["skipped"])
+                profiler.finish_step(metrics["skipped"])
+                watch.step(metrics["skipped"])
                 log.advance()
                 if last or step % config.log_every == 0:
                     laps = watch.lap()  # waits for the step
-                    self._check_skipped(step, jax.device_get(skipped))
-                    skipped.clear()
-                    log.write(step, self._scalars(step, metrics) | self._speed(*laps))
+                    self.skipped.check(step)
+                    scalars = self._scalars(step, metrics) | self._speed(*laps)
+                    log.write(step, scalars)
+                    if self.caller.on_log is not None:
+                        with watch.of_others():
+                            self.caller.on_log(step, scalars)
                     self.checkpoints.check()
                 if self.valid_sets and (last or step % config.eval_every == 0):
                     with watch.other("evaluation"):
                         losses = self.evaluate()
                         loss = _finite("validation loss", step, losses["valid_loss"])
                     log.write(step, losses)
+                    if self.caller.on_eval is not None:
+                        with watch.of_others():
+                            self.caller.on_eval(step, losses)
                     # Without an update so far it would be the base.
                     updated = int(self.state.skipped) < step
                     if updated and (self.best_loss is None or loss < self.best_loss):
@@ -337,18 +262,24 @@ class _Run:
                 stop = int(most_of_processes(stopped() or 0)) if ask else 0
                 if last or stop or step % config.save_every == 0:
                     # A resumed run counts them, and would not list them again.
-                    self._check_skipped(step, jax.device_get(skipped))
-                    skipped.clear()
+                    self.skipped.check(step)
                     with watch.other("checkpoints"):
                         position = Position(
                             iterator.get_state(), self.best_loss, config.steps, watch.spent
                         )
                         self.checkpoints.save(step, self.state, position)
-                    if stop:
-                        return _Outcome(step, None, loss, watch.timing(), stop)
+                if due := self.caller.due(step):
+                    done = StepInfo(
+                        step, config.steps, self.state, self.frozen, metrics, self.graph
+                    )
+                    with watch.of_others():
+                        for hook in due:
+                            hook.call(done)
+                if stop:
+                    return Outcome(step, None, loss, watch.timing(), stop)
         return self._outcome(loss, watch.timing())
 
-    def _outcome(self, loss: float | None, timing: RunTiming) -> _Outcome:
+    def _outcome(self, loss: float | None, timing: RunTiming) -> Outcome:
         """What the run keeps at its end.
 
         Raises:
@@ -366,51 +297,21 @@ class _Run:
             tuned = self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
         lora = isinstance(self.trains, LoRA)  # factors are written as they are
         check_result(tuned, step, jnp.float32 if lora else jnp.dtype(self.config.dtype))
-        return _Outcome(step, tuned, loss, timing)
+        return Outcome(step, tuned, loss, timing)
 
     def _resume(self, iterator: Any) -> Spent | None:
         """Restore the last checkpoint, if there is one. Returns the time spent until then."""
         if self.checkpoints.last_step is None:
             return None
-        self.state, position = self.checkpoints.restore(abstract_state(self.state, self.shardings))
-        iterator.set_state(position.data)
+        self.state, position = restore(self.checkpoints, self.state, self.shardings, iterator)
         if self.checkpoints.best_step is not None:
-            # Read for its checksums: damage is to be known now, not at the end.
-            self.checkpoints.restore_best(abstract_state(self.state, self.shardings))
             self.best_loss = position.best_loss
-        self.skipped = int(self.state.skipped)
-        done, steps = int(self.state.step), self.config.train.steps
-        if done < steps:
-            updates = done - self.skipped
-            # Until a run goes on, `config.yaml` is that of its last start.
-            before = position.steps or load_config(self.folder.config).train.steps
-            changed = changed_rate(self.config.optimizer, before, steps, updates)
+        self.skipped.count = int(self.state.skipped)
+        if self.caller.optimizer is None:
+            changed = new_rate(self.setup, self.state, position)
             if changed is not None:
-                self.say(changed)
+                self.caller.say(changed)
         return position.spent
-
-    def _check_skipped(self, last: int, counts: Sequence[int]) -> None:
-        """Write down the batches of skipped updates, and end a run that has too many.
-
-        Args:
-            counts: updates skipped until each of the steps that end with `last`.
-        """
-        for step, count in enumerate(counts, last - len(counts) + 1):
-            if count == self.skipped:
-                continue
-            self.skipped, config = int(count), self.config.train
-            rows = batch_rows(self.train_set, config.batch_size, self.config.seed)[step - 1]
-            examples = self.train_set.places(rows)
-            listed = self.folder.skipped / f"{step}.txt"
-            if jax.process_index() == 0:
-                write_text_atomic(listed, "".join(f"{place}\n" for place in examples))
-            if count > config.max_skipped:
-                raise Diverged(
-                    f"step {step}: loss or gradients are not finite, in {count} updates of this "
-                    f"run; train.max_skipped allows {config.max_skipped}. The batch: {examples[0]} "
-                    f"and {len(examples) - 1} more examples, listed in {listed} "
-                    "(a lower optimizer.learning_rate, or other data)"
-                )
 
     def _speed(self, steps: Sequence[float], waited: float) -> dict[str, float]:
         """Of the steps since the last logged one: tokens are positions, padding included."""
@@ -429,14 +330,16 @@ class _Run:
         }
 
     def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        config = self.config.optimizer
-        updates = max(step - 1 - self.skipped, 0)  # skipped ones do not count for the schedule
-        rates = {
-            "learning_rate" + (f"/{part}" if part else ""): float(
-                make_schedule(config, self.config.train.steps, part)(updates)
-            )
-            for part in (None, *config.rates)
-        }
+        config, rates = self.config.optimizer, {}
+        if self.caller.optimizer is None:
+            # Updates that were skipped do not count for the schedule.
+            updates = max(step - 1 - self.skipped.count, 0)
+            rates = {
+                "learning_rate" + (f"/{part}" if part else ""): float(
+                    make_schedule(config, self.config.train.steps, part)(updates)
+                )
+                for part in (None, *config.rates)
+            }
         return {
             **{name: float(value) for name, value in jax.device_get(metrics).items()},
             **rates,
@@ -449,20 +352,21 @@ class _Run:
         """Mean losses over the validation sets in nats per token, by metric name.
 
         `valid_loss` is that of the task. Of several sources: also `valid_loss/NAME` and
-        `valid_target_tokens/NAME`.
+        `valid_target_tokens/NAME` (of an own loss, `valid_loss_weight/NAME`).
         """
         sums = {name: self._valid_sums(dataset) for name, dataset in self.valid_sets.items()}
-        metrics = {"valid_loss": sums["task"][0] / sums["task"][1]}
+        means = {
+            name: total / weight if weight else math.nan for name, (total, weight) in sums.items()
+        }
+        metrics = {"valid_loss": means["task"]}
         if self.config.data.mix:
-            for name, (total, weight) in sums.items():
-                metrics |= {
-                    f"valid_loss/{name}": total / weight,
-                    f"valid_target_tokens/{name}": weight,
-                }
+            weighed = "loss_weight" if self.caller.own_loss else "target_tokens"
+            for name, (_, weight) in sums.items():
+                metrics |= {f"valid_loss/{name}": means[name], f"valid_{weighed}/{name}": weight}
         return metrics
 
     def _valid_sums(self, dataset: PackedDataset) -> tuple[float, float]:
-        """Summed loss over a validation set, and the number of its target tokens."""
+        """Sum and weight of the loss over a validation set."""
         size = self.config.train.batch_size // self.config.train.micro_batches
         # Read at the end, so that the next batch is made while one is computed.
         sums = [
@@ -472,67 +376,12 @@ class _Run:
         total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(total), float(weight)
 
-    def write_result(self, outcome: _Outcome) -> Path:
-        """Write `adapter/` (esft, lora) or `model/` (full)."""
-        if self.frozen_hash is not None and self._hash_frozen() != self.frozen_hash:
+    def write(self, outcome: Outcome) -> Path:
+        """Write the result; see `write_result`."""
+        if self.frozen_hash is not None and hash_of(self.frozen) != self.frozen_hash:
             raise RuntimeError("a frozen weight changed during training; the result is not written")
-        assert outcome.tuned is not None
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
-        if self.trains is None:
-            carried = None if self.source is None else self.source.carried
-            save_model(
-                model,
-                self.folder.model,
-                self.setup.folder,
-                carried=carried,
-                chat_format=self.setup.tokenizer.chat_format,
-            )
-            return self.folder.model
-        assert self.source is not None
-        config = self.config
-        # Of given experts nothing is known of how they were chosen.
-        given = config.expert_cfg is not None or not config.selects_experts
-        measured = not given and not config.select.scores
-        manifest = {
-            "base_model": config.model,
-            "base_fingerprint": self.source.fingerprint,
-            **self.setup.identity,
-            "dtype": config.dtype,
-            "scores_sha256": _file_hash(self.folder.scores / "scores.json") if measured else None,
-            "data_sha256": self.train_set.stats.sha256,
-            "select": None if given else dataclasses.asdict(config.select),
-            "step": outcome.step,
-            "valid_loss": outcome.valid_loss,
-        }
-        if isinstance(self.trains, LoRA):
-            save_lora(self.folder.adapter, model, self.trains, manifest)
-            return self.folder.adapter
-        tensors = trained_tensors(model, [path for path, _ in nnx.to_flat_state(outcome.tuned)])
-        save_adapter(self.folder.adapter, tensors, self.trains, manifest)
-        return self.folder.adapter
-
-    def _hash_frozen(self) -> str:
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(self.frozen):
-            for shard in leaf.addressable_shards:
-                digest.update(np.asarray(shard.data).tobytes())
-        return digest.hexdigest()
-
-
-def trained_parameters(model: Transformer, tuned: nnx.State) -> int:
-    """Number of trained parameters, without the padding rows of the tuned bank."""
-    count = 0
-    for path, param in nnx.to_flat_state(tuned):
-        value = param[...]
-        if path[0] == "tuned_experts" and model.tuned_experts is not None:
-            count += len(model.tuned_experts.layout.rows()) * int(np.prod(value.shape[1:]))
-        else:
-            count += value.size
-    return count
-
-
-def _file_hash(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        return write_result(self.setup, self.source, self.trains, model, outcome)
 
 
 def _finite(name: str, step: int, value: float) -> float:

@@ -8,6 +8,7 @@ from flax import nnx
 from esft_jax.adapt.partition import FROZEN, TUNED, decays
 from esft_jax.adapt.parts import RatePart, check_rates, part_of
 from esft_jax.config import OptimizerConfig
+from esft_jax.training.state import tuned_only
 
 _OTHER = "other"  # what has no rate of its own
 
@@ -99,7 +100,4 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         ),
         rate,
     )
-    adamw = optax.chain(_clip_by_global_norm(config.clip_norm), adamw)
-    return optax.multi_transform(
-        {TUNED: adamw, FROZEN: optax.set_to_zero()}, {TUNED: TUNED, FROZEN: FROZEN}
-    )
+    return tuned_only(optax.chain(_clip_by_global_norm(config.clip_norm), adamw))

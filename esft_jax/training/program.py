@@ -11,30 +11,37 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from esft_jax.config import RunConfig
+from esft_jax.data.batch import Batch
 from esft_jax.errors import InputError
 from esft_jax.sharding import batch_sharding
 from esft_jax.training.state import TrainState, state_shardings
-from esft_jax.training.step import jit_train_step, make_train_step
+from esft_jax.training.step import Loss, jit_train_step, make_train_step, token_loss
 
 
-def batch_shapes(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of an update, `[train.batch_size, data.sequence_length]` each, on the mesh.
+def batch_shapes(rows: int, length: int, mesh: Mesh, *, mixed: bool) -> Batch:
+    """The batch of an update on the mesh, as shapes.
 
-    Of several sources, it has the index of each row's source besides.
+    Args:
+        mixed: rows are of several sources.
     """
-    shape = (config.train.batch_size, config.data.sequence_length)
-    types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (types | {"loss_weights": jnp.float32}).items()
-    }
-    if config.data.mix:
-        shapes["sources"] = jax.ShapeDtypeStruct(
-            shape[:1], jnp.int32, sharding=batch_sharding(mesh)
-        )
-    return shapes
+
+    def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    numbers = array(jnp.int32, rows, length)
+    batch = Batch(
+        tokens=numbers,
+        targets=numbers,
+        segment_ids=numbers,
+        positions=numbers,
+        loss_weights=array(jnp.float32, rows, length),
+    )
+    if mixed:
+        batch["sources"] = array(jnp.int32, rows)
+    return batch
 
 
 @contextmanager
@@ -59,6 +66,7 @@ def trace_step(
     state: TrainState,
     frozen: nnx.State,
     mesh: Mesh,
+    loss: Loss = token_loss,
 ) -> jax.stages.Traced:
     """The update `(state, frozen, batch) -> (state, metrics)` of a run, to be lowered and compiled.
 
@@ -68,10 +76,17 @@ def trace_step(
     step = make_train_step(
         graph,
         optimizer,
+        loss=loss,
         micro_batches=config.train.micro_batches,
         remat=config.train.remat,
         balance_weight=config.train.balance_loss,
-        sources=config.data.source_names if config.data.mix else (),
+        sources=config.data.source_names if config.data.mix and loss is token_loss else (),
     )
     jitted = jit_train_step(step, state_shardings(state, mesh))
-    return jitted.trace(state, frozen, batch_shapes(config, mesh))
+    batch = batch_shapes(
+        config.train.batch_size,
+        config.data.sequence_length,
+        mesh,
+        mixed=bool(config.data.mix),
+    )
+    return jitted.trace(state, frozen, batch)

@@ -116,8 +116,8 @@ class RunFolder:
         Raises:
             InputError: naming the folder and the first setting that differs, or a damaged file.
         """
-        check_writable(self.path, "output")
         self.check_way()
+        check_writable(self.path, "output")
         if not self.path.exists():
             return
         if not self.config.exists():

@@ -14,6 +14,28 @@ from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.sharding import param_shardings
 
 
+class TunedOnly(optax.GradientTransformationExtraArgs):
+    """An optimizer of `{"tuned": ..., "frozen": ...}`; see `tuned_only`."""
+
+
+def tuned_only(optimizer: optax.GradientTransformation) -> TunedOnly:
+    """The same for the tuned partition; the frozen one has no state, and its update is zero.
+
+    `init_state` and `make_train_step` do this to what they are given, unless it was done before.
+
+    Args:
+        optimizer: of optax. Its masks and labels see `{"tuned": ..., "frozen": ...}`, with nothing
+            for the frozen parameters.
+    """
+    if isinstance(optimizer, TunedOnly):
+        return optimizer
+    return TunedOnly(
+        *optax.multi_transform(
+            {TUNED: optimizer, FROZEN: optax.set_to_zero()}, {TUNED: TUNED, FROZEN: FROZEN}
+        )
+    )
+
+
 @dataclass
 class TrainState:
     """What a run changes.
@@ -34,8 +56,13 @@ class TrainState:
 def init_state(
     optimizer: optax.GradientTransformation, tuned: nnx.State, frozen: nnx.State
 ) -> TrainState:
-    """The state before the first update."""
-    opt_state = optimizer.init({TUNED: tuned, FROZEN: frozen})
+    """The state before the first update.
+
+    Args:
+        optimizer: any of optax; `tuned_only` of it is what is applied.
+        tuned, frozen: from `partition`. On a mesh, see `place_state`.
+    """
+    opt_state = tuned_only(optimizer).init({TUNED: tuned, FROZEN: frozen})
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), tuned, opt_state)
 
 

@@ -11,39 +11,34 @@ from jaxtyping import Array, Float
 
 from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.adapt.tuned import TunedParam
+from esft_jax.data.batch import Batch
+from esft_jax.errors import InputError
 from esft_jax.model.params import Role
 from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.cross_entropy import cross_entropy_sums
-from esft_jax.training.state import TrainState
+from esft_jax.training.state import TrainState, tuned_only
 
-Batch = dict[str, Array]
 TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]
+# `loss(model, batch) -> (sum, weight)`: two float32 scalars. The loss is their quotient, of which
+# only the sum is differentiated. Of several micro-batches, sums and weights are added up first, and
+# so they are of the batches of a validation set.
+Loss = Callable[[Transformer, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
-def loss_sum(
-    model: Transformer, batch: Batch, remat: Remat = "none", *, experts_learn: bool = False
-) -> tuple[Float[Array, ""], RouterOutput]:
-    """Sum over tokens of weight times loss in nats, and the router outputs.
-
-    The last two arguments are those of `Transformer.hidden_states`.
-    """
-    total, _, router = loss_sums(model, batch, remat, experts_learn=experts_learn)
-    return total, router
+def token_loss(model: Transformer, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The default loss: over all tokens, the sum of weight times loss in nats, and of weights."""
+    return loss_sums(model, batch)[0], jnp.sum(batch["loss_weights"])
 
 
 def loss_sums(
-    model: Transformer, batch: Batch, remat: Remat = "none", *, experts_learn: bool = False
+    model: Transformer, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, " B"], RouterOutput]:
-    """As `loss_sum`; between them, the sum of each row, which cannot be differentiated."""
-    hidden, router = model.hidden_states(
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        remat=remat,
-        experts_learn=experts_learn,
-    )
+    """The sum over tokens of weight times loss in nats; that of each row, which cannot be
+    differentiated; and the router outputs.
+    """
+    hidden, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     total, rows = cross_entropy_sums(
         hidden, model.head_weight(), batch["targets"], batch["loss_weights"], model.mesh
     )
@@ -83,6 +78,7 @@ def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     *,
+    loss: Loss = token_loss,
     micro_batches: int = 1,
     remat: Remat = "none",
     balance_weight: float = 0.0,
@@ -90,34 +86,58 @@ def make_train_step(
 ) -> TrainStep:
     """A pure function `(state, frozen, batch) -> (state, metrics)`; see `jit_train_step`.
 
-    The loss is the mean over the tokens of the whole batch, however they fall on micro-batches.
-    Where it or a gradient is not finite, parameters and optimizer stay as they are.
-    Gradients are taken with respect to the tuned partition alone.
+    The loss is the mean over the whole batch, however it falls on micro-batches. Where it or a
+    gradient is not finite, parameters and optimizer stay as they are. Gradients are taken with
+    respect to the tuned partition alone.
+
+    Metrics are scalars: `loss`; `grad_norm`, before any clipping; `target_tokens`, the sum
+    of loss weights (`loss_weight` of an own loss); `skipped`, the updates so far that were not
+    made; with a `balance_weight`, `balance_loss`; and of each source, `loss/NAME` and
+    `target_tokens/NAME`.
 
     Args:
+        graph: of the model, from `partition`.
+        optimizer: what `init_state` was given; any optax transformation. It is applied to the
+            tuned partition only (`tuned_only`).
+        loss: what is minimised, see `Loss`.
+        micro_batches: parts of a batch that are computed one after the other; they divide its rows
+            on each device.
+        remat: what the backward pass computes again.
+        balance_weight: of `balance_loss`, which is added.
         sources: names of the sources of mixed batches, for their losses and tokens in the metrics.
+
+    Raises:
+        InputError: `balance_weight` or `sources` beside an own loss, whose routers and rows are not
+            known here; or, when it is traced, the loss is not two scalars.
     """
+    own_loss, optimizer = loss is not token_loss, tuned_only(optimizer)
+    if own_loss and (balance_weight or sources):
+        raise InputError(
+            f"loss: {'balance_weight' if balance_weight else 'sources'} is for the default loss "
+            "only; expected an own loss without it"
+        )
 
     def objective(
         tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
     ) -> tuple[Array, tuple[Array, Array, tuple | None]]:
         model = nnx.merge(graph, tuned, frozen)
-        experts_learn = any(
-            param.role is Role.ROUTED_EXPERT and not isinstance(param, TunedParam | nnx.LoRAParam)
-            for _, param in nnx.to_flat_state(tuned)
-        )
-        nll, rows, router = loss_sums(model, batch, remat, experts_learn=experts_learn)
-        loss = nll / total_weight
+        model.remat, model.experts_learn = remat, _base_experts_learn(tuned)
+        if own_loss:
+            total, weight = _two_scalars(loss(model, batch))
+            return total, (total, weight, None)
+        nll, rows, router = loss_sums(model, batch)
+        mean = nll / total_weight
         by_source = sums_by_source(rows, batch, len(sources)) if sources else None
         if not balance_weight:
-            return loss, (loss, jnp.zeros(()), by_source)
+            return mean, (mean, jnp.zeros(()), by_source)
         balance = balance_loss(router) / micro_batches
-        return loss + balance_weight * balance, (loss, balance, by_source)
+        return mean + balance_weight * balance, (mean, balance, by_source)
 
     def step(
         state: TrainState, frozen: nnx.State, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
-        total_weight = jnp.maximum(batch["loss_weights"].sum(), 1.0)
+        total_weight = _not_zero(batch["loss_weights"].sum())
+        # Below, `other` is the balance loss, or the weight of an own loss.
         gradient = jax.grad(objective, has_aux=True)
 
         def accumulate(totals: tuple, micro: Batch) -> tuple[tuple, None]:
@@ -126,27 +146,29 @@ def make_train_step(
             ), None
 
         if micro_batches == 1:
-            grads, (loss, balance, by_source) = gradient(state.tuned, frozen, batch, total_weight)
+            grads, (mean, other, by_source) = gradient(state.tuned, frozen, batch, total_weight)
         else:
             none_yet = (jnp.zeros(len(sources)),) * 2 if sources else None
             zeros = (
                 jax.tree.map(jnp.zeros_like, state.tuned),
                 (jnp.zeros(()), jnp.zeros(()), none_yet),
             )
-            (grads, (loss, balance, by_source)), _ = jax.lax.scan(
+            (grads, (mean, other, by_source)), _ = jax.lax.scan(
                 accumulate, zeros, _split(batch, micro_batches)
             )
+        if own_loss:  # whose weight is known now
+            scale = 1 / _not_zero(other)
+            mean, grads = mean * scale, jax.tree.map(lambda grad: grad * scale, grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         skipped = state.skipped + ~finite
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "target_tokens": total_weight,
-            "skipped": skipped,
-        }
+        metrics = {"loss": mean, "grad_norm": norm, "skipped": skipped}
+        if own_loss:
+            metrics["loss_weight"] = other
+        else:
+            metrics["target_tokens"] = total_weight
         if balance_weight:
-            metrics["balance_loss"] = balance
+            metrics["balance_loss"] = other
         if by_source is not None:
             for name, nll, weight in zip(sources, *by_source, strict=True):
                 metrics[f"loss/{name}"] = nll / weight  # not a number without tokens: not logged
@@ -186,15 +208,38 @@ def jit_train_step(step: TrainStep, shardings: Any) -> jax.stages.Wrapped:
 
 
 def make_eval_step(
-    graph: nnx.GraphDef,
+    graph: nnx.GraphDef, loss: Loss = token_loss
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
-    """A pure function `(tuned, frozen, batch) -> (summed loss in nats, summed weight)`."""
+    """A pure function `(tuned, frozen, batch) -> (sum, weight)` of a loss."""
 
     def step(tuned: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        total, _ = loss_sum(nnx.merge(graph, tuned, frozen), batch)
-        return total, batch["loss_weights"].sum()
+        return _two_scalars(loss(nnx.merge(graph, tuned, frozen), batch))
 
     return step
+
+
+def _base_experts_learn(tuned: nnx.State) -> bool:
+    return any(
+        param.role is Role.ROUTED_EXPERT and not isinstance(param, TunedParam | nnx.LoRAParam)
+        for _, param in nnx.to_flat_state(tuned)
+    )
+
+
+def _two_scalars(found: Any) -> tuple[Array, Array]:
+    """What a loss gave, as float32. Raises an `InputError` if that is anything else."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(found)]
+    if not isinstance(found, tuple) or len(found) != 2 or shapes != [(), ()]:
+        raise InputError(
+            f"loss: gives a {type(found).__name__} with arrays of shapes {shapes}; expected two "
+            "scalars, a sum and its weight"
+        )
+    total, weight = (jnp.asarray(value, jnp.float32) for value in found)
+    return total, weight
+
+
+def _not_zero(weight: Array) -> Array:
+    """A weight to divide by; of a batch without any weight, the sum is 0 too."""
+    return jnp.where(weight == 0, 1.0, weight)
 
 
 def _split(batch: Batch, parts: int) -> Batch:

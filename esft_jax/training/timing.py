@@ -106,6 +106,13 @@ class Stopwatch:
         self._last = self._clock()
         self.spent[kind] += self._last - begin
 
+    @contextmanager
+    def of_others(self) -> Iterator[None]:
+        """Leave out what is none of the run's work; waits for the last step."""
+        self._finish()
+        yield
+        self._last = self._clock()
+
     def lap(self) -> tuple[list[float], float]:
         """Seconds of each step since the last lap, and of all their waits for input.
 

@@ -15,7 +15,7 @@ from esft_jax.errors import InputError
 from esft_jax.families import read_model_config
 from esft_jax.model import Transformer
 from esft_jax.sharding import make_mesh, param_shardings, place_batch
-from esft_jax.training.step import loss_sum
+from esft_jax.training.step import token_loss
 from tests.adapt.test_tuned import LAYOUTS
 from tests.checkpoint.checkpoints import SHAPE
 
@@ -107,7 +107,7 @@ def gradients(params, batch, targets, mesh, transport="all_gather"):
     graph, tuned, frozen = with_factors(params, targets, mesh, transport)
 
     def loss(tuned, frozen, batch):
-        return loss_sum(nnx.merge(graph, tuned, frozen), batch)[0]
+        return token_loss(nnx.merge(graph, tuned, frozen), batch)[0]
 
     found = jax.jit(jax.value_and_grad(loss))(tuned, frozen, place_batch(batch, mesh))
     by_path = {}

@@ -15,7 +15,7 @@ from esft_jax.errors import InputError
 from esft_jax.families import read_model_config
 from esft_jax.model import Transformer
 from esft_jax.moe.weights import ExpertWeights
-from esft_jax.training.step import loss_sum
+from esft_jax.training.step import token_loss
 from tests.checkpoint.checkpoints import SHAPE
 from tests.model.parity import run
 
@@ -107,7 +107,7 @@ def test_the_backward_pass_stops_below_the_lowest_tuned_layer(experts, layers):
         if selected:
             attach_tuned_experts(model, selected)
         graph, tuned, frozen = partition(model, selected)
-        return jax.grad(lambda tuned: loss_sum(nnx.merge(graph, tuned, frozen), batch)[0])(tuned)
+        return jax.grad(lambda tuned: token_loss(nnx.merge(graph, tuned, frozen), batch)[0])(tuned)
 
     batch = dict.fromkeys(
         ("tokens", "segment_ids", "positions", "targets", "loss_weights"),

@@ -28,13 +28,13 @@ def train(model, experts):
     attach_tuned_experts(model, experts)
     graph, tuned, frozen = partition(model, experts)
     tuned = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 1.5 + 0.01, state))(tuned)
-    return nnx.merge(graph, tuned, frozen), [path for path, _ in nnx.to_flat_state(tuned)]
+    return nnx.merge(graph, tuned, frozen), tuned
 
 
 def save_trained(folder, base, experts=EXPERTS):
-    model, paths = train(base.model, experts)
+    model, tuned = train(base.model, experts)
     manifest = {"base_fingerprint": base.fingerprint, "step": 7}
-    save_adapter(folder, trained_tensors(model, paths), experts, manifest)
+    save_adapter(folder, trained_tensors(model, tuned), experts, manifest)
     return model
 
 

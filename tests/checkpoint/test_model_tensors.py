@@ -58,7 +58,7 @@ def test_a_model_with_tuned_experts_is_saved_as_it_was(tiny, tmp_path, tokens, m
     assert_equal(
         load_file(tmp_path / "saved" / "model.safetensors"), before | {name: 2 * before[name]}
     )
-    found = dict(trained_tensors(model, []))
+    found = dict(trained_tensors(model, nnx.State({})))
     assert len(found) == 5 * 3
     np.testing.assert_array_equal(found[name], 2 * before[name])
     np.testing.assert_array_equal(found[expert_names(1, 5)[0]], before[expert_names(1, 5)[0]])
@@ -88,7 +88,7 @@ def test_a_model_with_factors_is_saved_as_exported(tiny, tmp_path, mesh, targets
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=1e-5, err_msg=name)
         assert np.array_equal(one[name], before[name]) == (name not in changed)
-    assert {name for name, _ in trained_tensors(model, [])} == changed
+    assert {name for name, _ in trained_tensors(model, nnx.State({}))} == changed
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -8,7 +8,7 @@ from flax import nnx
 from esft_jax.adapt.attach import attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import partition
-from esft_jax.training.step import loss_sum
+from esft_jax.training.step import token_loss
 from tests.model.parity import stacked
 from tests.yardstick import torch
 
@@ -56,7 +56,7 @@ def loss_and_gradients(model, experts, batch):
     @jax.jit
     def call(tuned, frozen, batch):
         return jax.value_and_grad(
-            lambda tuned: loss_sum(nnx.merge(graph, tuned, frozen), batch)[0]
+            lambda tuned: token_loss(nnx.merge(graph, tuned, frozen), batch)[0]
         )(tuned)
 
     loss, grads = call(tuned, frozen, batch)

@@ -22,6 +22,7 @@ from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
 from esft_jax.sharding import DATA, EXPERT, REPLICA, make_mesh
 from esft_jax.training import loop
+from esft_jax.training.result import Outcome
 from esft_jax.training.setup import check_fit, open_setup
 from esft_jax.training.timing import Stopwatch
 
@@ -66,9 +67,9 @@ def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) 
     config = make_config(**changes)
     compiled = []
 
-    def keep_step(run: loop._Run, stopped) -> loop._Outcome:
+    def keep_step(run: loop._Run, stopped) -> Outcome:
         compiled.append(run)
-        return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
+        return Outcome(0, None, None, Stopwatch(0.0).timing())
 
     monkeypatch.setattr(loop._Run, "train", keep_step)
     loop.run_training(open_setup(config), say=lambda text: None)

@@ -23,7 +23,8 @@ from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.routing.groups import group_experts
 from esft_jax.routing.scores import load_scores
 from esft_jax.training import loop
-from esft_jax.training.loop import RunResult
+from esft_jax.training import result as results
+from esft_jax.training.result import Outcome, RunResult
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import open_setup, own_run
 from esft_jax.training.timing import Stopwatch
@@ -169,9 +170,9 @@ def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
     assert to_host.search(jax.jit(calls_back).lower(1.0).compile().as_text())
     compiled = []
 
-    def keep_step(run: loop._Run, stopped) -> loop._Outcome:
+    def keep_step(run: loop._Run, stopped) -> Outcome:
         compiled.append(run.train_step)
-        return loop._Outcome(0, None, None, Stopwatch(0.0).timing())
+        return Outcome(0, None, None, Stopwatch(0.0).timing())
 
     monkeypatch.setattr(loop._Run, "train", keep_step)
     run(dataclasses.replace(finished[0], output=str(tmp_path / "run")))
@@ -232,13 +233,13 @@ def test_a_folder_that_not_every_process_sees(make_config, monkeypatch) -> None:
 def test_a_signal_that_comes_too_late_is_not_lost(make_config, monkeypatch) -> None:
     """The run ends well; what comes after it is to stop."""
     config = make_config(train={"steps": 1, "batch_size": 4})
-    write = loop.save_adapter
+    write = results.save_adapter
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         write(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "save_adapter", interrupted)
+    monkeypatch.setattr(results, "save_adapter", interrupted)
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
@@ -326,7 +327,7 @@ def test_what_is_lost_is_said_of_every_source(make_config, chats, tmp_path, too_
     score = {"samples": 8, "sequence_length": 28, "batch_size": 8}
     with pytest.raises(InputError, match=r"10 examples, and none .* score\.sequence_length"):
         open_setup(make_config(data=data, score=score | {"sequence_length": 4}))
-    said = loop._describe_data(open_setup(make_config(data=data, score=score)))
+    said = open_setup(make_config(data=data, score=score)).describe()
     train = ["train task (weight 1)", "train other (weight 1)"]
     names = [line.partition(":")[0] for line in said]
     assert names == [*train, "valid task", "valid other", "score"]

@@ -16,7 +16,7 @@ from esft_jax.data.pipeline import eval_batches
 from esft_jax.errors import InputError
 from esft_jax.training.loop import run_training
 from esft_jax.training.setup import open_setup
-from esft_jax.training.step import loss_sum
+from esft_jax.training.step import token_loss
 
 LORA = {"rank": 2, "alpha": 8.0, "targets": ("attention", "shared_experts", "selected_experts")}
 
@@ -56,7 +56,7 @@ def test_a_run_and_its_adapter(config) -> None:
     base = load_base(config.model, np.float32)
     apply_adapter(base.model, load_adapter(result.result), base.fingerprint)
     graph, params = nnx.split(base.model)
-    loss = jax.jit(lambda params, batch: loss_sum(nnx.merge(graph, params), batch)[0])
+    loss = jax.jit(lambda params, batch: token_loss(nnx.merge(graph, params), batch)[0])
     batches = list(eval_batches(open_setup(config).valid_sets["task"], 4, 0, 1))
     weight = sum(batch["loss_weights"].sum() for batch in batches)
     merged = sum(float(loss(params, batch)) for batch in batches) / weight

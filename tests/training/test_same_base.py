@@ -10,11 +10,12 @@ import pytest
 from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.training import loop
+from esft_jax.training.result import RunResult
 from esft_jax.training.setup import open_setup
 from tests.checkpoint.test_identity import CHANGES
 
 
-def run(config: RunConfig) -> loop.RunResult:
+def run(config: RunConfig) -> RunResult:
     return loop.run_training(open_setup(config), say=lambda text: None)
 
 

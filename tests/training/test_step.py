@@ -18,7 +18,7 @@ from esft_jax.model import Transformer
 from esft_jax.model.router import RouterOutput
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state
-from esft_jax.training.step import balance_loss, loss_sum, make_train_step
+from esft_jax.training.step import balance_loss, make_train_step, token_loss
 
 EXPERTS = ExpertConfig({1: (3, 0), 2: (5,), 3: (1, 6, 7)})
 
@@ -76,7 +76,7 @@ def test_gradients_are_slices_of_the_full_ones(base, batch, esft_step) -> None:
     full_graph, params, _ = partition(model, None)
 
     def loss(model: Transformer, batch) -> jax.Array:
-        return loss_sum(model, batch)[0]
+        return token_loss(model, batch)[0]
 
     full = jax.jit(jax.grad(lambda p, b: loss(nnx.merge(full_graph, p), b)))(params, batch)
     tuned = jax.jit(jax.grad(lambda t, b: loss(nnx.merge(graph, t, frozen), b)))(
@@ -118,7 +118,7 @@ def test_losses_and_tokens_by_source_are_those_of_its_rows_alone(batch, esft_ste
             alone = {key: value[rows] for key, value in batch.items()}
             tokens = alone["loss_weights"].sum()
             assert found[f"target_tokens/{name}"] == tokens
-            expected = loss_sum(model, alone)[0] / tokens
+            expected = token_loss(model, alone)[0] / tokens
             np.testing.assert_allclose(found[f"loss/{name}"], expected, rtol=1e-5)
         assert found["target_tokens/none"] == 0 and np.isnan(found["loss/none"])
 

@@ -1,0 +1,105 @@
+"""The experts that a run trains: given ones, or the best by scores that it measures first."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.placement import Placement, expected_loads, place_experts
+from esft_jax.adapt.slots import TunedLayout
+from esft_jax.checkpoint.identity import check_same_base
+from esft_jax.checkpoint.load import LoadedBase
+from esft_jax.data.pipeline import eval_batches, sample_rows
+from esft_jax.processes import on_first_process
+from esft_jax.routing.choose import choose_experts, describe, load_tasks
+from esft_jax.routing.score import score_experts
+from esft_jax.routing.scores import SCORES_FILE, ExpertScores, load_scores
+from esft_jax.sharding import EXPERT, device_multiple
+from esft_jax.training.setup import Setup
+
+
+def experts_to_train(setup: Setup, base: LoadedBase, say: Callable[[str], None]) -> ExpertConfig:
+    """The experts that were given, or newly scored and selected ones; kept in the run folder."""
+    experts, select = setup.experts, setup.config.select
+    if experts is not None:
+        _check_scored_on(setup, base)
+        say(f"experts: {experts.num_experts_selected} given")
+    else:
+        scores = measure_scores(setup, base)
+        on_first_process(lambda: scores.save(setup.run.scores), "scores")
+        experts = choose_experts(select, [scores], setup.model_config, setup.config.dtype)
+        say(
+            f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
+            f"{describe(select)}"
+        )
+    on_first_process(lambda: experts.save(setup.run.expert_cfg), "experts")
+    return experts
+
+
+def _check_scored_on(setup: Setup, base: LoadedBase) -> None:
+    """Check that the experts to train were chosen by scores of this base.
+
+    Raises:
+        InputError: naming the scores, and what of the base differs.
+    """
+    config, run = setup.config, setup.run
+    if config.expert_cfg is not None:
+        return
+    # Without given ones, those that the run measured before it was interrupted.
+    named = config.select.scores or (
+        [str(run.scores)] if (run.scores / SCORES_FILE).exists() else []
+    )
+    if config.select.groups_from is not None:
+        named = [*named, config.select.groups_from]
+    here = {"base_fingerprint": base.fingerprint, **setup.identity}
+    for path, task in zip(named, load_tasks(named, setup.model_config), strict=True):
+        if isinstance(task, ExpertScores):
+            check_same_base(task.provenance, here, path, "measured on")
+
+
+def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
+    """Score the base model's experts on samples of the task's training data, its `score_set`."""
+    config, dataset = setup.config, setup.score_set
+    assert dataset is not None, "only what has no experts yet is scored"
+    rows = sample_rows(dataset, config.score.samples, config.seed)
+    batches = eval_batches(
+        dataset,
+        device_multiple(min(config.score.batch_size, len(rows)), setup.mesh),
+        jax.process_index(),
+        jax.process_count(),
+        rows=rows,
+    )
+    provenance = {
+        "model": config.model,
+        "base_fingerprint": base.fingerprint,
+        **setup.identity,
+        "data_sha256": dataset.stats.sha256,
+        "sequence_length": dataset.sequence_length,
+        "seed": config.seed,
+    }
+    return score_experts(base.model, batches, provenance)
+
+
+def loads_of(setup: Setup) -> Float[np.ndarray, "L E"] | None:
+    """What the scores say of the experts' shares of tokens, where it decides where they lie."""
+    given = setup.config.expert_cfg is not None or setup.config.select.scores
+    if given or setup.mesh.shape[EXPERT] == 1:
+        return None
+    return load_scores(setup.run.scores).token
+
+
+def describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) -> str:
+    """How evenly the tuned experts' tokens are dealt out to the devices, in words."""
+
+    def busiest(placement: Placement) -> float:
+        return expected_loads(placement, layout.selected, layout.shards, loads).max()
+
+    before = place_experts(layout.selected, layout.num_experts, layout.shards)
+    rows = np.bincount([row // layout.rows_per_shard for *_, row in layout.rows()])
+    return (
+        f"placement on {layout.shards} devices: {rows.min()} to {rows.max()} tuned experts each; "
+        f"expected tokens of the busiest in any layer {busiest(before):.2f} times the mean, "
+        f"now {busiest(layout.placement):.2f}"
+    )

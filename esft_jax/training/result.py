@@ -1,0 +1,137 @@
+"""What a run leaves behind: an adapter or a model, and what is said of it."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
+from esft_jax.checkpoint.export import save_model
+from esft_jax.checkpoint.peft import save_lora
+from esft_jax.checkpoint.source import Source
+from esft_jax.model.transformer import Transformer
+from esft_jax.training.setup import Setup
+from esft_jax.training.timing import RunTiming
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        folder: the run's folder.
+        result: `adapter/` or `model/` in it; None if the run was stopped before its end.
+        step: updates whose parameters the result holds.
+        valid_loss: its mean validation loss in nats per token (of an own loss, what that gives),
+            if there is a validation set.
+        trained, total: parameters trained, and in the model.
+        experts: the routed experts that were trained, or updated; None where all are.
+        step_bytes: arguments and temporaries of the update, per device; None where the backend does
+            not say.
+        seconds: spent in this call.
+        timing: of its steps, and of the run as a whole.
+        stopped_by: the signal that stopped it before its end, such as `signal.SIGINT`.
+    """
+
+    folder: Path
+    result: Path | None
+    step: int
+    valid_loss: float | None
+    trained: int
+    total: int
+    experts: ExpertConfig | None
+    step_bytes: int | None
+    seconds: float
+    timing: RunTiming
+    stopped_by: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the loop ended: the parameters to keep, or the signal that stopped it before."""
+
+    step: int
+    tuned: nnx.State | None
+    valid_loss: float | None
+    timing: RunTiming
+    stopped_by: int | None = None
+
+
+def write_result(
+    setup: Setup, source: Source | None, trained: Trained, model: Transformer, outcome: Outcome
+) -> Path:
+    """Write `adapter/` (esft, lora) or `model/` (full).
+
+    Args:
+        source: files of the base; None for a run from random weights.
+        model: merged with the parameters of `outcome`.
+    """
+    folder = setup.run
+    if trained is None:
+        carried = None if source is None else source.carried
+        save_model(
+            model,
+            folder.model,
+            setup.folder,
+            carried=carried,
+            chat_format=setup.tokenizer.chat_format,
+        )
+        return folder.model
+    assert source is not None and outcome.tuned is not None
+    manifest = _manifest(setup, source, outcome)
+    if isinstance(trained, LoRA):
+        save_lora(folder.adapter, model, trained, manifest)
+    else:
+        save_adapter(folder.adapter, trained_tensors(model, outcome.tuned), trained, manifest)
+    return folder.adapter
+
+
+def _manifest(setup: Setup, source: Source, outcome: Outcome) -> dict[str, Any]:
+    config = setup.config
+    # Of given experts nothing is known of how they were chosen.
+    given = config.expert_cfg is not None or not config.selects_experts
+    measured = not given and not config.select.scores
+    scores = setup.run.scores / "scores.json"
+    return {
+        "base_model": config.model,
+        "base_fingerprint": source.fingerprint,
+        **setup.identity,
+        "dtype": config.dtype,
+        "scores_sha256": _file_hash(scores) if measured else None,
+        "data_sha256": setup.train_set.stats.sha256,
+        "select": None if given else dataclasses.asdict(config.select),
+        "step": outcome.step,
+        "valid_loss": outcome.valid_loss,
+    }
+
+
+def _file_hash(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def trained_parameters(model: Transformer, tuned: nnx.State) -> int:
+    """Number of trained parameters, without the padding rows of the tuned bank."""
+    count = 0
+    for path, param in nnx.to_flat_state(tuned):
+        value = param[...]
+        if path[0] == "tuned_experts" and model.tuned_experts is not None:
+            count += len(model.tuned_experts.layout.rows()) * int(np.prod(value.shape[1:]))
+        else:
+            count += value.size
+    return count
+
+
+def hash_of(frozen: nnx.State) -> str:
+    """Hash of this process's parts of the frozen parameters."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(frozen):
+        for shard in leaf.addressable_shards:
+            digest.update(np.asarray(shard.data).tobytes())
+    return digest.hexdigest()
