@@ -82,7 +82,7 @@ class Setup(Checked):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the base is besides its weights: hashes and chats' format (`checkpoint.identity`)."""
+        """What the base is besides its weights: hashes, and chats' format."""
         return {
             "config_fingerprint": self.model_config.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint(self.folder, self.tokenizer),
