@@ -10,7 +10,7 @@ from flax import nnx
 
 from esft_jax.adapt.attach import attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.adapt.partition import FROZEN, TUNED, partition
+from esft_jax.adapt.partition import TUNED, partition
 from esft_jax.families import read_model_config
 from esft_jax.model import Transformer
 from esft_jax.planning.collectives import BETWEEN, received_bytes
@@ -70,11 +70,7 @@ def train_step(params, batch, mesh, transport="all_gather"):
     model = nnx.merge(graph, jax.tree.map(jax.device_put, params, places))
     attach_tuned_experts(model, EXPERTS)
     graph, tuned, frozen = partition(model, EXPERTS)
-    # An optimizer that keeps the gradients it is given.
-    optimizer = optax.multi_transform(
-        {TUNED: optax.trace(decay=0.0), FROZEN: optax.set_to_zero()},
-        {TUNED: TUNED, FROZEN: FROZEN},
-    )
+    optimizer = optax.trace(decay=0.0)  # keeps the gradients it is given
     state = init_state(optimizer, tuned, frozen)
     if mesh is not None:
         state = jax.device_put(state, state_shardings(state, mesh))
