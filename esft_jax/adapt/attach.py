@@ -1,4 +1,7 @@
-"""Giving a model the parameters that a run adds to it: tuned experts, or low-rank factors."""
+"""Giving a model the parameters that a run adds to it: tuned experts, or low-rank factors.
+
+Letters: L MoE layers, E experts of a layer.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -3,6 +3,9 @@
 Factors of attention and feed-forward layers lie in the modules whose weights they update, stacked
 by layer like these. Those of routed experts are banks beside the model, one row per updated (layer,
 expert), like tuned experts (`tuned.py`).
+
+Letters: L layers, R rows of a bank, r rank, D model width, F expert width; in and out, the sides of
+a matrix.
 """
 
 import math

@@ -4,6 +4,8 @@ The experts of a layer are split over the devices of an expert group, and the sl
 the pace. Tuned experts cost memory (masters, moments), all of them cost time by the tokens they
 get. So tuned ones are dealt out evenly, and where the expected load is known, from the scores,
 frozen ones are then placed so that all devices get about as many tokens.
+
+Letters: L MoE layers, E experts of a layer.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,7 @@
-"""Greedy and sampled decoding in batches, with a cache of keys and values."""
+"""Greedy and sampled decoding in batches, with a cache of keys and values.
+
+Letters: B rows, P prompt tokens, N new tokens, I stop tokens, V vocabulary.
+"""
 
 import itertools
 import math
@@ -328,7 +331,7 @@ def choose_tokens(
     logits: Float[Array, "B V"],
     keys: Array,
     step: Int[Array, ""],
-    sampling: tuple[Array, Array] | None,
+    sampling: tuple[Array | float, Array | float] | None,
 ) -> Int[Array, " B"]:
     """The next token of each row; `keys` has one random key per row."""
     if sampling is None:

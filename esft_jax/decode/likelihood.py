@@ -1,4 +1,7 @@
-"""Log-likelihoods of given continuations."""
+"""Log-likelihoods of given continuations.
+
+Letters: B rows, S tokens of each, C of them scored.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,4 +1,7 @@
-"""Products with a module's weights."""
+"""Products with a module's weights.
+
+Letters: in and out, the sides of a weight.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""The gated feed-forward layer of dense blocks and shared experts."""
+"""The gated feed-forward layer of dense blocks and shared experts.
+
+Letters: D model width.
+"""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -1,4 +1,7 @@
-"""The Mixture-of-Experts feed-forward layer: router, routed experts, shared experts."""
+"""The Mixture-of-Experts feed-forward layer: router, routed experts, shared experts.
+
+Letters: B rows, S tokens of each, D model width, E experts, F expert width, L MoE layers.
+"""
 
 import jax
 from flax import nnx

@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalisation.
+
+Letters: D width of what is normalised.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""Rotary position embedding, with YaRN (arXiv 2104.09864, 2309.00071)."""
+"""Rotary position embedding, with YaRN (arXiv 2104.09864, 2309.00071).
+
+Letters: B rows, S tokens of each, H heads, R features of each, P pairs of these.
+"""
 
 import math
 from typing import Literal

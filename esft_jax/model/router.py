@@ -1,11 +1,14 @@
-"""The router: which experts a token meets, and with which weight."""
+"""The router: which experts a token meets, and with which weight.
+
+Letters: T tokens, D model width, E experts, K experts per token.
+"""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.struct import dataclass
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,8 +17,7 @@ from esft_jax.model.params import ParamFactory, Role
 from esft_jax.sharding import RULES
 
 
-@dataclass
-class RouterOutput:
+class RouterOutput(NamedTuple):
     """What the router decided, for every token.
 
     The model's output stacks the MoE layers on a leading axis. Tokens that are masked out carry

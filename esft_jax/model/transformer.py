@@ -1,16 +1,18 @@
 """The decoder: embedding, dense blocks, MoE blocks, head.
 
 Blocks of one kind are stacked on a leading `layers` axis and run under `jax.lax.scan`.
+
+Letters: B rows, S tokens of each, D model width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from flax.struct import dataclass
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -30,8 +32,7 @@ from esft_jax.moe.weights import Adapted, LearnedStack
 from esft_jax.sharding import RULES, constrain_batch
 
 
-@dataclass
-class ModelOutput:
+class ModelOutput(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
@@ -106,9 +107,9 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        tokens: Int[Array | np.ndarray, "B S"],
+        segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
+        positions: Int[Array | np.ndarray, "B S"] | None = None,
     ) -> ModelOutput:
         """Logits and router outputs.
 
@@ -124,18 +125,17 @@ class Transformer(nnx.Module):
 
     def hidden_states(
         self,
-        tokens: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"] | None = None,
-        positions: Int[Array, "B S"] | None = None,
+        tokens: Int[Array | np.ndarray, "B S"],
+        segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
+        positions: Int[Array | np.ndarray, "B S"] | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
         """What the head reads, and the router outputs; no logits.
 
         Arguments are those of `__call__`.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        if positions is None:
-            positions = _positions(segment_ids)
+        tokens = jnp.asarray(tokens)
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+        positions = _positions(segment_ids) if positions is None else jnp.asarray(positions)
         cos, sin = rotation(self.config.rope, positions)
         keep, residual = segment_ids > 0, self.config.multipliers.residual
 

@@ -1,20 +1,19 @@
 """Moving token rows to their experts' groups and back, with gathers in both directions.
 
-Letters: T tokens, K experts per token, N = T * K assignments, M of them, D model width.
+Letters: T tokens, K experts per token, N = T * K assignments, M of them, G groups, D model width.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.struct import dataclass
 from jaxtyping import Array, Float, Int
 
 from esft_jax.errors import InputError
 
 
-@dataclass
-class Dispatch:
+class Dispatch(NamedTuple):
     """A permutation of the N assignments that sorts them by group.
 
     Attributes:

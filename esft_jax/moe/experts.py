@@ -1,6 +1,6 @@
 """The routed experts of a device, applied to the tokens that chose them.
 
-Letters: T tokens, K experts per token, N = T * K assignments, D model width, F expert width.
+Letters: T tokens, K experts per token, N = T * K assignments, M of them, G groups, D model width.
 """
 
 from collections.abc import Callable
@@ -159,9 +159,10 @@ def _forward(
     piece: int,
     x: CustomVJPPrimal,
     gates: CustomVJPPrimal,
-    weights: GroupWeights,
-    dispatch: Dispatch,
+    weights: Any,
+    dispatch: Any,
 ) -> tuple[Array, tuple]:
+    # The leaves of `weights` and `dispatch` are `CustomVJPPrimal`s, too.
     values, needed = Needed.read(x, gates, weights, dispatch)
     return _in_pieces(piece, *values), (*values, needed)
 
@@ -175,7 +176,7 @@ def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
         tokens = order // top_k
         operands = (x[tokens], gates[order], weights)
 
-        def apply(*differentiated: Array | GroupWeights | None) -> Array:
+        def apply(*differentiated: Any) -> Array:
             rows, row_gates, all_weights = filled(differentiated, operands)
             return apply_to_rows(rows, row_gates, all_weights, sizes)
 

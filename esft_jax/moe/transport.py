@@ -1,7 +1,8 @@
 """Tokens sent to the devices of their experts, and results sent back.
 
-Letters: T tokens, K experts per token, N = T * K assignments of a device, S devices of an expert
-group, Q assignments that a device sends to each of them in a round, D model width.
+Letters: T tokens, K experts per token, N = T * K assignments of a device, E1 experts of a layer
+with the phantom one, S devices of an expert group, Q assignments that a device sends to each of
+them in a round, SQ = S * Q, D model width.
 
 How many assignments a device has for another one is known at run time only. So each sends at most Q
 of them at once, from and to buffers with a slot of Q rows per device, in as many rounds as the
@@ -9,11 +10,10 @@ busiest pair takes. No assignment is dropped, and no buffer is as long as all of
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.struct import dataclass
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -35,8 +35,8 @@ class Owners(NamedTuple):
         groups: how many of these each device has.
     """
 
-    device: Int[Array, " E+1"]
-    group: Int[Array, " E+1"]
+    device: Int[Array, " E1"]
+    group: Int[Array, " E1"]
     groups: int
 
 
@@ -77,8 +77,7 @@ def exchange_and_apply(
     return _in_rounds((quota, owners.groups), x, flat, weights, route)
 
 
-@dataclass
-class _Route:
+class _Route(NamedTuple):
     """Where the assignments of this device go.
 
     Attributes:
@@ -170,10 +169,9 @@ def _rounds(route: _Route, quota: int) -> Int[Array, ""]:
     return jax.lax.pmax(own, RULES.batch)
 
 
-def _arrived(turn: _Round, route: _Route, groups: int) -> Dispatch:
+def _arrived(group: Int[Array, " SQ"], received: Int[Array, " S"], groups: int) -> Dispatch:
     """What arrived, sorted by this device's groups."""
-    group, quota = turn.send(route.group), len(turn.assignment) // len(turn.received)
-    here = jnp.arange(quota) < turn.received[:, None]
+    here = jnp.arange(len(group) // len(received)) < received[:, None]
     return sort_by_group(jnp.where(here.reshape(-1), group, groups)[:, None], groups)
 
 
@@ -205,7 +203,7 @@ def _in_rounds(
 
     def add_round(i: Array, out: Array) -> Array:
         turn = _round(route, i, quota)
-        arrived = _arrived(turn, route, groups)
+        arrived = _arrived(turn.send(route.group), turn.received, groups)
         results = _results(turn.send(x), turn.send(gates), weights, arrived)
         return add_to_tokens(out, turn.send_back(results), turn.place)
 
@@ -217,9 +215,10 @@ def _forward(
     sizes: tuple[int, int],
     x: CustomVJPPrimal,
     gates: CustomVJPPrimal,
-    weights: GroupWeights,
-    route: _Route,
+    weights: Any,
+    route: Any,
 ) -> tuple[Array, tuple]:
+    # The leaves of `weights` and `route` are `CustomVJPPrimal`s, too.
     values, needed = Needed.read(x, gates, weights, route)
     return _in_rounds(sizes, *values), (*values, needed)
 
@@ -230,10 +229,10 @@ def _backward(sizes: tuple[int, int], residuals: tuple, grad: Float[Array, "T D"
 
     def add_round(i: Array, sums: tuple) -> tuple:
         turn = _round(route, i, quota)
-        arrived = _arrived(turn, route, groups)
+        arrived = _arrived(turn.send(route.group), turn.received, groups)
         operands = (turn.send(x), turn.send(gates), weights)
 
-        def apply(*differentiated: Array | GroupWeights | None) -> Array:
+        def apply(*differentiated: Any) -> Array:
             rows, row_gates, all_weights = filled(differentiated, operands)
             return _results(rows, row_gates, all_weights, arrived)
 

@@ -1,7 +1,7 @@
 """Weights of routed experts, as the products with them take them.
 
-Letters: L MoE layers, E experts of a layer, W rows of a window, G groups, M rows of tokens, D model
-width, F expert width.
+Letters: L MoE layers, E experts of a layer, E1 = E + 1 with the phantom one, W rows of a window, G
+groups, M rows of tokens, D model width, F expert width, R rank of an update.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class TunedWindow(NamedTuple):
     """
 
     weights: ExpertWeights
-    groups: Int[Array, " E+1"]
+    groups: Int[Array, " E1"]
 
 
 class LowRankWindow(NamedTuple):
@@ -79,7 +79,7 @@ class LowRankWindow(NamedTuple):
     """
 
     factors: ExpertWeights
-    groups: Int[Array, " E+1"]
+    groups: Int[Array, " E1"]
     sources: Int[Array, " W"] | None
 
 

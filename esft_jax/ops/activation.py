@@ -1,4 +1,7 @@
-"""Activations of feed-forward layers."""
+"""Activations of feed-forward layers.
+
+Letters: F features, F2 = 2F.
+"""
 
 import jax
 import jax.numpy as jnp

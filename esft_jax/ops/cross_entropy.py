@@ -1,10 +1,14 @@
-"""Cross-entropy that never holds `[tokens, vocabulary]` logits."""
+"""Cross-entropy that never holds `[tokens, vocabulary]` logits.
+
+Letters: B rows, S tokens of each, T = B * S tokens, N chunks of them, D model width, V vocabulary.
+"""
 
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import Mesh, PartitionSpec
@@ -19,8 +23,8 @@ CHUNK = 64
 def cross_entropy_sums(
     hidden: Float[Array, "B S D"],
     head: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    weights: Float[Array, "B S"],
+    targets: Int[Array | np.ndarray, "B S"],
+    weights: Float[Array | np.ndarray, "B S"],
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " B"]]:
     """Sum over tokens of weight times negative log-likelihood (nats), in float32, and of each row.
@@ -36,6 +40,7 @@ def cross_entropy_sums(
     the tokens of the whole group (Megatron-LM, arXiv 1909.08053, section 3), so that no device
     ever holds the whole head. A vocabulary that the mesh does not divide is whole on all.
     """
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
     total, rows = _cross_entropy_sums(mesh, hidden, head, targets, weights)
     return total, jax.lax.stop_gradient(rows)
 

@@ -1,17 +1,19 @@
 """Groups of a layer's experts that serve the same tokens, to be selected as a whole.
 
 This stands in for a model with coarser experts (arXiv 2407.01906, section 6.4).
+
+Letters: T tokens, K experts per token, E experts of a layer, G groups of N experts.
 """
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Integer
 
 # Cosines that differ by rounding alone are ties, on every machine.
 _DECIMALS = 10
 
 
 def count_together(
-    expert_ids: Int64[np.ndarray, "T K"], num_experts: int
+    expert_ids: Integer[np.ndarray, "T K"], num_experts: int
 ) -> Int64[np.ndarray, "E E"]:
     """How many tokens chose both of two experts; on the diagonal, how many chose one."""
     chosen = np.zeros((len(expert_ids), num_experts), np.float64)

@@ -2,6 +2,9 @@
 
 Scores are sums of it. What they leave out needs the tokens: how sure a choice is, how many tokens
 meet a tuned expert, which words do.
+
+Letters: L MoE layers, T tokens, K experts per token, N sequences, N1 = N + 1 limits of them, E
+experts.
 """
 
 import os
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float, Float64, Int64, Integer
 
 from esft_jax.errors import InputError, one_line
 from esft_jax.files import (
@@ -55,10 +58,10 @@ class RoutingLog:
 
     layers: tuple[int, ...]
     num_experts: int
-    expert_ids: Int[np.ndarray, "L T K"]
+    expert_ids: Integer[np.ndarray, "L T K"]
     gates: Float[np.ndarray, "L T K"]
-    starts: Int64[np.ndarray, " N+1"]
-    tokens: Int[np.ndarray, " T"] | None = None
+    starts: Integer[np.ndarray, " N1"]
+    tokens: Integer[np.ndarray, " T"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -216,7 +219,7 @@ def read_logs(files: Mapping[int, Path], experts_per_token: int) -> RoutingLog:
 
 def _read_log(
     path: Path, experts_per_token: int
-) -> tuple[Int64[np.ndarray, "T K"], Float64[np.ndarray, "T K"], Int64[np.ndarray, " N+1"]]:
+) -> tuple[Int64[np.ndarray, "T K"], Float64[np.ndarray, "T K"], Int64[np.ndarray, " N1"]]:
     """Read one layer's log: expert ids, gates, where each sequence starts."""
     all_ids, all_gates = [], []
     lines = read_text(path).splitlines()

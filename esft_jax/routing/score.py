@@ -1,4 +1,7 @@
-"""Measuring how relevant each expert is to a task (arXiv 2407.01906, equations 6 and 7)."""
+"""Measuring how relevant each expert is to a task (arXiv 2407.01906, equations 6 and 7).
+
+Letters: L MoE layers, B samples, S tokens of each, K experts per token, E experts.
+"""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from esft_jax.data.batch import Batch
 from esft_jax.model.transformer import Transformer
@@ -146,7 +149,7 @@ def score_experts(
 class _Batch(NamedTuple):
     """What is kept of one batch."""
 
-    expert_ids: Int[Any, "L B S K"]
+    expert_ids: Integer[Any, "L B S K"]
     gates: Float[Any, "L B S K"]
     segment_ids: Int[Any, "B S"]
     tokens: Int[Any, "B S"]

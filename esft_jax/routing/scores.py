@@ -9,6 +9,8 @@ not choose are 0.
   mass of its top-K experts. Only of routers that do not renormalise their gates.
 - `gate_share`: the mean over all tokens of an expert's gate, divided by the sum of the token's
   gates. A layer's gate shares sum to 1. Of all routers.
+
+Letters: L MoE layers, E experts, T tokens, K experts per token.
 """
 
 import dataclasses
@@ -288,7 +290,7 @@ def _from_scores(content: dict[str, Any], path: Path) -> ExpertScores:
 
 def _of_tables(
     layers: tuple[int, ...],
-    tables: Mapping[ScoreMethod, Float64[np.ndarray, "L E"]],
+    tables: Mapping[ScoreMethod, Float64[np.ndarray, "L _"]],
     provenance: dict[str, Any],
     together: Int64[np.ndarray, "L E E"] | None = None,
 ) -> ExpertScores:

@@ -1,4 +1,7 @@
-"""Select the experts to train from their scores (ESFT eq. 8), and selections to compare with."""
+"""Select the experts to train from their scores (ESFT eq. 8), and selections to compare with.
+
+Letters: L MoE layers, E experts of a layer, G groups of N experts.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

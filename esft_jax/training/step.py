@@ -242,7 +242,7 @@ def _not_zero(weight: Array) -> Array:
     return jnp.where(weight == 0, 1.0, weight)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def _split(batch: Batch, parts: int) -> Any:
     """Batch rows dealt out to micro-batches, `[M, B / M, S]`; every device keeps its own rows."""
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch

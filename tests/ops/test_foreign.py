@@ -123,15 +123,16 @@ from esft_jax.ops import foreign
 from esft_jax.ops.attention import cpu as attention
 from esft_jax.moe.grouped_matmul import cpu as grouped
 from esft_jax.moe.grouped_matmul.bank import Bank
+from esft_jax.moe.grouped_matmul.groups import Groups
 
 normal = np.random.default_rng(0).normal
 x = jnp.array(normal(size=(3, 2, 200, 2, 16)), jnp.float32)
 segments = jnp.array(np.repeat([[1, 2], [1, 1]], 100, axis=1), jnp.int32)
 mixed, back = jax.vjp(lambda *x: attention.causal_attention(*x, segments, 0.3), *x)
-rows, sizes = jnp.array(normal(size=(500, 24)), jnp.float32), jnp.array([200, 0, 300])
+rows, groups = jnp.array(normal(size=(500, 24)), jnp.float32), Groups(jnp.array([200, 0, 300]))
 bank = Bank(jnp.array(normal(size=(3, 24, 40)), jnp.float32), 0, 3)
-products = grouped.multiply(rows, (bank,), sizes, transposed=False)
-weights = grouped.weight_gradient(rows, products, sizes, 0, 3)
+products = grouped.multiply(rows, (bank,), groups, transposed=False)
+weights = grouped.weight_gradient(rows, products, groups, 0, 3)
 digest = hashlib.sha256()
 for array in (mixed, *back(mixed), products, weights):
     digest.update(np.asarray(array).tobytes())

@@ -115,7 +115,7 @@ def test_losses_and_tokens_by_source_are_those_of_its_rows_alone(batch, esft_ste
         np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
         model = nnx.merge(graph, before.tuned, frozen)
         for name, rows in {"task": [1, 3], "other": [0, 2]}.items():
-            alone = {key: value[rows] for key, value in batch.items()}
+            alone = {key: jnp.asarray(value[rows]) for key, value in batch.items()}
             tokens = alone["loss_weights"].sum()
             assert found[f"target_tokens/{name}"] == tokens
             expected = token_loss(model, alone)[0] / tokens
@@ -127,7 +127,7 @@ def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
     ids = jnp.arange(16).reshape(1, 1, 8, 2) % 4
     uniform = RouterOutput(ids, jnp.ones((1, 1, 8, 2)), jnp.full((1, 1, 8, 4), 0.25))
     np.testing.assert_allclose(balance_loss(uniform), 1.0, rtol=1e-6)
-    skewed = uniform.replace(
+    skewed = uniform._replace(
         expert_ids=ids % 2, scores=jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), (1, 1, 8, 4))
     )
     np.testing.assert_allclose(balance_loss(skewed), 2.0, rtol=1e-6)

@@ -1,13 +1,13 @@
 """Grouped-query attention (GQA, arXiv 2305.13245).
 
-Letters: H query heads, G heads of keys and values, R features of each.
+Letters: B rows, S tokens of each, M slots of the cache, D model width, H query heads, G heads of
+keys and values, R features of each, P pairs of those that are rotated.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.struct import dataclass
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -21,19 +21,18 @@ from esft_jax.model.rope import rotate
 from esft_jax.ops.attention import masked_attention
 
 
-@dataclass
-class KeyValueCache:
+class KeyValueCache(NamedTuple):
     """The KV cache, by heads of keys and values.
 
     The model stacks its layers on a leading axis.
 
     Attributes:
-        key: rotated keys, `[B, S, G, R]`.
-        value: values, `[B, S, G, R]`.
+        key: rotated keys, `[B, M, G, R]`.
+        value: values, `[B, M, G, R]`.
     """
 
-    key: Float[Array, "*L B S G R"]
-    value: Float[Array, "*L B S G R"]
+    key: Float[Array, "*L B M G R"]
+    value: Float[Array, "*L B M G R"]
 
 
 class GroupedAttention(nnx.Module):
@@ -79,7 +78,7 @@ class GroupedAttention(nnx.Module):
         return KeyValueCache(zeros, zeros)
 
     def _heads(
-        self, x: Float[Array, "B S D"], cos: Array, sin: Array
+        self, x: Float[Array, "B S D"], cos: Float[Array, "B S P"], sin: Float[Array, "B S P"]
     ) -> tuple[Float[Array, "B S H R"], Float[Array, "B S G R"], Float[Array, "B S G R"]]:
         """Queries, keys and values; the first two normalised and turned."""
         config = self.config

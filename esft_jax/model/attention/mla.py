@@ -1,10 +1,13 @@
-"""Multi-head latent attention (MLA, arXiv 2405.04434, section 2.1)."""
+"""Multi-head latent attention (MLA, arXiv 2405.04434, section 2.1).
 
-from typing import Any
+Letters: B rows, S tokens of each, M slots of the cache, D model width, H heads, C features of a
+latent, N plain and R rotated features of a key, P pairs of these, W features of a value.
+"""
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.struct import dataclass
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -21,19 +24,18 @@ from esft_jax.ops.attention import masked_attention
 LATENT_NORM_EPS = 1e-6
 
 
-@dataclass
-class LatentCache:
+class LatentCache(NamedTuple):
     """The compressed KV cache: one latent and one rotated key per token, not per head.
 
     The model stacks its layers on a leading axis.
 
     Attributes:
-        latent: normalised key/value latents, `[B, S, C]`.
-        rotated_key: RoPE part of the keys, shared by the heads, `[B, S, R]`.
+        latent: normalised key/value latents, `[B, M, C]`.
+        rotated_key: RoPE part of the keys, shared by the heads, `[B, M, R]`.
     """
 
-    latent: Float[Array, "*L B S C"]
-    rotated_key: Float[Array, "*L B S R"]
+    latent: Float[Array, "*L B M C"]
+    rotated_key: Float[Array, "*L B M R"]
 
 
 class LatentAttention(nnx.Module):
@@ -81,7 +83,7 @@ class LatentAttention(nnx.Module):
         return LatentCache(latent, jnp.zeros((*shape, config.rotated), dtype))
 
     def _queries(
-        self, x: Float[Array, "B S D"], cos: Array, sin: Array
+        self, x: Float[Array, "B S D"], cos: Float[Array, "B S P"], sin: Float[Array, "B S P"]
     ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H R"]]:
         if self.config.query_rank is None:
             query = project(x, self, "q")
@@ -91,7 +93,9 @@ class LatentAttention(nnx.Module):
         plain, turned = jnp.split(query, [self.config.plain], axis=-1)
         return plain, rotate(turned, cos, sin, self.pairing)
 
-    def _latents(self, x: Float[Array, "B S D"], cos: Array, sin: Array) -> LatentCache:
+    def _latents(
+        self, x: Float[Array, "B S D"], cos: Float[Array, "B S P"], sin: Float[Array, "B S P"]
+    ) -> LatentCache:
         both = project(x, self, "kv_down")
         latent, key = jnp.split(both, [self.config.latent], axis=-1)
         turned = rotate(key[:, :, None], cos, sin, self.pairing)[:, :, 0]

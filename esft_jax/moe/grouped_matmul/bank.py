@@ -1,4 +1,8 @@
-"""The matrices of consecutive groups, read where they lie."""
+"""The matrices of consecutive groups, read where they lie.
+
+Letters: M matrices of an array, `count` of which are the bank's, `[D, F]` each; L layers, E experts
+of a layer.
+"""
 
 from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int

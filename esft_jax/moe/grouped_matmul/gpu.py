@@ -4,6 +4,8 @@
 read each bank where it lies. A program computes one tile of the result. A small schedule tells it
 its rows and their group, so groups need no alignment and no padding, and empty ones cost nothing.
 On CPU the same kernels run in Pallas' interpreter, for tests.
+
+Letters: N rows, G groups, C and O the sides of a matrix as it is multiplied, D and F as it lies.
 """
 
 from collections.abc import Callable

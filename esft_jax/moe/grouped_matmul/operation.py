@@ -28,10 +28,10 @@ Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
 
 def grouped_matmul(
-    x: Float[Array, "N D"],
-    banks: Sequence[Float[Array, "_ D F"] | Bank],
-    group_sizes: Int[Array, " G"],
-    group_starts: Int[Array, " G"] | None = None,
+    x: Float[Array | np.ndarray, "N D"],
+    banks: Sequence[Float[Array | np.ndarray, "_ D F"] | Bank],
+    group_sizes: Int[Array | np.ndarray, " G"] | Sequence[int],
+    group_starts: Int[Array | np.ndarray, " G"] | Sequence[int] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N F"]:

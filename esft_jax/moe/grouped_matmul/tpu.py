@@ -9,9 +9,12 @@ Here one call walks over visits: pairs of a row tile and a group with rows in it
 (`tpu_tiles.py`). The padding rows are one more group, whose visits store zeros. A visit multiplies
 the pieces of its tile that the group's rows lie in. Every bank is an operand of its own; one that a
 visit does not need keeps the block it has, so nothing is fetched for it.
+
+Letters: N rows, G groups, C and O the sides of a matrix as it is multiplied, D and F as it lies.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,6 @@ from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.moe.grouped_matmul.tpu_tiles import (
     PIECES,
     Fetches,
-    Visits,
     gradient_widths,
     multiply_widths,
     piece_rows,
@@ -33,6 +35,11 @@ from esft_jax.moe.grouped_matmul.tpu_tiles import (
     plan_visits,
     vmem_limit,
 )
+
+# What kernels and their index maps get: `Visits`, and `Fetches` or an array, with references in the
+# place of arrays.
+VisitRefs = Any
+FetchRefs = Any
 
 
 def multiply(
@@ -72,7 +79,7 @@ def multiply(
     # A visit that has no use for an operand asks for the block that is there already or is needed
     # next, which costs no transfer. Groups in order need only the last tile that any of them has.
     def rows_block(
-        o: Array, v: Array, c: Array, visits: Visits, fetched: Fetches | jax.Ref, _: jax.Ref
+        o: Array, v: Array, c: Array, visits: VisitRefs, fetched: FetchRefs, _: jax.Ref
     ) -> tuple:
         c = jnp.where(visits.group[v] == nobody, parts - 1, c)
         if isinstance(fetched, Fetches):
@@ -84,8 +91,8 @@ def multiply(
         o: Array,
         v: Array,
         c: Array,
-        visits: Visits,
-        fetched: Fetches | jax.Ref,
+        visits: VisitRefs,
+        fetched: FetchRefs,
         firsts: jax.Ref,
     ) -> tuple:
         begin, count = ranges[bank]
@@ -119,8 +126,8 @@ def multiply(
 
 
 def _multiply_kernel(
-    visits: Visits,
-    _fetched: Fetches | jax.Ref,
+    visits: VisitRefs,
+    _fetched: FetchRefs,
     _firsts: jax.Ref,
     x: jax.Ref,
     *refs: jax.Ref,
@@ -220,7 +227,7 @@ def weight_gradient(
 
 
 def _gradient_kernel(
-    visits: Visits, x: jax.Ref, grad: jax.Ref, out: jax.Ref, *, piece: int
+    visits: VisitRefs, x: jax.Ref, grad: jax.Ref, out: jax.Ref, *, piece: int
 ) -> None:
     visit = pl.program_id(2)
     begin = pl.multiple_of(visits.begin[visit], piece)
@@ -245,7 +252,7 @@ def _gradient_kernel(
         pl.when(visits.pieces[visit] == pieces)(partial(add, pieces * piece))
 
 
-def _own_rows(visits: Visits, visit: Array, begin: Array | int, shape: tuple[int, ...]) -> Array:
+def _own_rows(visits: VisitRefs, visit: Array, begin: Array | int, shape: tuple[int, ...]) -> Array:
     """Which rows of a window that begins at `begin` are the visited group's."""
     row = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= visits.low[visit]) & (row < visits.high[visit])

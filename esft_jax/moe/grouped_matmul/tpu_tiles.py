@@ -3,6 +3,8 @@
 Rows are cut into tiles, and a tile into up to four pieces: a group that covers a tile only in part
 is charged for the pieces that it touches. Widths are chosen for the chip that the program is
 compiled for, by the time that arithmetic and memory traffic would take one after the other.
+
+Letters: G groups, M visits at most.
 """
 
 import math

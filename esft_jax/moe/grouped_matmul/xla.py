@@ -3,6 +3,8 @@
 `jax.lax.ragged_dot` multiplies every row with every matrix on CPU and on most TPU generations, so
 it is not used. Here loops with run-time trip counts go through the groups that have rows, and
 through the row blocks of each; a group's matrix is cut out of its bank once.
+
+Letters: N rows, G groups, C and O the sides of a matrix as it is multiplied, D and F as it lies.
 """
 
 from functools import partial

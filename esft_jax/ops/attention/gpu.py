@@ -5,10 +5,13 @@ those of the backward pass do so for a block of queries, and for a block of keys
 other kernels fit: cuDNN's, behind `jax.nn.dot_product_attention`, take no keys of width 192 beside
 values of width 128; those of JAX are deprecated; their successors in tokamax take documents as a
 mask of `[S, S]` only. On CPU these run in Pallas' interpreter, for tests.
+
+Letters: B rows, S tokens of each, H query heads, G heads of keys and values, R and W features of a
+key and of a value; Q queries and K keys of a tile.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -110,12 +113,12 @@ _causal_attention.defvjp(_forward, _backward)
 def _call(
     kernel: Callable[..., None],
     operands: tuple[Array, ...],
-    results: list | tuple,
+    results: Sequence[jax.ShapeDtypeStruct],
     *,
     block: int,
     warps: int,
     name: str,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Run a program for each block of tokens of each head of each row.
 
     The kernel sees the matrices `[S, _]` of its head, and the segments of its row.

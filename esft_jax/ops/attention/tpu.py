@@ -2,6 +2,9 @@
 
 A block of scores that causality hides is neither computed nor fetched. Query/key and value widths
 may differ.
+
+Letters: B rows, S tokens of each, H query heads, G heads of keys and values, R and W features of a
+key and of a value.
 """
 
 import jax
