@@ -3,10 +3,27 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+import tests.typecheck  # noqa: F401, the hook finds it by this name
+
+# What computes with arrays. Left out is what numba compiles from its source.
+CHECKED = [
+    *("esft_jax.adapt", "esft_jax.decode", "esft_jax.model", "esft_jax.routing"),
+    *(f"esft_jax.moe.{name}" for name in ("carry", "dispatch", "experts", "layer", "transport")),
+    *(
+        f"esft_jax.moe.grouped_matmul.{name}"
+        for name in ("bank", "groups", "operation", "xla", "tpu", "gpu")
+    ),
+    *("esft_jax.moe.weights", "esft_jax.ops.activation", "esft_jax.ops.cross_entropy"),
+    *(f"esft_jax.ops.attention.{name}" for name in ("operation", "xla", "tpu", "gpu")),
+    *(f"esft_jax.training.{name}" for name in ("step", "state", "optimizer")),
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Tests use what they bring along, never the network.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Shapes and types are what their annotations say, in every call.
+    jaxtyping.install_import_hook(CHECKED, "tests.typecheck.typechecked")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked: for what a function refuses by itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def test_a_mesh_changes_nothing(params, batch, targets, mesh, transport):
 
 
 def test_updates_of_zero_change_nothing_and_decoding_has_them(params, batch):
-    tokens = batch["tokens"]
+    tokens = jnp.asarray(batch["tokens"])
     graph, tuned, frozen = with_factors(params, (*MODULES, "selected_experts"))
 
     @jax.jit

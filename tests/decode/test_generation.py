@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode import generation as generate
 from esft_jax.decode.generation import choose_tokens, generate_text, generate_tokens
 from esft_jax.errors import InputError
@@ -223,10 +224,13 @@ def test_bad_input_is_named(model, change, message):
     assert str(error.value).startswith(message)
 
 
-class Letters:
+class Letters(Tokenizer):
     """A tokenizer of one id per letter."""
 
     stop_ids = (NEVER,)
+
+    def __init__(self):
+        """No backend."""
 
     def encode_text(self, text):
         return [22, *(ord(letter) - ord("a") + 1 for letter in text)]

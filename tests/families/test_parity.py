@@ -1,6 +1,7 @@
 """Every family against transformers: logits, gradients, decoding, and files written back."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -205,7 +206,7 @@ def test_decoding_is_that_of_transformers(pair, theirs):
 
     @jax.jit
     def decode(params, cache, tokens, positions):
-        keep = np.ones(tokens.shape, bool)
+        keep = jnp.ones(tokens.shape, bool)
         return nnx.merge(graph, params).decode(tokens, positions, keep, cache)
 
     cache, parts = ours.init_cache(2, 32), []

@@ -215,9 +215,9 @@ def test_dense_layer(pair):
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
 def test_whole_block(v2, layer):
-    x, segments = normal(2, 6, v2.config.hidden_size), np.ones((2, 6), np.int32)
+    x, segments = normal(2, 6, v2.config.hidden_size), jnp.ones((2, 6), jnp.int32)
     angles = far_angles(v2)
-    cos, sin = angles.real.numpy(), angles.imag.numpy()
+    cos, sin = jnp.asarray(angles.real.numpy()), jnp.asarray(angles.imag.numpy())
     graph, params = nnx.split(v2.jax_layer(layer))
 
     @jax.jit
@@ -226,7 +226,7 @@ def test_whole_block(v2, layer):
         x = x + block.attention(block.attention_norm(x), cos, sin, segments)
         if layer == 0:
             return x + block.mlp(block.ffn_norm(x))
-        return x + block.moe(block.ffn_norm(x), segments > 0, 0, None, None, None)[0]
+        return x + block.moe(block.ffn_norm(x), segments > 0, jnp.int32(0), None, None, None)[0]
 
     with torch.no_grad():
         theirs = v2.torch_layer(layer)(

@@ -14,7 +14,7 @@ GROUPS[GROUPS == 2] = 3  # an empty group
 
 
 def test_assignments_are_sorted_by_group():
-    dispatch = jax.jit(sort_by_group, static_argnums=1)(GROUPS, G)
+    dispatch = jax.jit(sort_by_group, static_argnums=1)(jnp.asarray(GROUPS), G)
     flat = GROUPS.reshape(-1)
     np.testing.assert_array_equal(dispatch.order, np.argsort(flat, kind="stable"))
     np.testing.assert_array_equal(dispatch.order[dispatch.place], np.arange(T * K))
@@ -38,7 +38,7 @@ def test_rows_and_gradients_are_those_of_plain_indexing():
 
     def there_and_back(take, back):
         def loss(x, scale):
-            dispatch = sort_by_group(GROUPS, G)
+            dispatch = sort_by_group(jnp.asarray(GROUPS), G)
             rows = take(x, dispatch)
             out = back(rows * scale, dispatch)
             return jnp.sum(out * cotangent), (rows, out)

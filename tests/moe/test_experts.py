@@ -43,7 +43,9 @@ def window(arrays):
 
 def apply(arrays, base, ids, piece):
     own = base.map(lambda stack: Bank.layer_of(stack, 1))
-    return apply_experts(arrays["x"], ids, arrays["gates"], own, window(arrays), FIRST, piece)
+    return apply_experts(
+        arrays["x"], jnp.asarray(ids), arrays["gates"], own, window(arrays), FIRST, piece
+    )
 
 
 def run(arrays, base, ids, piece):

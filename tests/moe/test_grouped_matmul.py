@@ -185,7 +185,7 @@ def test_matrices_of_several_tasks_on_a_cpu():
 
 @pytest.mark.parametrize("environment, kernels", [(emulated_tpu, 3), (nullcontext, 0)])
 def test_the_platform_compiled_for_chooses(environment, kernels):
-    x, bank, sizes = draw(N, D, seed=0), draw(2, D, F, seed=1), np.array([50, 60], np.int32)
+    x, bank, sizes = draw(N, D, seed=0), draw(2, D, F, seed=1), jnp.array([50, 60], jnp.int32)
 
     def gradients(x, bank):
         return jax.grad(lambda *a: (grouped_matmul(a[0], a[1:], sizes) ** 2).sum(), (0, 1))(x, bank)
@@ -194,6 +194,7 @@ def test_the_platform_compiled_for_chooses(environment, kernels):
         assert str(jax.make_jaxpr(gradients)(x, bank)).count("pallas_call") == kernels
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="'cuda' is not one of cpu, gpu, tpu, xla"):
         grouped_matmul(draw(2, D, seed=0), (draw(1, D, F, seed=1),), [2], implementation="cuda")
@@ -201,6 +202,7 @@ def test_an_unknown_implementation_is_named():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "bool", "float8_e4m3fn", "complex64"])
+@pytest.mark.usefixtures("unchecked")
 def test_what_needs_a_scale_is_no_weight(implementation, dtype):
     x, banks, sizes = draw(6, D, seed=0), [draw(1, D, F, seed=1), draw(2, D, F, seed=2)], [1, 2, 3]
     multiply = partial(grouped_matmul, group_sizes=sizes, implementation=implementation)
@@ -254,6 +256,7 @@ WRONG = {
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG)
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused(implementation, changed, message):
     operands = {"x": np.ones((9, D), np.float32), "banks": [bank_of()], "group_sizes": [1, 2, 3]}
     with pytest.raises(ValueError, match=message):

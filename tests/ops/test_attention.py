@@ -62,7 +62,7 @@ def expected(query, key, value, segments):
 
 
 def run(inputs, implementation="xla"):
-    *arrays, segments = inputs
+    *arrays, segments = map(jnp.asarray, inputs)
 
     def loss(*arrays):
         out = causal_attention(*arrays, segments, SCALE, implementation=implementation)
@@ -107,7 +107,8 @@ def test_what_is_not_a_number_stays_so_and_in_its_place(inputs, implementation):
     query, key, value, segments = inputs
     key = key.copy()
     key[0, 5, 1] = np.nan
-    out = causal_attention(query, key, value, segments, SCALE, implementation=implementation)
+    operands = map(jnp.asarray, (query, key, value, segments))
+    out = causal_attention(*operands, SCALE, implementation=implementation)
     sees = (segments[0] == segments[0, 5]) & (np.arange(S) >= 5)
     expected = np.zeros(out.shape, bool)
     expected[0, sees, 1] = True
@@ -130,7 +131,7 @@ FORWARD = {
 @pytest.mark.parametrize(("remat", "times"), [("attention", 1), ("full", 2)])
 @pytest.mark.parametrize("implementation", FORWARD)
 def test_the_policy_attention_runs_the_forward_kernel_once(implementation, remat, times):
-    query, *_, segments = make_inputs(S, R, R)
+    query, *_, segments = map(jnp.asarray, make_inputs(S, R, R))
 
     def loss(x):
         @REMAT[remat]
@@ -145,6 +146,7 @@ def test_the_policy_attention_runs_the_forward_kernel_once(implementation, remat
     assert count_kernels(needed, FORWARD[implementation]) == times
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_implementation_is_named(inputs):
     with pytest.raises(ValueError, match="'cudnn' is not one of cpu, gpu, tpu, xla"):
         causal_attention(*inputs, SCALE, implementation="cudnn")
@@ -172,6 +174,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_refused(inputs, implementation, changed, message):
     named = dict(zip(("query", "key", "value", "segments"), inputs, strict=True))
     named |= {name: np.ones(shape, named[name].dtype) for name, shape in changed.items()}
@@ -180,6 +183,7 @@ def test_shapes_that_do_not_fit_are_refused(inputs, implementation, changed, mes
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("unchecked")
 def test_other_types_are_refused(inputs, implementation):
     *arrays, segments = inputs
     attend = partial(causal_attention, scale=SCALE, implementation=implementation)
@@ -195,10 +199,13 @@ def test_other_types_are_refused(inputs, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_in_is_nothing_out(inputs, implementation):
-    out = causal_attention(*(x[:, :0] for x in inputs), SCALE, implementation=implementation)
+    out = causal_attention(
+        *(jnp.asarray(x[:, :0]) for x in inputs), SCALE, implementation=implementation
+    )
     assert out.shape == (B, 0, H, W)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_mask_that_does_not_fit_is_refused(inputs):
     query, key, value, _ = inputs
     with pytest.raises(ValueError, match=r"visible is bool \(2, 1, 24\)"):

@@ -94,8 +94,10 @@ def test_chunks_without_weight_are_not_computed(inputs):
 
 
 def test_only_asked_for_gradients_exist(inputs):
+    targets, weights = jnp.asarray(inputs["targets"]), jnp.asarray(inputs["weights"])
+
     def loss(hidden, head):
-        return cross_entropy_sums(hidden, head, inputs["targets"], inputs["weights"])[0]
+        return cross_entropy_sums(hidden, head, targets, weights)[0]
 
     arguments = inputs["hidden"], inputs["head"]
     program = str(jax.make_jaxpr(jax.grad(loss))(*arguments))

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -177,7 +178,7 @@ def test_gate_shares_are_of_unbiased_scores_without_the_scale(raw, methods) -> N
     assert scores.methods == methods
     expected = np.zeros((len(config.moe_layers), 8))
     for row in range(3):
-        one = part(rows, row, row + 1)
+        one = jax.tree.map(jnp.asarray, part(rows, row, row + 1))
         keep = one["segment_ids"][0] > 0
         _, router = model.hidden_states(one["tokens"], one["segment_ids"], one["positions"])
         ids, unbiased = (np.asarray(x)[:, 0, keep] for x in (router.expert_ids, router.scores))
@@ -189,7 +190,7 @@ def test_gate_shares_are_of_unbiased_scores_without_the_scale(raw, methods) -> N
 
 
 def test_gates_that_have_vanished_have_no_share() -> None:
-    gates = np.array([[0.0, 0.0], [0.2, 0.6]], np.float32)
+    gates = jnp.array([[0.0, 0.0], [0.2, 0.6]], jnp.float32)
     np.testing.assert_allclose(gate_shares(gates), [[0, 0], [0.25, 0.75]])
 
 
@@ -200,8 +201,8 @@ def test_without_tokens_there_is_no_score(model) -> None:
 
 
 def test_phantom_experts_are_not_counted() -> None:
-    ids = np.array([[[[0, 1], [8, 8]]]])
-    gates = np.array([[[[0.5, 0.25], [0.0, 0.0]]]], np.float32)
+    ids = jnp.array([[[[0, 1], [8, 8]]]])
+    gates = jnp.array([[[[0.5, 0.25], [0.0, 0.0]]]], jnp.float32)
     token, gate = sample_scores(ids, gates, 8)
     np.testing.assert_allclose(token[0, :2], [0.5, 0.5])
     np.testing.assert_allclose(gate[0, :2], [0.5, 0.25])

@@ -188,6 +188,7 @@ GOOD3 = {"1": {"0": 0.2, "1": 0.3}, "2": {"0": 0.1, "1": 0.3}, "3": {"0": 0.1, "
 GOOD = {"1": {"0": 0.25, "1": 0.75}, "2": {"0": 0.5, "1": 0.5}}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("token", "gate", "message"),
     [

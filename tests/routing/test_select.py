@@ -120,6 +120,7 @@ def test_p_out_of_range(top_p):
         select_experts(scores_of([0.5, 0.5]), "token", top_p)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_method():
     with pytest.raises(InputError, match="method: 'grad' is unknown; expected token or gate"):
         select_experts(scores_of([0.5, 0.5]), "grad", 0.2)
