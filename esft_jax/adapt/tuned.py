@@ -23,6 +23,12 @@ class TunedParam(nnx.Param):
     """A bank of tuned experts."""
 
 
+def in_bank(param: nnx.Variable) -> bool:
+    """Whether a parameter is a bank beside the base experts: of tuned experts, or of factors."""
+    beside = isinstance(param, TunedParam | nnx.LoRAParam)
+    return beside and param.role is Role.ROUTED_EXPERT
+
+
 class TunedExperts(nnx.Module):
     """The selected experts of all layers: `gate_up [R, D, 2F]`, `down [R, F, D]`."""
 

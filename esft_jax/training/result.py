@@ -12,6 +12,7 @@ from flax import nnx
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
+from esft_jax.adapt.tuned import in_bank
 from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
 from esft_jax.checkpoint.export import save_model
 from esft_jax.checkpoint.peft import save_lora
@@ -119,9 +120,9 @@ def _file_hash(path: Path) -> str | None:
 def trained_parameters(model: Transformer, tuned: nnx.State) -> int:
     """Number of trained parameters, without the padding rows of the tuned bank."""
     count = 0
-    for path, param in nnx.to_flat_state(tuned):
+    for _, param in nnx.to_flat_state(tuned):
         value = param[...]
-        if path[0] == "tuned_experts" and model.tuned_experts is not None:
+        if in_bank(param) and model.tuned_experts is not None:
             count += len(model.tuned_experts.layout.rows()) * int(np.prod(value.shape[1:]))
         else:
             count += value.size

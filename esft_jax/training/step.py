@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esft_jax.adapt.partition import FROZEN, TUNED
-from esft_jax.adapt.tuned import TunedParam
+from esft_jax.adapt.tuned import in_bank
 from esft_jax.data.batch import Batch
 from esft_jax.errors import InputError
 from esft_jax.model.params import Role
@@ -220,7 +220,7 @@ def make_eval_step(
 
 def _base_experts_learn(tuned: nnx.State) -> bool:
     return any(
-        param.role is Role.ROUTED_EXPERT and not isinstance(param, TunedParam | nnx.LoRAParam)
+        param.role is Role.ROUTED_EXPERT and not in_bank(param)
         for _, param in nnx.to_flat_state(tuned)
     )
 
