@@ -97,14 +97,25 @@ class Case:
     def key(self) -> str:
         """Of what the plan depends on, but for the code: a hash."""
         config = load_config(self.path, self.overrides)
-        values = dataclasses.asdict(config)
+        values = _set(config)
         for name in ("model", "output", "expert_cfg", "score", "evaluation"):
-            del values[name]
+            values.pop(name, None)
         values["data"] = config.data.sequence_length
         files = [self.model / "config.json", *filter(None, [config.expert_cfg])]
         contents = [json.loads(Path(file).read_text()) for file in files]
         parts = [values, contents, self.topology, self.per_layer]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _set(section: Any) -> dict[str, Any]:
+    """What of a configuration is not as by default: keys that come later change no hash."""
+    found = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        made = field.default_factory is not dataclasses.MISSING
+        if value != (field.default_factory() if made else field.default):
+            found[field.name] = _set(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def pod_cases(names: Sequence[str], transports: Sequence[str]) -> Iterator[Case]:

@@ -45,7 +45,8 @@ from flax import nnx
 from esft_jax.cli import add_process_arguments, join_processes
 from esft_jax.checkpoint.load import load_base
 from esft_jax.checkpoint.tensor_files import TensorFiles
-from esft_jax.sharding import make_mesh, split_cpu
+from esft_jax.processes import split_cpu
+from esft_jax.sharding import make_mesh
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder")
