@@ -128,8 +128,8 @@ class LowRankExperts(nnx.Module):
 
 def _uniform(key: jax.Array, shape: Sequence[int]) -> Float[Array, "L in r"]:
     """A as `peft` draws it (Kaiming, a = sqrt(5)): uniform within 1 / sqrt(in)."""
-    # Within 1 first: times 2 less 1 is rounded once, whether or not a compiler fuses it. So the bits
-    # are the same on any mesh.
+    # Within 1 first: times 2 less 1 is rounded once, whether or not a compiler fuses both. So the
+    # bits are the same on any mesh.
     return jax.random.uniform(key, tuple(shape), jnp.float32, -1, 1) / math.sqrt(shape[1])
 
 
