@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from esft_jax.config import Count, CountOrZero, RunConfig, load_config
+from esft_jax.config import RunConfig, load_config
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.files import local_path
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.strict_yaml import explain
+from esft_jax.values import Count, CountOrZero
 
 VERBS = {
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",

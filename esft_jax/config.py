@@ -7,18 +7,16 @@ folder of the configuration file.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -36,21 +34,31 @@ from esft_jax.adapt.parts import (
     ordered,
 )
 from esft_jax.data.chat_template import ChatFormat
-from esft_jax.data.template_worker import GIVEN
-from esft_jax.errors import InputError, shown
-from esft_jax.files import check_file, local_path
-
-Value = TypeVar("Value")
+from esft_jax.errors import InputError
+from esft_jax.files import check_file
+from esft_jax.values import (
+    Count,
+    CountOrZero,
+    Decay,
+    Flag,
+    Fraction,
+    Length,
+    LocalPath,
+    MetricName,
+    Name,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    Size,
+    TemplateArguments,
+    Text,
+    distinct_names,
+)
 
 ScoreMethod = Literal["token", "gate", "gate_share"]
 # The paper's choices for its two scores. By gate share, 0.1 takes about 2 of 128 experts.
 DEFAULT_TOP_P: dict[ScoreMethod, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
-
-# `esft_jax.evaluation.metrics` has what they compute.
-METRIC_NAMES = (
-    *("intent", "exact_match", "chrf", "bleu", "rouge_l"),
-    *("judge_summary", "judge_law", "judge_translation"),
-)
 
 
 def _known_target(name: object) -> object:
@@ -66,73 +74,6 @@ def _known_target(name: object) -> object:
 def _known_rate(name: object) -> object:
     return known_part(name, RATE_PARTS)
 
-
-def _known_metric(name: str) -> str:
-    if name not in METRIC_NAMES:
-        raise ValueError(f"expected one of {', '.join(METRIC_NAMES)}, got {name!r}")
-    return name
-
-
-def _argument_name(name: str) -> str:
-    if not name.isidentifier() or name in GIVEN:
-        raise ValueError(
-            f"expected the name of a variable other than {', '.join(sorted(GIVEN))}, got "
-            f"{shown(name)}"
-        )
-    return name
-
-
-def _plain_name(name: str) -> str:
-    # It becomes the name of a folder, with a hash behind it, beside files of ours.
-    taken = name.lower() == "task" or name.endswith((".json", ".jsonl"))
-    if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,59}", name):
-        raise ValueError(
-            "expected a name of at most 60 letters, digits, '.', '-' and '_', other than task and "
-            f"*.json, got {shown(name)}"
-        )
-    return name
-
-
-def _of_32_bits(number: float) -> float:
-    smallest, largest = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
-    if number and not smallest <= number <= largest:
-        raise ValueError(
-            f"expected a number that 32 bits hold, {smallest:.3g} to {largest:.3g}, got {number}"
-        )
-    return number
-
-
-def _distinct_names(named: dict[str, Value]) -> dict[str, Value]:
-    seen: dict[str, str] = {}
-    for name in named:
-        if other := seen.get(name.lower()):
-            # Some file systems would give both the same folder.
-            raise ValueError(f"{other} and {name} differ in case alone; expected other names")
-        seen[name.lower()] = name
-    return named
-
-
-Text = Annotated[str, Field(strict=True, min_length=1)]
-LocalPath = Annotated[Text, AfterValidator(local_path)]
-Flag = Annotated[bool, Field(strict=True)]
-# Rows, steps, devices: JAX counts them in 32 bits.
-Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
-CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-Length = Annotated[int, Field(strict=True, ge=2, lt=2**31)]
-Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-# What is computed with: out of range, JAX would take it for 0 or infinity.
-_Single = AfterValidator(_of_32_bits)
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _Single]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _Single]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-
-TemplateArguments = dict[Annotated[Text, AfterValidator(_argument_name)], JsonValue]
-# Names of sources and of what is evaluated become names of metrics and of folders.
-Name = Annotated[Text, AfterValidator(_plain_name)]
-MetricName = Annotated[Text, AfterValidator(_known_metric)]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -200,7 +141,7 @@ class DataConfig:
     chat_template: LocalPath | None = None
     template_arguments: TemplateArguments = field(default_factory=dict)
     stop_token: Text | None = None
-    mix: Annotated[dict[Name, SourceConfig], AfterValidator(_distinct_names)] = field(
+    mix: Annotated[dict[Name, SourceConfig], AfterValidator(distinct_names)] = field(
         default_factory=dict
     )
 
@@ -453,7 +394,7 @@ class EvaluationConfig:
     temperature: NonNegative = 0.0
     top_p: Share = 1.0
     limit: Count | None = None
-    others: Annotated[dict[Name, OtherConfig], AfterValidator(_distinct_names)] = field(
+    others: Annotated[dict[Name, OtherConfig], AfterValidator(distinct_names)] = field(
         default_factory=dict
     )
 

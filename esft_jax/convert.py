@@ -12,8 +12,8 @@ import jax
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, add_process_arguments, command, join_processes, option
-from esft_jax.config import LocalPath
 from esft_jax.processes import use_cpu_only
+from esft_jax.values import LocalPath
 
 
 @command

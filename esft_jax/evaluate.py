@@ -7,10 +7,10 @@ import jax
 
 from esft_jax.checkpoint.adapter import load_adapter
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
-from esft_jax.config import LocalPath
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import check_evaluation, kept_evaluation, run_evaluation
 from esft_jax.terminal import Terminal
+from esft_jax.values import LocalPath
 
 
 @command

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.manifest import RUN_DTYPES
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import LocalPath
 from esft_jax.processes import use_cpu_only
+from esft_jax.values import LocalPath
 
 
 @command

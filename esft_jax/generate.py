@@ -7,13 +7,13 @@ from dataclasses import replace
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import Count, LocalPath, NonNegative, Seed, Share, TemplateArguments
 from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import check_length, generate_tokens
 from esft_jax.evaluation.run import load_tuned
 from esft_jax.families import load_model_config
 from esft_jax.files import checked, parse_json
+from esft_jax.values import Count, LocalPath, NonNegative, Seed, Share, TemplateArguments
 
 
 @command

@@ -12,12 +12,13 @@ import jax
 from rich.table import Table
 
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
-from esft_jax.config import Count, LocalPath, LoRAConfig, RunConfig, load_config
+from esft_jax.config import LoRAConfig, RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
 from esft_jax.planning.suggest import suggestions
 from esft_jax.terminal import Terminal
+from esft_jax.values import Count, LocalPath
 
 
 @command

@@ -14,7 +14,6 @@ from rich.table import Table
 from esft_jax.checkpoint.identity import check_same_base, recorded_chat, tokenizer_fingerprint
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import Count, LocalPath, Share
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
@@ -38,6 +37,7 @@ from esft_jax.routing.scores import SCORE_METHODS
 from esft_jax.sweeping.table import MethodRow
 from esft_jax.sweeping.table import to_csv as methods_csv
 from esft_jax.terminal import Terminal
+from esft_jax.values import Count, LocalPath, Share
 
 PAGE = "report.html"
 # Tables and figures, by the names of their files; what else lies beside them is the user's.

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
-from esft_jax.config import LocalPath
 from esft_jax.files import check_writable
 from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe
@@ -18,6 +17,7 @@ from esft_jax.terminal import Terminal
 from esft_jax.training.base import load_pretrained
 from esft_jax.training.choosing import measure_scores
 from esft_jax.training.setup import Setup, open_setup, score_rows
+from esft_jax.values import LocalPath
 
 
 @command

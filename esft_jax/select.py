@@ -12,12 +12,13 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.parts import PARTS
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import DEFAULT_TOP_P, Count, LocalPath, Seed, SelectConfig, Share, Size
+from esft_jax.config import DEFAULT_TOP_P, SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.routing.choose import check_select, choose_experts, describe, load_tasks
 from esft_jax.routing.scores import SCORE_METHODS, ExpertScores
 from esft_jax.terminal import Terminal
+from esft_jax.values import Count, LocalPath, Seed, Share, Size
 
 
 @command

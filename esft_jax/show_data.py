@@ -11,12 +11,13 @@ from rich.text import Text
 
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
-from esft_jax.config import CountOrZero, load_config
+from esft_jax.config import load_config
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from esft_jax.terminal import Terminal
 from esft_jax.training.setup import read_data
+from esft_jax.values import CountOrZero
 
 # What a download from the hub fetches: no weights.
 _FILES = (*TOKENIZER_FILES, "additional_chat_templates/*")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from esft_jax import cli
-from esft_jax.config import LocalPath, Seed
 from esft_jax.errors import InputError
+from esft_jax.values import LocalPath, Seed
 
 
 def raising(error: BaseException | None) -> int:

@@ -18,7 +18,7 @@ FLOORS = [
     {"moe"},
     {"model"},
     {"data", "families"},
-    {"adapt"},
+    {"adapt", "values"},
     {"checkpoint", "config", "decode"},
     {"routing"},
     {"training"},

@@ -14,9 +14,10 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
-from esft_jax.config import LocalPath, Positive, RunConfig, Seed, Text, load_config
+from esft_jax.config import RunConfig, load_config
 from esft_jax.errors import InputError
 from esft_jax.files import local_path
+from esft_jax.values import LocalPath, Positive, Seed, Text
 
 # Every task is also judged with the base alone, under this name.
 BASE = "base"

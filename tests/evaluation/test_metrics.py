@@ -3,9 +3,9 @@ import re
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from esft_jax.config import METRIC_NAMES
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import METRICS, Completion, read_completions, write_completions
+from esft_jax.values import METRIC_NAMES
 
 
 def test_a_configuration_may_name_every_metric():
