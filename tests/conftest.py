@@ -25,6 +25,10 @@ CHECKED = [
     *(f"esft_jax.training.{name}" for name in ("step", "state", "optimizer")),
 ]
 
+# Shapes and types are what their annotations say, in every call. Not in `pytest_configure`: the
+# conftest of a folder that pytest is given may import the package before it.
+jaxtyping.install_import_hook(CHECKED, "tests.typecheck.typechecked")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set up JAX through the environment: nothing has imported it yet, and subprocesses inherit."""
@@ -43,8 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Tests use what they bring along, never the network.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Shapes and types are what their annotations say, in every call.
-    jaxtyping.install_import_hook(CHECKED, "tests.typecheck.typechecked")
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ class TunedLayout:
     shards: int
     placement: Placement
 
+    _placed_by = staticmethod(place_experts)
+
     @classmethod
     def place(
         cls,
@@ -45,8 +47,8 @@ class TunedLayout:
         shards: int,
         loads: Float[np.ndarray, "L E"] | None = None,
     ) -> Self:
-        """Layout of experts placed by `place_experts`."""
-        placement = place_experts(selected, num_experts, shards, loads)
+        """Layout of experts that `_placed_by` places."""
+        placement = cls._placed_by(selected, num_experts, shards, loads)
         return cls(selected, num_experts, shards, placement)
 
     @classmethod
@@ -167,17 +169,7 @@ class LowRankLayout(TunedLayout):
     Base matrices and factors meet the same sorted rows, those of an expert on the device of both.
     """
 
-    @classmethod
-    def place(
-        cls,
-        selected: tuple[tuple[int, ...], ...],
-        num_experts: int,
-        shards: int,
-        loads: Float[np.ndarray, "L E"] | None = None,
-    ) -> Self:
-        """Layout of experts placed by `place_updated_experts`."""
-        placement = place_updated_experts(selected, num_experts, shards, loads)
-        return cls(selected, num_experts, shards, placement)
+    _placed_by = staticmethod(place_updated_experts)
 
     def groups_per_device(self, local: int) -> int:
         """Those of the base experts."""

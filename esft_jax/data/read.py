@@ -193,6 +193,7 @@ def _message(where: str, key: str, turn: object) -> Message:
             "one string that holds their texts"
         )
     message = Message(role=role, content=checked_text(where, f"{key}.content", content))
+    # Keys and values were checked when `extras` was made.
     message.update(extras)  # type: ignore[typeddict-item]
     if mask is not None:
         message["mask"] = mask
