@@ -96,13 +96,11 @@ def attach_factors(
             update(mlp, name, "gate_up", 2)
         update(mlp, "down", "down")
 
-    blocks = (
-        [model.moe_blocks] if model.dense_blocks is None else [model.dense_blocks, model.moe_blocks]
-    )
     if "attention" in lora.targets:
-        for block in blocks:
-            for name in block.attention.matrices:
-                update(block.attention, name, name)
+        for block in filter(None, (model.dense_blocks, model.moe_blocks)):
+            for attention in block.attentions:
+                for name in attention.matrices if attention else ():
+                    update(attention, name, name)
     if "dense_mlps" in lora.targets and model.dense_blocks is not None:
         update_mlp(model.dense_blocks.mlp)
     moe = model.moe_blocks.moe

@@ -81,7 +81,7 @@ class LoRA:
         """Of the matrices that are updated."""
         sides = [model.hidden_size]
         if "attention" in self.targets:
-            sides += model.attention.sides
+            sides += (side for kind, _ in model.attentions for side in kind.sides)
         if "dense_mlps" in self.targets and model.num_dense_layers:
             sides.append(model.dense_width)
         if "shared_experts" in self.targets and model.shared_width:

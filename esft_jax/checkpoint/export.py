@@ -187,23 +187,22 @@ def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """
     left = "auto_map", "quantization_config"  # code stays behind; no weight is written quantised
     config = {key: value for key, value in raw.items() if key not in left}
+    types = {"dtype": dtype.name, "torch_dtype": dtype.name}
+    if isinstance(text := raw.get("text_config"), dict):
+        return config | {"text_config": exported_config(text, dtype)} | types
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    # Those by kind of layer have no older spelling.
+    if any(isinstance(value, dict) for value in rope.values()):
+        return config | types
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     theta = rope.pop("rope_theta", raw.get("rope_theta"))
     base = {} if theta is None else {"rope_theta": theta}  # the family's own, if it says none
-    return (
-        config
-        | base
-        | {
-            "rope_parameters": {"rope_type": kind, **base, **rope},
-            "rope_scaling": None
-            if kind == "default"
-            else {"type": kind, "rope_type": kind, **rope},
-            "dtype": dtype.name,
-            "torch_dtype": dtype.name,
-        }
-    )
+    spelled = {
+        "rope_parameters": {"rope_type": kind, **base, **rope},
+        "rope_scaling": None if kind == "default" else {"type": kind, "rope_type": kind, **rope},
+    }
+    return config | base | spelled | types
 
 
 def _write_model(

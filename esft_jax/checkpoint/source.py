@@ -108,7 +108,7 @@ class HuggingFaceSource:
             raise InputError(
                 f"{file}: tensor {name!r} is there twice: {self._fused[name].name!r} holds it, too"
             )
-        embedding = "model.embed_tokens.weight"
+        embedding = tensor_table(self.config).embedding
         if self.config.tie_embeddings and name == "lm_head.weight":
             self.files.check(name, self.placements[embedding].shape)
             if not _same_values(stored(name), stored(embedding)):
@@ -116,8 +116,8 @@ class HuggingFaceSource:
                     f"{file}: tensor {name!r} differs from {embedding!r}, which is the head by "
                     "tie_word_embeddings: true of config.json; expected equal ones, or false there"
                 )
-        elif _is_rotary_buffer(name, self.config.num_layers):
-            rope = self.config.rope
+        elif (layer := _layer_of_rotary_buffer(name, self.config)) is not None:
+            _, rope = self.config.attentions[self.config.kind(layer)]
             self.files.check(name, (rope.rotated // 2,))
             # Old exports have those before any extension of the context, too.
             known = (inverse_frequencies(r) for r in (rope, replace(rope, yarn=None)))
@@ -218,10 +218,13 @@ def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
-def _is_rotary_buffer(name: str, num_layers: int) -> bool:
-    """Whether a name is that of the frequencies that old exports keep in every layer."""
-    match = re.fullmatch(r"model\.(?:layers\.(\d{1,9})\.self_attn\.)?rotary_emb\.inv_freq", name)
-    return match is not None and int(match[1] or 0) < num_layers
+def _layer_of_rotary_buffer(name: str, config: ModelConfig) -> int | None:
+    """Whose frequencies a tensor holds, which old exports keep; None: it is no such tensor."""
+    buffer = r"(?:layers\.(\d{1,9})\.self_attn\.)?rotary_emb\.inv_freq"
+    match = re.fullmatch(re.escape(config.prefix) + buffer, name)
+    if match is None or int(match[1] or 0) >= config.num_layers:
+        return None
+    return int(match[1] or 0)
 
 
 def names_by_leaf(placements: dict[str, Placement]) -> dict[LeafPath, list[str]]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.model.attention import Cache
+from esft_jax.model.attention import Caches
 from esft_jax.model.transformer import Transformer
 from esft_jax.sharding import RULES, device_multiple, place_whole_batch
 
@@ -204,7 +204,7 @@ class _Progress(NamedTuple):
     new: Int[Array, "B N"]
     last: Int[Array, " B"]
     keys: Array
-    cache: Cache
+    caches: Caches
 
 
 def _complete(
@@ -256,12 +256,12 @@ def _begin(
     last = batch["lengths"] - 1
     rows, width = batch["tokens"].shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["numbers"])
-    cache = _prefill(model, batch["tokens"], last, width + max_new_tokens)
+    caches = _prefill(model, batch["tokens"], last, width + max_new_tokens)
     # The last prompt token is run as the first step: it alone needs logits.
     tokens = jnp.take_along_axis(batch["tokens"], last[:, None], axis=1)[:, 0]
     new = jnp.full((rows, max_new_tokens), stop_ids[0], jnp.int32)
     step = jnp.zeros((), jnp.int32)
-    return _Progress(step, batch["numbers"] < 0, tokens, new, last, keys, cache)
+    return _Progress(step, batch["numbers"] < 0, tokens, new, last, keys, caches)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
@@ -285,7 +285,8 @@ def _extend(
     def advance(state: _Progress) -> _Progress:
         step, done = state.step, state.done
         positions = (state.last + step)[:, None]
-        logits, cache = model.decode(state.tokens[:, None], positions, ~done[:, None], state.cache)
+        tokens = state.tokens[:, None]
+        logits, caches = model.decode(tokens, positions, ~done[:, None], state.caches)
         tokens = choose_tokens(logits[:, 0], state.keys, step, sampling)
         tokens = jnp.where(done, stop_ids[0], tokens)
         return state._replace(
@@ -293,7 +294,7 @@ def _extend(
             done=done | jnp.isin(tokens, stop_ids),
             tokens=tokens,
             new=state.new.at[:, step].set(tokens),
-            cache=cache,
+            caches=caches,
         )
 
     state = jax.lax.while_loop(running, advance, state)
@@ -306,25 +307,25 @@ def _extend(
 
 def _prefill(
     model: Transformer, tokens: Int[Array, "B P"], last: Int[Array, " B"], slots: int
-) -> Cache:
-    """A cache that holds each prompt up to but without its last token.
+) -> Caches:
+    """Caches that hold each prompt up to but without its last token.
 
     Slots from there on hold what padding left; each is overwritten before it is first seen.
     """
     rows, width = tokens.shape
     block = min(width, _PREFILL_BLOCK)
 
-    def run(cache: Cache, start: Array) -> tuple[Cache, None]:
+    def run(caches: Caches, start: Array) -> tuple[Caches, None]:
         positions = jnp.broadcast_to(start + jnp.arange(block), (rows, block))
         part = jax.lax.dynamic_slice_in_dim(tokens, start, block, axis=1)
-        _, cache = model.decode(part, positions, positions < last[:, None], cache)
-        return cache, None
+        _, caches = model.decode(part, positions, positions < last[:, None], caches)
+        return caches, None
 
-    cache: Any = model.init_cache(rows, slots)
+    caches: Any = model.init_cache(rows, slots)
     if model.mesh is not None:
         split = NamedSharding(model.mesh, PartitionSpec(None, RULES.batch))
-        cache = jax.lax.with_sharding_constraint(cache, split)
-    return jax.lax.scan(run, cache, jnp.arange(0, width, block))[0]
+        caches = jax.lax.with_sharding_constraint(caches, split)
+    return jax.lax.scan(run, caches, jnp.arange(0, width, block))[0]
 
 
 def choose_tokens(

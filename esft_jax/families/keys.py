@@ -32,6 +32,18 @@ _ROPE_KEYS = {
 }
 
 
+def text_part(raw: Raw) -> Raw:
+    """The keys of the language model in a `config.json` that describes other parts, too.
+
+    Raises:
+        InputError: there are none.
+    """
+    part = raw.get("text_config")
+    if not isinstance(part, dict):
+        raise InputError(f"text_config: {part!r}; expected an object")
+    return part
+
+
 def require(raw: Raw, key: str, *supported: Any) -> None:
     """Refuse a key whose value is none of the supported ones; the first stands for an absent key.
 

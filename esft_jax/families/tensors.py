@@ -18,6 +18,7 @@ from esft_jax.model.config import (
     ModelConfig,
 )
 from esft_jax.model.params import Role
+from esft_jax.model.scan import ATTENTIONS
 
 LeafPath = tuple[str, ...]
 
@@ -133,8 +134,8 @@ class Table:
         """Place what is in no layer. A tied head has no tensor of its own."""
         config = self.config
         vocabulary = (config.vocab_size, config.hidden_size)
-        self.add("model.embed_tokens.weight", ("embedding",), vocabulary, Role.EMBEDDING)
-        self.add("model.norm.weight", ("norm", "scale"), vocabulary[1:], Role.NORM)
+        self.add(self.embedding, ("embedding",), vocabulary, Role.EMBEDDING)
+        self.add(f"{config.prefix}norm.weight", ("norm", "scale"), vocabulary[1:], Role.NORM)
         if not config.tie_embeddings:
             self.add("lm_head.weight", ("head",), vocabulary, Role.HEAD, transposed=True)
 
@@ -152,10 +153,18 @@ class Table:
         """Place one tensor."""
         self.places[name] = Placement(path, index, columns, transposed, shape, role)
 
+    @property
+    def embedding(self) -> str:
+        """The embedding's name."""
+        return f"{self.config.prefix}embed_tokens.weight"
+
     def layers(self) -> Iterator["Layer"]:
         """Every decoder layer, to be filled."""
-        for number in range(self.config.num_layers):
-            yield Layer(self, number, *self.config.place(number))
+        config, kinds = self.config, (self.config.kinds(False), self.config.kinds(True))
+        for number in range(config.num_layers):
+            moe, row = config.place(number)
+            kind = config.kind(number)
+            yield Layer(self, number, moe, row, kind, kinds[moe][:row].count(kind))
 
     @property
     def roles(self) -> frozenset[Role]:
@@ -164,7 +173,8 @@ class Table:
 
     def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Names of an expert's gate, up and down matrices; `layer` is a decoder layer index."""
-        names, prefix = self.experts, f"model.layers.{layer}.{self.experts.prefix}.{expert}"
+        names = self.experts
+        prefix = f"{self.config.prefix}layers.{layer}.{names.prefix}.{expert}"
         gate, up, down = (f"{prefix}.{part}.weight" for part in (names.gate, names.up, names.down))
         return gate, up, down
 
@@ -175,13 +185,22 @@ class Layer(NamedTuple):
     Attributes:
         number: its decoder layer index.
         moe: whether it holds routed experts.
-        row: its index among the layers of its kind.
+        row: its index among the layers of its stack.
+        kind: of its attention (`ModelConfig.attentions`).
+        attention_row: its index among the layers of its stack with attention of its kind.
     """
 
     table: Table
     number: int
     moe: bool
     row: int
+    kind: int
+    attention_row: int
+
+    @property
+    def name(self) -> str:
+        """What the names of its tensors begin with."""
+        return f"{self.table.config.prefix}layers.{self.number}"
 
     def _add(
         self,
@@ -192,13 +211,15 @@ class Layer(NamedTuple):
         columns: tuple[int, int] | None = None,
         expert: tuple[int, ...] = (),
     ) -> None:
-        stack = "moe_blocks" if self.moe else "dense_blocks"
+        stack, row = "moe_blocks" if self.moe else "dense_blocks", self.row
+        if path[0] == "attention":
+            path, row = (ATTENTIONS[self.kind], *path[1:]), self.attention_row
         self.table.add(
-            f"model.layers.{self.number}.{name}",
+            f"{self.name}.{name}",
             (stack, *path),
             shape,
             role,
-            (self.row, *expert),
+            (row, *expert),
             columns,
             transposed=len(shape) == 2,
         )
@@ -240,7 +261,7 @@ class Layer(NamedTuple):
 
     def latent_attention(self) -> None:
         """MLA under the names of DeepSeek."""
-        config, size = self.table.config.attention, self.table.config.hidden_size
+        config, size = self.table.config.attentions[self.kind][0], self.table.config.hidden_size
         assert isinstance(config, LatentAttentionConfig)
         query = config.heads * config.head
         if config.query_rank is None:
@@ -272,7 +293,7 @@ class Layer(NamedTuple):
         Args:
             norms: names of the norms of queries and keys, where there are some.
         """
-        config, size = self.table.config.attention, self.table.config.hidden_size
+        config, size = self.table.config.attentions[self.kind][0], self.table.config.hidden_size
         assert isinstance(config, GroupedAttentionConfig)
         widths = {"q": config.heads, "k": config.key_heads, "v": config.key_heads}
         for name, heads in widths.items():
@@ -311,7 +332,7 @@ class Layer(NamedTuple):
             assert selection_bias is not None
             name, shape = selection_bias
             self.table.add(
-                f"model.layers.{self.number}.{name}",
+                f"{self.name}.{name}",
                 ("moe_blocks", "moe", "router", "selection_bias"),
                 shape,
                 Role.SELECTION_BIAS,
@@ -334,7 +355,7 @@ class Layer(NamedTuple):
         """Where the matrices of this layer's experts lie in the fused tensors."""
         table, config = self.table, self.table.config
         experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
-        gate_up, down = (f"model.layers.{self.number}.{name}" for name in names.fused)
+        gate_up, down = (f"{self.name}.{name}" for name in names.fused)
         table.fused_shapes[gate_up] = (experts, 2 * width, size)
         table.fused_shapes[down] = (experts, size, width)
         for expert in range(experts):

@@ -112,6 +112,18 @@ class RopeConfig:
         return 1.0 if self.yarn is None else self.yarn.rotation_scale
 
 
+class NormConfig(NamedTuple):
+    """An RMS norm.
+
+    Attributes:
+        eps: added to the mean square.
+        offset: the scale is 1 + the weight.
+    """
+
+    eps: float
+    offset: bool = False
+
+
 @dataclass(frozen=True)
 class LatentAttentionConfig:
     """Multi-head latent attention (MLA, arXiv 2405.04434).
@@ -189,6 +201,21 @@ AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
 
 
 @dataclass(frozen=True)
+class SecondAttention:
+    """Attention of another kind than most, in some of the layers.
+
+    Attributes:
+        layers: decoder layer indices of these.
+        attention: its shape.
+        rope: its rotation; None: as in the other layers.
+    """
+
+    layers: tuple[int, ...]
+    attention: AttentionConfig
+    rope: RopeConfig | None = None
+
+
+@dataclass(frozen=True)
 class Multipliers:
     """Constant factors of models that are scaled so (muP): on embedding, residual, logits."""
 
@@ -198,11 +225,11 @@ class Multipliers:
 
 
 class LayerRun(NamedTuple):
-    """Consecutive decoder layers of one kind.
+    """Consecutive decoder layers of one stack.
 
     Attributes:
         moe: they hold routed experts.
-        start, stop: their indices among the layers of their kind.
+        start, stop: their indices among the layers of their stack.
         first: index of the lowest among all layers.
     """
 
@@ -217,7 +244,7 @@ class LayerRun(NamedTuple):
         return self.stop - self.start
 
     def split(self, index: int) -> tuple["LayerRun", "LayerRun"]:
-        """The layers below an index among those of their kind, and the others."""
+        """The layers below an index among those of their stack, and the others."""
         middle = min(max(index, self.start), self.stop)
         above = self._replace(start=middle, first=self.first + middle - self.start)
         return self._replace(stop=middle), above
@@ -229,11 +256,14 @@ class ModelConfig:
 
     Attributes:
         family: key in `esft_jax.families` of who knows the tensors' names; no model reads it.
+        attention, rope: of all layers, but for those of `second`.
+        second: another kind of attention in some layers, if there is one.
         moe_layers: decoder layer indices that hold routed experts; the others are dense.
         dense_width: of the feed-forward part of dense layers.
         expert_width: of a routed expert.
         shared_width: of the shared experts together; 0: none.
         shared_gate: the shared experts' output is multiplied by a sigmoid of the token.
+        norm_offset: norms multiply by 1 + their weight.
         tie_embeddings: the head is the embedding.
         max_positions: the longest row the model is made for.
         carried: what the names of tensors begin with that the model does not use, and that exports
@@ -241,6 +271,7 @@ class ModelConfig:
         fp8_block: rows and columns of the weights on disk that share a scale, where some are in
             fp8; None: none are. No model computes in fp8.
         init_std: standard deviation of newly initialised weights.
+        prefix: what the names of all tensors but the head's begin with.
     """
 
     vocab_size: int
@@ -262,6 +293,14 @@ class ModelConfig:
     fp8_block: tuple[int, int] | None = None
     init_std: float = 0.02
     family: str = ""
+    prefix: str = "model."
+    second: SecondAttention | None = None
+    norm_offset: bool = False
+
+    @property
+    def norm(self) -> NormConfig:
+        """Of all norms that have no constants of their own."""
+        return NormConfig(self.norm_eps, self.norm_offset)
 
     @property
     def fingerprint(self) -> str:
@@ -271,7 +310,7 @@ class ModelConfig:
         their defaults do not count.
         """
         content = _said(self)
-        for key in ("max_positions", "init_std", "carried", "fp8_block", "family"):
+        for key in ("max_positions", "init_std", "carried", "fp8_block", "family", "prefix"):
             content.pop(key, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -282,7 +321,7 @@ class ModelConfig:
 
     @cached_property
     def runs(self) -> tuple[LayerRun, ...]:
-        """The decoder, from the lowest layer up, as runs of layers of one kind."""
+        """The decoder, from the lowest layer up, as runs of layers of one stack."""
         moe, found, counts = set(self.moe_layers), [], {True: 0, False: 0}
         for kind, layers in groupby(range(self.num_layers), key=lambda layer: layer in moe):
             members = list(layers)
@@ -292,10 +331,26 @@ class ModelConfig:
         return tuple(found)
 
     def place(self, layer: int) -> tuple[bool, int]:
-        """Whether a decoder layer holds routed experts, and its index among those of its kind."""
-        below = sum(other < layer for other in self.moe_layers)
+        """Whether a decoder layer holds routed experts, and its index among those that do as it."""
         moe = layer in self.moe_layers
-        return moe, below if moe else layer - below
+        return moe, sum((other in self.moe_layers) == moe for other in range(layer))
+
+    @cached_property
+    def attentions(self) -> tuple[tuple[AttentionConfig, RopeConfig], ...]:
+        """Each kind of attention that there is, and its rotation."""
+        kinds = ((self.attention, self.rope),)
+        if self.second is None:
+            return kinds
+        return *kinds, (self.second.attention, self.second.rope or self.rope)
+
+    def kind(self, layer: int) -> int:
+        """Of the attention of a decoder layer: its index in `attentions`."""
+        return int(self.second is not None and layer in self.second.layers)
+
+    def kinds(self, moe: bool) -> tuple[int, ...]:
+        """Of the attention of each layer of a stack."""
+        layers = range(self.num_layers)
+        return tuple(self.kind(n) for n in layers if (n in self.moe_layers) == moe)
 
 
 def _said(config: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class ParamFactory:
         dtype = jnp.float32 if role is Role.SELECTION_BIAS else self.dtype
         return nnx.Param(jnp.zeros(shape, dtype), axes=axes, role=role)
 
-    def scale(self, size: int) -> nnx.Param:
-        """A norm's per-feature scale, ones."""
+    def scale(self, size: int, value: float = 1.0) -> nnx.Param:
+        """A norm's per-feature scale, constant."""
         shape, axes = self._full((size,), (None,))
-        return nnx.Param(jnp.ones(shape, self.dtype), axes=axes, role=Role.NORM)
+        return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes, role=Role.NORM)

@@ -1,11 +1,11 @@
 """The decoder: embedding, dense blocks, MoE blocks, head.
 
-Blocks of one kind are stacked on a leading `layers` axis and run under `jax.lax.scan`.
+Dense blocks are stacked on a leading `layers` axis, MoE blocks on another, and run under
+`jax.lax.scan`.
 
 Letters: B rows, S tokens of each, D model width, V vocabulary, L layers.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,18 +17,19 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.model.attention import Cache, empty_cache, make_attention
-from esft_jax.model.config import LayerRun, ModelConfig
+from esft_jax.model.attention import Attention, Cache, Caches, empty_cache, make_attention
+from esft_jax.model.config import ModelConfig
 from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
-from esft_jax.model.remat import REMAT, Remat
+from esft_jax.model.remat import Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
+from esft_jax.model.scan import LayerOutput, scan_layers
 from esft_jax.moe.carry import Carried, carry_banks
 from esft_jax.moe.transport import Transport
-from esft_jax.moe.weights import Adapted, LearnedStack
+from esft_jax.moe.weights import Adapted
 from esft_jax.sharding import RULES, constrain_batch
 
 
@@ -45,16 +46,29 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward with residual connections."""
+    """Pre-norm attention and feed-forward with residual connections.
+
+    All layers of a stack are one block; those with attention of one kind share the stacked
+    parameters of it.
+    """
 
     def __init__(self, config: ModelConfig, params: ParamFactory, *, moe: bool):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, params)
-        self.attention = make_attention(config, params)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps, params)
+        def attention(kind: int) -> Attention | None:
+            layers = config.kinds(moe).count(kind)
+            return make_attention(config, kind, params.stacked(layers)) if layers else None
+
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm, params)
+        self.attention, self.second_attention = attention(0), attention(1)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm, params)
         if moe:
             self.moe = MoE(config, params)
         else:
             self.mlp = MLP(config.hidden_size, config.dense_width, params, Role.DENSE_MLP)
+
+    @property
+    def attentions(self) -> tuple[Attention | None, Attention | None]:
+        """Of each kind; None, if no layer has it."""
+        return self.attention, self.second_attention
 
 
 class Transformer(nnx.Module):
@@ -98,7 +112,7 @@ class Transformer(nnx.Module):
             else None
         )
         self.moe_blocks = Block(config, params.stacked(moe_layers), moe=True)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, params)
+        self.norm = RMSNorm(config.hidden_size, config.norm, params)
         if not config.tie_embeddings:
             self.head = params.weight(
                 (config.hidden_size, config.vocab_size), (None, "vocab"), Role.HEAD
@@ -136,25 +150,28 @@ class Transformer(nnx.Module):
         tokens = jnp.asarray(tokens)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         positions = _positions(segment_ids) if positions is None else jnp.asarray(positions)
-        cos, sin = rotation(self.config.rope, positions)
+        rotations = [rotation(rope, positions) for _, rope in self.config.attentions]
         keep, residual = segment_ids > 0, self.config.multipliers.residual
 
-        def attend(block: Block, x: Array) -> Array:
-            x = constrain_batch(x, self.mesh)
-            out = block.attention(block.attention_norm(x), cos, sin, segment_ids, self.mesh)
+        def attend(block: Block, kind: int, x: Array) -> Array:
+            x, attention = constrain_batch(x, self.mesh), block.attentions[kind]
+            assert attention is not None, "a layer of this kind has it"
+            out = attention(block.attention_norm(x), *rotations[kind], segment_ids, self.mesh)
             return x + residual * out
 
-        def dense_layer(block: Block, x: Array, layer: Array) -> tuple:
-            x = attend(block, x)
-            return x + residual * block.mlp(block.ffn_norm(x)), None
+        def dense_layer(block: Block, kind: int, x: Array, *_: Any) -> tuple:
+            x = attend(block, kind, x)
+            return x + residual * block.mlp(block.ffn_norm(x)), LayerOutput()
 
-        def moe_layer(block: Block, carry: tuple, layer: Array, adapted: Adapted | None) -> tuple:
+        def moe_layer(
+            block: Block, kind: int, carry: tuple, layer: Array, _: None, adapted: Adapted | None
+        ) -> tuple:
             x, carried = carry
-            x = attend(block, x)
+            x = attend(block, kind, x)
             out, router, carried = block.moe(
                 block.ffn_norm(x), keep, layer, adapted, carried, self.mesh, self.transport
             )
-            return (x + residual * out, carried), router
+            return (x + residual * out, carried), LayerOutput(router)
 
         x, carried = self._embed(tokens), None
         routers: list[RouterOutput] = []
@@ -162,23 +179,26 @@ class Transformer(nnx.Module):
         # enters, so that the backward pass never reaches them.
         first = self.tuned_experts.layout.first_layer if self.tuned_experts else 0
         for run in self.config.runs:
+            kinds = self.config.kinds(run.moe)
             if not run.moe:
-                x, _ = _scan_blocks(dense_layer, self.dense_blocks, x, run, remat=self.remat)
+                x, *_ = scan_layers(dense_layer, self.dense_blocks, kinds, x, run, remat=self.remat)
                 continue
             below, above = run.split(first)
-            (x, _), router = _scan_blocks(
+            (x, _), router, _ = scan_layers(
                 partial(moe_layer, adapted=None),
                 self.moe_blocks,
+                kinds,
                 (x, None),
                 below,
                 remat=self.remat,
             )
             routers += [router] if router else []
-            if above.start < above.stop and carried is None:
+            if above.size and carried is None:
                 carried = self._carried()
-            (x, carried), router = _scan_blocks(
+            (x, carried), router, _ = scan_layers(
                 partial(moe_layer, adapted=self.tuned_experts),
                 self.moe_blocks,
+                kinds,
                 (x, carried),
                 above,
                 remat=self.remat,
@@ -202,54 +222,71 @@ class Transformer(nnx.Module):
         """The head's matrix; the embedding's transpose when they are tied."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty KV cache for `length` tokens per row, layers stacked."""
-        return empty_cache(self.config, batch, length, self.dtype)
+    def init_cache(self, batch: int, length: int) -> Caches:
+        """An empty cache of each kind of attention, for `length` tokens per row; layers lead."""
+        return tuple(
+            empty_cache(self.config, kind, batch, length, self.dtype)
+            for kind in range(len(self.config.attentions))
+        )
 
     def decode(
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         keep: Bool[Array, "B S"],
-        cache: Cache,
-    ) -> tuple[Float[Array, "B S V"], Cache]:
-        """Logits of new tokens after those in the cache, and the cache with them.
+        caches: Caches,
+    ) -> tuple[Float[Array, "B S V"], Caches]:
+        """Logits of new tokens after those in the caches, and the caches with them.
 
         Args:
             positions: slot and position of each token; later slots are not seen.
-            keep: False for padding, which no expert computes.
+            keep: False for padding behind a row's tokens, which no expert computes.
+            caches: see `init_cache`.
         """
-        cos, sin = rotation(self.config.rope, positions)
-        residual = self.config.multipliers.residual
+        config, residual = self.config, self.config.multipliers.residual
+        rotations = [rotation(rope, positions) for _, rope in config.attentions]
 
-        def attend(block: Block, x: Array, cache: Cache) -> tuple[Array, Cache]:
-            out, cache = block.attention.decode(block.attention_norm(x), cos, sin, positions, cache)
+        def attend(block: Block, kind: int, x: Array, cache: Cache) -> tuple[Array, Cache]:
+            attention = block.attentions[kind]
+            assert attention is not None, "a layer of this kind has it"
+            out, cache = attention.decode(
+                block.attention_norm(x), *rotations[kind], positions, keep, cache
+            )
             return x + residual * out, cache
 
-        def dense_layer(block: Block, x: Array, layer: Array, cache: Cache) -> tuple:
-            x, cache = attend(block, x, cache)
-            return x + residual * block.mlp(block.ffn_norm(x)), cache
+        def dense_layer(block: Block, kind: int, x: Array, layer: Array, cache: Cache) -> tuple:
+            x, cache = attend(block, kind, x, cache)
+            return x + residual * block.mlp(block.ffn_norm(x)), LayerOutput(cache=cache)
 
-        def moe_layer(block: Block, carry: tuple, layer: Array, cache: Cache) -> tuple:
+        def moe_layer(block: Block, kind: int, carry: tuple, layer: Array, cache: Cache) -> tuple:
             x, carried = carry
-            x, cache = attend(block, x, cache)
+            x, cache = attend(block, kind, x, cache)
             out, _, carried = block.moe(
                 block.ffn_norm(x), keep, layer, self.tuned_experts, carried, self.mesh
             )
-            return (x + residual * out, carried), cache
+            return (x + residual * out, carried), LayerOutput(cache=cache)
 
-        x, carried, caches = self._embed(tokens), self._carried(), []
-        for run in self.config.runs:
-            part = jax.tree.map(lambda c, run=run: c[run.first : run.first + run.size], cache)
+        x, carried = self._embed(tokens), self._carried()
+        found: list[list[Cache]] = [[] for _ in caches]
+        for run in config.runs:
+            parts: list[Any] = [None, None]
+            for kind, cache in enumerate(caches):
+                begin, end = (
+                    sum(config.kind(layer) == kind for layer in range(stop))
+                    for stop in (run.first, run.first + run.size)
+                )
+                parts[kind] = jax.tree.map(lambda c, b=begin, e=end: c[b:e], cache)
+            kinds = config.kinds(run.moe)
             if run.moe:
-                (x, carried), new = _scan_blocks(
-                    moe_layer, self.moe_blocks, (x, carried), run, part
+                (x, carried), _, new = scan_layers(
+                    moe_layer, self.moe_blocks, kinds, (x, carried), run, parts
                 )
             else:
-                x, new = _scan_blocks(dense_layer, self.dense_blocks, x, run, part)
-            caches.append(new)
-        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return self.logits(self._head_input(x)), cache
+                x, _, new = scan_layers(dense_layer, self.dense_blocks, kinds, x, run, parts)
+            for kind, parts_found in enumerate(found):
+                parts_found += [] if new[kind] is None else [new[kind]]
+        joined = tuple(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *f) for f in found)
+        return self.logits(self._head_input(x)), joined
 
     def _head_input(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.config.multipliers.logits * self.norm(constrain_batch(x, self.mesh))
@@ -285,58 +322,8 @@ def look_up(
     )(table, tokens)
 
 
-def _is_base_expert(path: tuple, param: Any) -> bool:
-    return param.role is Role.ROUTED_EXPERT
-
-
 def _positions(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Distance to the first token of the same segment."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-
-
-def _scan_blocks(
-    layer: Callable,
-    stack: Block | None,
-    carry: Any,
-    run: LayerRun,
-    *inputs: Cache,
-    remat: Remat = "none",
-    experts_learn: bool = False,
-) -> tuple:
-    """Go through the layers of a run, which are some of a stack.
-
-    Each is `layer(block, carry, index, *inputs) -> (carry, output)`.
-
-    Base experts are read where they lie; cutting a layer's out would copy them. A part of the stack
-    is read by index, for the same reason.
-    """
-    assert stack is not None, "a run is of layers that are there"
-    graph, *states = nnx.split(stack, _is_base_expert, ...)
-    experts, params = states
-    total = jax.tree.leaves(params)[0].shape[0]
-    if run.start == run.stop:
-        return carry, None
-    indices = jnp.arange(run.start, run.stop, dtype=jnp.int32)
-    # What is differentiated must enter the scan layer by layer, or a gradient of all layers would
-    # exist for each.
-    learned = experts if experts_learn else None
-
-    @REMAT[remat]
-    def apply(
-        carry: Any, params: nnx.State, learned: nnx.State | None, index: Array, *inputs: Any
-    ) -> tuple:
-        used = experts if learned is None else jax.tree.map(LearnedStack, experts, learned)
-        return layer(nnx.merge(graph, used, params), carry, index, *inputs)
-
-    def by_index(carry: Any, scanned: tuple) -> tuple:
-        index, *rest = scanned
-        return apply(carry, jax.tree.map(lambda p: p[index], params), None, index, *rest)
-
-    whole = run.size == total
-    if not whole and not experts_learn:
-        return jax.lax.scan(by_index, carry, (indices, *inputs))
-    if not whole:
-        params, learned = jax.tree.map(lambda p: p[run.start : run.stop], (params, learned))
-    return jax.lax.scan(lambda c, xs: apply(c, *xs), carry, (params, learned, indices, *inputs))

@@ -6,7 +6,7 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import trained_roles
 from esft_jax.families import tensor_table
-from esft_jax.model.config import LatentAttentionConfig, ModelConfig
+from esft_jax.model.config import AttentionConfig, GroupedAttentionConfig, ModelConfig
 from esft_jax.model.params import Role
 
 
@@ -63,20 +63,13 @@ def _operations(
     learns = {role: float(role in roles) for role in Role}
     # A tied head is the embedding.
     head = learns[Role.EMBEDDING if config.tie_embeddings else Role.HEAD]
-    size, kind = config.hidden_size, config.attention
-    if isinstance(kind, LatentAttentionConfig):
-        query = kind.heads * kind.head
-        attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
-        attention += size * (kind.latent + kind.rotated)
-        attention += kind.heads * kind.latent * (kind.plain + kind.value)
-        attention += kind.heads * kind.value * size
-    else:
-        attention = 2 * size * kind.head * (kind.heads + kind.key_heads)
-    scores = kind.heads * (kind.head + kind.value) * length / 2
+    size = config.hidden_size
+    kinds = [_of_attention(kind, size, length) for kind, _ in config.attentions]
     expert, router = 3 * size * config.expert_width, size * config.router.num_experts
     total = size * config.vocab_size * (1 + (first < config.num_layers) + head)
     for layer in range(config.num_layers):
         passes = 1 + (layer >= first)
+        attention, scores = kinds[config.kind(layer)]
         total += attention * (passes + learns[Role.ATTENTION])
         total += scores * (3 if layer >= first else 1)
         if layer not in config.moe_layers:
@@ -91,6 +84,18 @@ def _operations(
         total += router * (passes + learns[Role.ROUTER])
         total += 3 * size * config.shared_width * (passes + learns[Role.SHARED_EXPERT])
     return 2 * total
+
+
+def _of_attention(kind: AttentionConfig, size: int, length: int) -> tuple[float, float]:
+    """Weights of the projections, and products of scores and values per token."""
+    scores = kind.heads * (kind.head + kind.value) * length / 2
+    if isinstance(kind, GroupedAttentionConfig):
+        return 2 * size * kind.head * (kind.heads + kind.key_heads), scores
+    query = kind.heads * kind.head
+    attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
+    attention += size * (kind.latent + kind.rotated)
+    attention += kind.heads * kind.latent * (kind.plain + kind.value)
+    return attention + kind.heads * kind.value * size, scores
 
 
 def _lowest_trained(config: ModelConfig, experts: ExpertConfig | None) -> int:

@@ -22,7 +22,7 @@ def test_prefill_and_steps_equal_full_sequences(pair):
     prompt = np.where(keep, tokens[:, :width], 50)
     logits, cache = decode(params, prompt, index, keep, pair.jax.init_cache(rows, SLOTS))
     np.testing.assert_allclose(logits[keep], full[:, :width][keep], atol=1e-4, rtol=0)
-    assert cache.latent.shape == (4, rows, SLOTS, pair.config.attention.latent)
+    assert cache[0].latent.shape == (4, rows, SLOTS, pair.config.attention.latent)
 
     row = np.arange(rows)
     for step in range(STEPS):

@@ -8,6 +8,7 @@ from flax import nnx
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from esft_jax.families import read_model_config
+from esft_jax.model.config import NormConfig
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.rope import inverse_frequencies, rotate, rotation
@@ -34,7 +35,7 @@ POSITIONS = np.array([[0, 1, 7, 300, 2500, 9000]] * 2, np.int32)
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_norm(eps):
     x, scale = normal(2, 3, 8) * 0.1, normal(8, seed=1)
-    ours = RMSNorm(8, eps, ParamFactory(nnx.Rngs(0), np.float32, 0.02))
+    ours = RMSNorm(8, NormConfig(eps), ParamFactory(nnx.Rngs(0), np.float32, 0.02))
     ours.scale[...] = scale
     theirs = deepseek.DeepseekV2RMSNorm(8, eps)
     with torch.no_grad():

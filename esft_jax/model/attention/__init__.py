@@ -1,5 +1,7 @@
 """The kinds of attention; which one a model has is said by its configuration."""
 
+from typing import Any
+
 from jax.typing import DTypeLike
 
 from esft_jax.model.attention.gqa import GroupedAttention, KeyValueCache
@@ -9,19 +11,22 @@ from esft_jax.model.params import ParamFactory
 
 Attention = GroupedAttention | LatentAttention
 Cache = KeyValueCache | LatentCache
+# One of each kind of attention. Not said of `Cache`: the sizes of one would be asked of the others.
+Caches = tuple[Any, ...]
 
 
-def make_attention(config: ModelConfig, params: ParamFactory) -> Attention:
-    """The attention of one kind of layers."""
-    size, attention = config.hidden_size, config.attention
+def make_attention(config: ModelConfig, kind: int, params: ParamFactory) -> Attention:
+    """The attention of one kind, an index of `ModelConfig.attentions`."""
+    size, (attention, rope) = config.hidden_size, config.attentions[kind]
     if isinstance(attention, LatentAttentionConfig):
-        return LatentAttention(size, attention, config.rope, params)
-    return GroupedAttention(size, attention, config.rope, params, config.norm_eps)
+        return LatentAttention(size, attention, rope, params)
+    return GroupedAttention(size, attention, rope, params, config.norm)
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: DTypeLike) -> Cache:
-    """A cache for `length` tokens of each row, layers stacked."""
-    shape, attention = (config.num_layers, rows, length), config.attention
+def empty_cache(config: ModelConfig, kind: int, rows: int, length: int, dtype: DTypeLike) -> Cache:
+    """A cache of one kind for `length` tokens of each row, layers stacked."""
+    layers = sum(config.kind(layer) == kind for layer in range(config.num_layers))
+    shape, (attention, _) = (layers, rows, length), config.attentions[kind]
     if isinstance(attention, LatentAttentionConfig):
         return LatentAttention.empty_cache(attention, shape, dtype)
     return GroupedAttention.empty_cache(attention, shape, dtype)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.model.attention.core import attend
-from esft_jax.model.config import GroupedAttentionConfig, RopeConfig
+from esft_jax.model.config import GroupedAttentionConfig, NormConfig, RopeConfig
 from esft_jax.model.linear import project
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
@@ -44,7 +44,7 @@ class GroupedAttention(nnx.Module):
         config: GroupedAttentionConfig,
         rope: RopeConfig,
         params: ParamFactory,
-        norm_eps: float,
+        norm: NormConfig,
     ):
         self.config, self.pairing = config, rope.pairing
         queries, keys = config.heads * config.head, config.key_heads * config.head
@@ -60,8 +60,8 @@ class GroupedAttention(nnx.Module):
             self.out_bias = params.bias(size, Role.ATTENTION)
         if config.norm != "none":
             whole = config.norm == "whole"
-            self.q_norm = RMSNorm(queries if whole else config.head, norm_eps, params)
-            self.k_norm = RMSNorm(keys if whole else config.head, norm_eps, params)
+            self.q_norm = RMSNorm(queries if whole else config.head, norm, params)
+            self.k_norm = RMSNorm(keys if whole else config.head, norm, params)
         self.lora: nnx.Dict = nnx.Dict()  # of any of these weights, by name
 
     @property
@@ -116,9 +116,14 @@ class GroupedAttention(nnx.Module):
         cos: Float[Array, "B S P"],
         sin: Float[Array, "B S P"],
         positions: Int[Array, "B S"],
+        keep: Bool[Array, "B S"],
         cache: Any,
     ) -> tuple[Float[Array, "B S D"], KeyValueCache]:
-        """Append tokens to the cache at `positions` and attend to all slots up to their own."""
+        """Append tokens to the cache at `positions` and attend to all slots up to their own.
+
+        Padding, not in `keep`, is appended, too: no token sees its slot before the next one takes
+        it.
+        """
         query, key, value = self._heads(x, cos, sin)
         rows = jnp.arange(x.shape[0])[:, None]
         cache = KeyValueCache(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.model.attention.core import attend
-from esft_jax.model.config import LatentAttentionConfig, RopeConfig
+from esft_jax.model.config import LatentAttentionConfig, NormConfig, RopeConfig
 from esft_jax.model.linear import project
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
@@ -21,7 +21,7 @@ from esft_jax.model.rope import rotate
 from esft_jax.ops.attention import masked_attention
 
 # The published code gives the norms of the low-rank latents this epsilon, whatever rms_norm_eps is.
-LATENT_NORM_EPS = 1e-6
+LATENT_NORM = NormConfig(1e-6)
 
 
 class LatentCache(NamedTuple):
@@ -57,10 +57,10 @@ class LatentAttention(nnx.Module):
             self.q = reading(query_width)
         else:
             self.q_down = reading(rank)
-            self.q_norm = RMSNorm(rank, LATENT_NORM_EPS, params)
+            self.q_norm = RMSNorm(rank, LATENT_NORM, params)
             self.q_up = writing(rank, query_width)
         self.kv_down = reading(config.latent + config.rotated)
-        self.kv_norm = RMSNorm(config.latent, LATENT_NORM_EPS, params)
+        self.kv_norm = RMSNorm(config.latent, LATENT_NORM, params)
         self.kv_up = writing(config.latent, config.heads * (config.plain + config.value))
         self.out = writing(config.heads * config.value, size)
         if config.bias:
@@ -152,11 +152,13 @@ class LatentAttention(nnx.Module):
         cos: Float[Array, "B S P"],
         sin: Float[Array, "B S P"],
         positions: Int[Array, "B S"],
+        keep: Bool[Array, "B S"],
         cache: Any,
     ) -> tuple[Float[Array, "B S D"], LatentCache]:
         """Append tokens to the cache at `positions` and attend to all slots up to their own.
 
-        The up-projections are absorbed into the queries and the outputs, so that attention runs
+        Padding, not in `keep`, is appended, too: no token sees its slot before the next one takes
+        it. The up-projections are absorbed into the queries and the outputs, so that attention runs
         over the latents and keys and values are never expanded.
         """
         plain, turned = self._queries(x, cos, sin)
