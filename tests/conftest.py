@@ -18,7 +18,7 @@ CHECKED = [
     *(f"esft_jax.moe.{name}" for name in ("carry", "dispatch", "experts", "layer", "transport")),
     *(
         f"esft_jax.moe.grouped_matmul.{name}"
-        for name in ("bank", "groups", "operation", "xla", "tpu", "gpu")
+        for name in ("bank", "groups", "operation", "single_row", "xla", "tpu", "gpu")
     ),
     *("esft_jax.moe.weights", "esft_jax.ops.activation", "esft_jax.ops.cross_entropy"),
     *(f"esft_jax.ops.attention.{name}" for name in ("operation", "xla", "tpu", "gpu")),

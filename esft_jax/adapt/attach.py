@@ -128,13 +128,16 @@ def check_plain(model: Transformer) -> None:
 
 def _move(model: Transformer, layout: TunedLayout) -> None:
     """Move base experts to their places."""
-    for param in model.moe_blocks.moe.experts.params:
+
+    def move(param: nnx.Param) -> None:
         param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
+
+    model.moe_blocks.moe.experts.params.map(move)
 
 
 def _moved(
-    stack: Float[Array, "L E _ _"], positions: Sequence[Sequence[int]], mesh: Mesh | None
-) -> Float[Array, "L E _ _"]:
+    stack: Float[Array, "L E *_"], positions: Sequence[Sequence[int]], mesh: Mesh | None
+) -> Float[Array, "L E *_"]:
     """Base experts at other places of their layers' stacks; the array is donated if they move."""
     order = np.argsort(np.asarray(positions), axis=1)
     if (order == np.arange(order.shape[1])).all():

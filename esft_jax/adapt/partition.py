@@ -65,6 +65,6 @@ def decays(state: nnx.State) -> nnx.State:
     """
 
     def is_matrix(param: nnx.Variable) -> bool:
-        return len([axis for axis in param.axes if axis != "layers"]) > 1
+        return len([axis for axis in param.axes if axis not in ("layers", "experts")]) > 1
 
     return nnx.map_state(lambda _, param: param.replace(is_matrix(param)), state)

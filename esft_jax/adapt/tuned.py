@@ -30,17 +30,21 @@ def in_bank(param: nnx.Variable) -> bool:
 
 
 class TunedExperts(nnx.Module):
-    """The selected experts of all layers: `gate_up [R, D, 2F]`, `down [R, F, D]`."""
+    """The selected experts of all layers: `gate_up [R, D, 2F]`, `down [R, F, D]`, and `gate_up_bias
+    [R, 2F]`, `down_bias [R, D]` of those that have biases.
+    """
 
     def __init__(self, banks: ExpertWeights, layout: TunedLayout):
-        split, role = ("experts", None, None), Role.ROUTED_EXPERT
-        self.gate_up, self.down = banks.map(lambda bank: TunedParam(bank, axes=split, role=role))
+        for name, bank in banks._asdict().items():
+            if bank is not None:
+                axes = ("experts", *[None] * (bank.ndim - 1))
+                setattr(self, name, TunedParam(bank, axes=axes, role=Role.ROUTED_EXPERT))
         self.layout = layout
 
     @property
     def banks(self) -> ExpertWeights:
-        """Both, as `TunedLayout.layer_window` takes them."""
-        return ExpertWeights(self.gate_up[...], self.down[...])
+        """All of them, as `TunedLayout.layer_window` takes them."""
+        return ExpertWeights.held_by(self).map(lambda param: param[...])
 
     @classmethod
     def from_base(
@@ -64,7 +68,7 @@ class TunedExperts(nnx.Module):
             experts = experts - shard * bank.shape[1]
             here = (filled > 0) & (experts >= 0) & (experts < bank.shape[1])
             rows = bank[layers, jnp.where(here, experts, 0)]
-            return jnp.where(here[:, None, None], rows, 0)
+            return jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
         def deal_out(bank: Array, source: Array) -> Array:
             # One row for each device at a time: all together would take as much memory on each of

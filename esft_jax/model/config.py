@@ -14,6 +14,8 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+from esft_jax.ops.activation import SWIGLU, Activation
+
 GroupLimit = Literal["none", "max", "top2_sum"]
 
 
@@ -26,6 +28,7 @@ class RouterConfig:
         top_k: experts per token (K).
         score: what turns logits into scores over all experts. Softmax over the chosen logits alone
             is `softmax` with `renormalise`.
+        logit_bias: a trained constant per expert is added to the logits.
         selection_bias: a constant per expert is added to the scores for the choice, not to gates.
         group_limit: `none`; or only the `top_groups` best groups may be chosen from: those with the
             largest single score (`max`, DeepSeek-V2), or with the largest sum of two (`top2_sum`,
@@ -40,6 +43,7 @@ class RouterConfig:
     num_experts: int
     top_k: int
     score: Literal["softmax", "sigmoid"] = "softmax"
+    logit_bias: bool = False
     selection_bias: bool = False
     group_limit: GroupLimit = "none"
     num_groups: int = 1
@@ -261,6 +265,8 @@ class ModelConfig:
         moe_layers: decoder layer indices that hold routed experts; the others are dense.
         dense_width: of the feed-forward part of dense layers.
         expert_width: of a routed expert.
+        expert_bias: both products of a routed expert have biases.
+        activation: of all feed-forward layers.
         shared_width: of the shared experts together; 0: none.
         shared_gate: the shared experts' output is multiplied by a sigmoid of the token.
         norm_offset: norms multiply by 1 + their weight.
@@ -288,6 +294,8 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     max_positions: int
+    expert_bias: bool = False
+    activation: Activation = SWIGLU
     multipliers: Multipliers = Multipliers()
     carried: tuple[str, ...] = ()
     fp8_block: tuple[int, int] | None = None
@@ -313,6 +321,12 @@ class ModelConfig:
         for key in ("max_positions", "init_std", "carried", "fp8_block", "family", "prefix"):
             content.pop(key, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def expert_size(self) -> int:
+        """Parameters of a routed expert."""
+        size, width = self.hidden_size, self.expert_width
+        return 3 * size * width + (2 * width + size) * self.expert_bias
 
     @property
     def num_dense_layers(self) -> int:

@@ -9,13 +9,16 @@ from jaxtyping import Array, Float
 
 from esft_jax.model.linear import project
 from esft_jax.model.params import ParamFactory, Role
-from esft_jax.ops.activation import gated_silu
+from esft_jax.ops.activation import Activation
 
 
 class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, gate first."""
+    """`down(activation(gate(x), up(x)))`; gate and up are one matrix, gate first."""
 
-    def __init__(self, size: int, width: int, params: ParamFactory, role: Role):
+    def __init__(
+        self, size: int, width: int, params: ParamFactory, role: Role, activation: Activation
+    ):
+        self.activation = activation
         self.gate_up = params.weight((size, 2 * width), ("embed", None), role)
         self.down = params.weight((width, size), (None, "embed"), role)
         self.lora: nnx.Dict = nnx.Dict()  # of `gate`, `up` and `down`
@@ -25,4 +28,4 @@ class MLP(nnx.Module):
         both = project(x, self, "gate_up")
         if "gate" in self.lora:
             both += jnp.concatenate([self.lora["gate"](x), self.lora["up"](x)], axis=-1)
-        return project(gated_silu(both), self, "down")
+        return project(self.activation(both), self, "down")

@@ -19,21 +19,25 @@ from esft_jax.moe.weights import Adapted, ExpertWeights
 
 
 class RoutedExperts(nnx.Module):
-    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`.
+    """The base experts of a layer: `gate_up [E, D, 2F]` (gate first), `down [E, F, D]`, and their
+    biases, `gate_up_bias [E, 2F]` and `down_bias [E, D]`, if they have some.
 
     In a scan over layers they are those of all layers, `[L, E, ...]`, or a `LearnedStack`.
     """
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
         experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
-        split = ("experts", None, None), Role.ROUTED_EXPERT
-        self.gate_up = params.weight((experts, size, 2 * width), *split)
-        self.down = params.weight((experts, width, size), *split)
+        axes, role = ("experts", None, None), Role.ROUTED_EXPERT
+        self.gate_up = params.weight((experts, size, 2 * width), axes, role)
+        self.down = params.weight((experts, width, size), axes, role)
+        if config.expert_bias:
+            self.gate_up_bias = params.bias(2 * width, role, experts)
+            self.down_bias = params.bias(size, role, experts)
 
     @property
     def params(self) -> ExpertWeights:
-        """Both parameters."""
-        return ExpertWeights(self.gate_up, self.down)
+        """The parameters."""
+        return ExpertWeights.held_by(self)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -48,7 +52,10 @@ class MoE(nnx.Module):
         self.router = Router(config.hidden_size, config.router, params)
         self.experts = RoutedExperts(config, params)
         size, width = config.hidden_size, config.shared_width
-        self.shared_experts = MLP(size, width, params, Role.SHARED_EXPERT) if width else None
+        self.activation = config.activation
+        self.shared_experts = (
+            MLP(size, width, params, Role.SHARED_EXPERT, self.activation) if width else None
+        )
         if config.shared_gate:
             self.shared_gate = params.weight((size, 1), ("embed", None), Role.SHARED_EXPERT)
         self.gated = config.shared_gate
@@ -74,8 +81,9 @@ class MoE(nnx.Module):
         routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
         routing = Routing(routed.expert_ids, routed.gates)
+        experts = self.experts.weights
         out, carried = adapted_moe(
-            x, routing, self.experts.weights, layer, adapted, carried, mesh, transport
+            x, routing, experts, self.activation, layer, adapted, carried, mesh, transport
         )
         if self.shared_experts is not None:
             shared = self.shared_experts(x)

@@ -57,9 +57,15 @@ class ParamFactory:
         value = self.std * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(value.astype(self.dtype), axes=axes, role=role)
 
-    def bias(self, size: int, role: Role) -> nnx.Param:
-        """A bias, zeros. That of a selection is float32, whatever the other parameters are."""
-        shape, axes = self._full((size,), (None,))
+    def bias(self, size: int, role: Role, experts: int | None = None) -> nnx.Param:
+        """A bias, or one of each expert; zeros.
+
+        That of a selection is float32, whatever the other parameters are.
+        """
+        if experts is None:
+            shape, axes = self._full((size,), (None,))
+        else:
+            shape, axes = self._full((experts, size), ("experts", None))
         dtype = jnp.float32 if role is Role.SELECTION_BIAS else self.dtype
         return nnx.Param(jnp.zeros(shape, dtype), axes=axes, role=role)
 

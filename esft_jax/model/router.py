@@ -69,18 +69,26 @@ class Router(nnx.Module):
         self.weight = params.weight((size, config.num_experts), ("embed", None), Role.ROUTER)
         if config.selection_bias:
             self.selection_bias = params.bias(config.num_experts, Role.SELECTION_BIAS)
+        if config.logit_bias:
+            self.logit_bias = params.bias(config.num_experts, Role.ROUTER)
         self.config = config
 
     def __call__(
         self, x: Float[Array, "T D"], keep: Bool[Array, " T"], mesh: Mesh | None = None
     ) -> RouterOutput:
         """Route tokens; those not in `keep` go to the phantom expert with gate 0."""
-        # A trained weight is rounded here as all others are, and as it will be saved. Not by two
-        # casts: compilers may leave them out.
         kind = jnp.finfo(x.dtype)
-        weight = self.weight[...].astype(jnp.float32)
-        weight = jax.lax.reduce_precision(weight, kind.nexp, kind.nmant)
-        logits = jnp.matmul(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+
+        def rounded(param: nnx.Param) -> Array:
+            # A trained weight is rounded here as all others are, and as it will be saved. Not by
+            # two casts: compilers may leave them out.
+            wide = param[...].astype(jnp.float32)
+            return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
+
+        highest = jax.lax.Precision.HIGHEST
+        logits = jnp.matmul(x.astype(jnp.float32), rounded(self.weight), precision=highest)
+        if self.config.logit_bias:
+            logits += rounded(self.logit_bias)
         score = jax.nn.softmax if self.config.score == "softmax" else jax.nn.sigmoid
         scores = score(logits)
         bias = self.selection_bias[...] if self.config.selection_bias else None

@@ -63,7 +63,9 @@ class Block(nnx.Module):
         if moe:
             self.moe = MoE(config, params)
         else:
-            self.mlp = MLP(config.hidden_size, config.dense_width, params, Role.DENSE_MLP)
+            self.mlp = MLP(
+                config.hidden_size, config.dense_width, params, Role.DENSE_MLP, config.activation
+            )
 
     @property
     def attentions(self) -> tuple[Attention | None, Attention | None]:

@@ -42,8 +42,8 @@ def carry_banks(banks: Any, mesh: Mesh | None) -> Carried:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take_rows_of(
-    carried: Float[Array, "1 R _ _"], start: Int[Array, ""], size: int
-) -> tuple[Float[Array, "1 R _ _"], Float[Array, "W _ _"]]:
+    carried: Float[Array, "1 R *_"], start: Int[Array, ""], size: int
+) -> tuple[Float[Array, "1 R *_"], Float[Array, "W *_"]]:
     """What is carried, unchanged, and W = `size` of its rows; see `carry_banks`."""
     return carried, jax.lax.dynamic_slice_in_dim(carried[0], start, size)
 

@@ -23,7 +23,7 @@ from esft_jax.moe.dispatch import (
     take_rows,
 )
 from esft_jax.moe.weights import ExpertWeights, GroupWeights, LowRankWindow, TunedWindow
-from esft_jax.ops.activation import gated_silu
+from esft_jax.ops.activation import Activation
 
 # Name of the product of a token's rows with their experts' `gate_up`, for rematerialisation.
 GATE_UP = "gate_up"
@@ -35,6 +35,7 @@ def apply_experts(
     gates: Float[Array, "T K"],
     base: ExpertWeights,
     window: TunedWindow | LowRankWindow | None,
+    activation: Activation,
     first: Int[Array, ""] | int = 0,
     piece: int | None = None,
 ) -> Float[Array, "T D"]:
@@ -45,11 +46,12 @@ def apply_experts(
         base: the base experts of this device, `first` and following; arrays or `Bank`s.
         window: experts that are taken from it, and not from the base, or whose base is updated; and
             where the others are.
+        activation: how gate and up meet.
         piece: assignments that are computed at once, where most belong to other devices: as many
             pieces run as it takes, and nothing is as long as all assignments but indices.
     """
     local = len(base.down)
-    weights = GroupWeights.of(base, window)
+    weights = GroupWeights.of(base, window, activation)
     if window is None:
         here = (expert_ids >= first) & (expert_ids < first + local)
         groups = jnp.where(here, expert_ids - first, local)
@@ -70,8 +72,12 @@ def apply_to_rows(
 ) -> Float[Array, "M D"]:
     """For each of the sorted rows, its expert's output times its gate."""
     both = checkpoint_name(weights.multiply(rows, "gate_up", group_sizes), GATE_UP)
-    # The gates meet the narrow side of `down`, so that their gradient needs no row of its result.
-    return weights.multiply(gated_silu(both) * gates[:, None], "down", group_sizes)
+    both = weights.add_bias(both, "gate_up", group_sizes)
+    # The gates meet the narrow side of `down`, and its bias, so that their gradient needs no row of
+    # its result.
+    narrow = weights.activation(both) * gates[:, None]
+    out = weights.multiply(narrow, "down", group_sizes)
+    return weights.add_bias(out, "down", group_sizes, gates)
 
 
 # Of all that is as long as the assignments, only the first product outlives the forward pass;

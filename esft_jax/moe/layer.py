@@ -26,8 +26,8 @@ from esft_jax.moe.weights import (
     ExpertWeights,
     Layout,
     LearnedStack,
-    base_bank,
 )
+from esft_jax.ops.activation import SWIGLU, Activation
 from esft_jax.sharding import DATA, EXPERT, REPLICA, RULES
 
 # A device's share of a group's assignments that is computed in one piece, over an even share.
@@ -51,21 +51,24 @@ def moe(
     routing: Routing,
     weights: ExpertWeights,
     *,
+    activation: Activation = SWIGLU,
     mesh: Mesh | None = None,
     transport: Transport = "all_gather",
 ) -> Float[Array, "B S D"]:
-    """Gate-weighted sum of each token's experts: `sum_k gate_k down(silu(gate(x)) * up(x))`.
+    """Gate-weighted sum of each token's experts: `sum_k gate_k down(activation(gate(x), up(x)))`.
 
     No token is dropped. All operands but `expert_ids` can be differentiated.
 
     Args:
         x: rows of the batch, split over all devices of the mesh.
-        weights: `gate_up [E, D, 2F]` (gate first) and `down [E, F, D]`, split by experts over
-            the `expert` axis of the mesh.
+        weights: `gate_up [E, D, 2F]` (gate first) and `down [E, F, D]`, and their biases
+            `[E, 2F]` and `[E, D]`, if there are some; split by experts over the `expert` axis of
+            the mesh.
+        activation: how gate and up meet; SwiGLU by default.
         mesh: as `make_mesh` makes it; None for one device.
         transport: how tokens reach the devices of their experts, and come back.
     """
-    out, _ = adapted_moe(x, routing, weights, 0, None, None, mesh, transport)
+    out, _ = adapted_moe(x, routing, weights, activation, 0, None, None, mesh, transport)
     return out
 
 
@@ -73,6 +76,7 @@ def adapted_moe(
     x: Float[Array, "B S D"],
     routing: Routing,
     base: ExpertWeights,
+    activation: Activation,
     layer: Int[Array, ""] | int,
     adapted: Adapted | None,
     carried: Carried | None,
@@ -91,7 +95,10 @@ def adapted_moe(
         The sum, and what is carried on.
     """
     apply = partial(
-        _apply_on_shard, layout=adapted.layout if adapted else None, transport=transport
+        _apply_on_shard,
+        activation=activation,
+        layout=adapted.layout if adapted else None,
+        transport=transport,
     )
     operands = (x, *routing, layer, base, adapted.banks if adapted else None, carried)
     if mesh is None or mesh.size == 1:
@@ -102,16 +109,20 @@ def adapted_moe(
     return jax.shard_map(
         partial(apply, shards=mesh.shape[EXPERT]),
         mesh=mesh,
-        in_specs=(batch, batch, batch, PartitionSpec(), base.map(_partition), experts, copies),
+        in_specs=(batch, batch, batch, PartitionSpec(), _partitions(base), experts, copies),
         out_specs=(batch, copies),
         check_vma=False,
     )(*operands)
 
 
-def _partition(experts: BaseExperts) -> Any:
-    if isinstance(experts, LearnedStack):
-        return LearnedStack._make(map(_partition, experts))
-    return PartitionSpec(*[None] * (experts.ndim - 3), RULES.experts)
+def _partitions(base: ExpertWeights) -> Any:
+    own = PartitionSpec(RULES.experts)
+    stack = PartitionSpec(None, RULES.experts) if base.stacked else own
+
+    def partition(experts: BaseExperts) -> Any:
+        return LearnedStack._make((stack, own)) if isinstance(experts, LearnedStack) else stack
+
+    return base.map(partition)
 
 
 def _apply_on_shard(
@@ -123,6 +134,7 @@ def _apply_on_shard(
     banks: Any,
     carried: Carried | None,
     *,
+    activation: Activation,
     layout: Layout | None,
     transport: Transport,
     shards: int,
@@ -134,11 +146,11 @@ def _apply_on_shard(
     window = None
     if layout is not None:
         window, carried = layout.layer_window(banks, carried, layer, shard)
-    own = base.map(lambda experts: base_bank(experts, layer))
+    own = base.of_layer(layer)
     if shards > 1 and transport == "ragged_all_to_all":
         owners = owners_of(layout, layer, len(own.down), shards)
         quota = math.ceil(ROOM * expert_ids.size / shards)
-        out = exchange_and_apply(x, expert_ids, gates, own, window, owners, quota)
+        out = exchange_and_apply(x, expert_ids, gates, own, window, activation, owners, quota)
         return out.reshape(shape), carried
     if shards > 1:
         x, expert_ids, gates = (
@@ -146,7 +158,7 @@ def _apply_on_shard(
         )
     piece = None if shards == 1 else _piece(expert_ids.size, shards)
     first = shard * len(own.down)
-    out = apply_experts(x, expert_ids, gates, own, window, first, piece)
+    out = apply_experts(x, expert_ids, gates, own, window, activation, first, piece)
     if shards > 1:
         out = jax.lax.psum_scatter(out, EXPERT, tiled=True)
     return out.reshape(shape), carried

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from esft_jax.moe.dispatch import Dispatch, add_to_tokens, combine, sort_by_group, take_rows
 from esft_jax.moe.experts import Needed, apply_to_rows, filled
 from esft_jax.moe.weights import ExpertWeights, GroupWeights, Layout, LowRankWindow, TunedWindow
+from esft_jax.ops.activation import Activation
 from esft_jax.ops.platform import target_platform
 from esft_jax.sharding import EXPERT, RULES
 
@@ -59,16 +60,17 @@ def exchange_and_apply(
     gates: Float[Array, "T K"],
     base: ExpertWeights,
     window: TunedWindow | LowRankWindow | None,
+    activation: Activation,
     owners: Owners,
     quota: int,
 ) -> Float[Array, "T D"]:
     """Gate-weighted sum of the experts of each token, wherever they are; inside `shard_map`.
 
     Args:
-        base, window: the experts of this device; see `apply_experts`.
+        base, window, activation: the experts of this device; see `apply_experts`.
         quota: Q.
     """
-    weights = GroupWeights.of(base, window)
+    weights = GroupWeights.of(base, window, activation)
     device = owners.device[expert_ids]
     shards = jax.lax.axis_size(EXPERT)
     dispatch = sort_by_group(device, shards)

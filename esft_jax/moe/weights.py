@@ -5,30 +5,58 @@ groups, M rows of tokens, D model width, F expert width, R rank of an update.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.carry import Carried
-from esft_jax.moe.grouped_matmul import Bank, grouped_matmul
+from esft_jax.moe.grouped_matmul import Bank, as_rows, grouped_matmul
+from esft_jax.ops.activation import Activation
 
 
 class ExpertWeights(NamedTuple):
-    """What there is of each matrix of an expert: arrays, parts of arrays, factors, gradients.
+    """What there is of each matrix and bias of an expert: arrays, parts of arrays, factors,
+    gradients.
 
     Attributes:
         gate_up: of the first matrices `[..., D, 2F]`, gate first.
         down: of the second ones `[..., F, D]`.
+        gate_up_bias, down_bias: of their biases `[..., 2F]` and `[..., D]`; None if there are none.
     """
 
     gate_up: Any
     down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
+
+    @classmethod
+    def held_by(cls, module: Any) -> Self:
+        """What a module has by these names."""
+        return cls(*(getattr(module, name, None) for name in cls._fields))
 
     def map(self, apply: Callable[..., Any], *others: "ExpertWeights") -> "ExpertWeights":
-        """The same of `apply(gate_up, ...)` and `apply(down, ...)`."""
-        return ExpertWeights(*(apply(*each) for each in zip(self, *others, strict=True)))
+        """The same of `apply(gate_up, ...)`, `apply(down, ...)` and so on, for what there is."""
+        return ExpertWeights(
+            *(None if each[0] is None else apply(*each) for each in zip(self, *others, strict=True))
+        )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether base experts are those of all layers."""
+        return isinstance(self.down, LearnedStack) or self.down.ndim == 4
+
+    def of_layer(self, layer: Int[Array, ""] | int) -> "ExpertWeights":
+        """A layer's base experts, as arrays or `Bank`s; see `BaseExperts`."""
+
+        def bank(experts: BaseExperts) -> Array | Bank:
+            if isinstance(experts, LearnedStack):
+                return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
+            return Bank.layer_of(experts, layer) if self.stacked else experts
+
+        return self.map(bank)
 
 
 class LearnedStack(NamedTuple):
@@ -36,19 +64,12 @@ class LearnedStack(NamedTuple):
     layer's own, which are differentiated (`Bank.own`).
     """
 
-    stack: Float[Array, "L E _ _"]
-    own: Float[Array, "E _ _"]
+    stack: Float[Array, "L E *_"]
+    own: Float[Array, "E *_"]
 
 
 # A layer's base experts: alone, or among those of all layers.
-BaseExperts = Float[Array, "*L E _ _"] | LearnedStack
-
-
-def base_bank(experts: BaseExperts, layer: Int[Array, ""] | int) -> Float[Array, "E _ _"] | Bank:
-    """The matrices of a layer."""
-    if isinstance(experts, LearnedStack):
-        return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
-    return Bank.layer_of(experts, layer) if experts.ndim == 4 else experts
+BaseExperts = Float[Array, "..."] | LearnedStack
 
 
 class TunedWindow(NamedTuple):
@@ -124,24 +145,32 @@ class Adapted(Protocol):
         ...
 
 
-class GroupWeights(NamedTuple):
-    """Matrices of all groups in order: of the tuned experts, if there are any, and of the base; and
-    low-rank updates of some of them.
+@dataclass
+class GroupWeights:
+    """Matrices and biases of all groups in order: of the tuned experts, if there are any, and of
+    the base; and low-rank updates of some of them.
 
     Attributes:
-        banks: a tuple of `Bank` or array for each matrix.
+        banks: a tuple of `Bank` or array for each matrix and bias.
         updates: factors of updated groups.
+        activation: of all groups.
     """
 
     banks: ExpertWeights
-    updates: LowRankWindow | None = None
+    updates: LowRankWindow | None
+    activation: Activation = field(pytree_node=False)
 
     @classmethod
-    def of(cls, base: ExpertWeights, window: TunedWindow | LowRankWindow | None) -> "GroupWeights":
+    def of(
+        cls,
+        base: ExpertWeights,
+        window: TunedWindow | LowRankWindow | None,
+        activation: Activation,
+    ) -> "GroupWeights":
         """Those of a device; see `apply_experts`."""
         if isinstance(window, TunedWindow):
-            return cls(window.weights.map(lambda *banks: banks, base))
-        return cls(base.map(lambda bank: (bank,)), window)
+            return cls(window.weights.map(lambda *banks: banks, base), None, activation)
+        return cls(base.map(lambda bank: (bank,)), window, activation)
 
     @property
     def num_groups(self) -> int:
@@ -157,6 +186,26 @@ class GroupWeights(NamedTuple):
             return out
         factors = getattr(self.updates.factors, name)
         return out + update_rows(rows, factors, self.updates.sources, group_sizes)
+
+    def add_bias(
+        self,
+        products: Float[Array, "M out"],
+        name: str,
+        group_sizes: Int[Array, " G"],
+        factors: Float[Array, " M"] | None = None,
+    ) -> Float[Array, "M out"]:
+        """Products of `multiply`, and their groups' biases, if there are some.
+
+        Args:
+            factors: on the biases.
+        """
+        biases = getattr(self.banks, f"{name}_bias")
+        if biases is None:
+            return products
+        if factors is None:
+            factors = jnp.ones(len(products), products.dtype)
+        rows = tuple(map(as_rows, biases))
+        return products + grouped_matmul(factors[:, None], rows, group_sizes)
 
 
 def update_rows(

@@ -73,11 +73,10 @@ class CostModel:
             tuple(also),
         )
         served = dict(zip(layers, (token * chosen).sum(axis=1).tolist(), strict=True))
-        one = 3 * self.config.hidden_size * self.config.expert_width
         besides = sum(
             math.prod(place.shape)
             for place in tensor_table(self.config).places.values()
             if trains(experts, place.role)
         )
         operations = model_operations(self.config, experts, self.length, served)
-        return Cost(int(chosen.sum()) * one + besides, operations)
+        return Cost(int(chosen.sum()) * self.config.expert_size + besides, operations)

@@ -136,7 +136,7 @@ def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> 
         for place in tensor_table(model).places.values()
         if trains(rest, place.role)
     )
-    expert = unit * 3 * model.hidden_size * model.expert_width
+    expert = unit * model.expert_size
     count = (budget - fixed) // expert
     if count < select.group_size:
         raise InputError(

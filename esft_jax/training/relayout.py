@@ -34,8 +34,8 @@ def saved_shapes(abstract: Any, rows: Rows) -> Any:
         mesh = leaf.sharding.mesh
         # Replicated only where the mesh divides neither axis.
         ways = math.prod(mesh.shape[axis] for axis in RULES.embed)
-        axis = next((i for i in (2, 1) if not shape[i] % ways), None)
-        spec = [None if i != axis else RULES.embed for i in range(3)]
+        axis = next((i for i in reversed(range(1, leaf.ndim)) if not shape[i] % ways), None)
+        spec = [None if i != axis else RULES.embed for i in range(leaf.ndim)]
         place = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
 
@@ -55,7 +55,8 @@ def move_rows(state: Any, before: Rows, after: Rows, shardings: Any) -> Any:
     def move(path: tuple, leaf: jax.Array) -> jax.Array:
         if not _is_bank(path):
             return leaf
-        return jnp.where((source >= 0)[:, None, None], leaf[np.maximum(source, 0)], 0)
+        filled = (source >= 0).reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(filled, leaf[np.maximum(source, 0)], 0)
 
     moved = jax.jit(
         lambda state: jax.tree_util.tree_map_with_path(move, state), out_shardings=shardings

@@ -69,12 +69,14 @@ def test_experts_stay_with_their_base_where_there_is_room():
 def test_a_window_is_cut_from_the_devices_slice():
     layout = TunedLayout.place(((0, 1, 5), (), (4,)), 8, 2)
     bank = jnp.arange(2.0)[:, None, None]  # the slice of one device
-    carried = ExpertWeights(bank[None], bank[None])
-    window, _ = layout.layer_window(ExpertWeights(bank, bank), carried, jnp.int32(2), 1)
+    banks = ExpertWeights(bank, bank, bank[..., 0])
+    carried = banks.map(lambda bank: bank[None])
+    window, _ = layout.layer_window(banks, carried, jnp.int32(2), 1)
     # Expert 4: second row of device 1.
-    for part in window.weights:
-        assert part.matrices[part.first + window.groups[4], 0, 0] == 1
-        assert part.own[window.groups[4], 0, 0] == 1
+    for part in window.weights[:3]:
+        assert np.all(part.matrices[part.first + window.groups[4]] == 1)
+        assert np.all(part.own[window.groups[4]] == 1)
+    assert window.weights.down_bias is None
     np.testing.assert_array_equal(window.groups, [6, 6, 6, 6, 1, 3, 4, 5, 6])
 
 

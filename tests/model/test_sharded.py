@@ -1,5 +1,6 @@
 """The training step on eight devices against one, and what its compiled form moves."""
 
+import dataclasses
 import re
 
 import jax
@@ -21,19 +22,23 @@ from tests.checkpoint.checkpoints import SHAPE
 
 LAYERS, NUM_EXPERTS, D, F = 3, 8, 32, 14
 # No other array has sides of 32 and 28 or of 32 and 14, so expert weights are known by their shape.
-CONFIG = read_model_config(
-    SHAPE
-    | {
-        "model_type": "deepseek_v2",
-        "num_hidden_layers": LAYERS,
-        "first_k_dense_replace": 0,
-        "hidden_size": D,
-        "moe_intermediate_size": F,
-        "n_shared_experts": 3,
-        "qk_rope_head_dim": 4,
-    }
+CONFIG = dataclasses.replace(
+    read_model_config(
+        SHAPE
+        | {
+            "model_type": "deepseek_v2",
+            "num_hidden_layers": LAYERS,
+            "first_k_dense_replace": 0,
+            "hidden_size": D,
+            "moe_intermediate_size": F,
+            "n_shared_experts": 3,
+            "qk_rope_head_dim": 4,
+        }
+    ),
+    expert_bias=True,
 )
-MATRICES = ((D, 2 * F), (F, D))
+MATRICES, BIASES = ((D, 2 * F), (F, D)), ((2 * F,), (D,))
+LEAVES = ("gate_up", "down", "gate_up_bias", "down_bias")
 # Uneven by layer and by device; some devices have none in a layer, some none at all.
 EXPERTS = ExpertConfig({0: (0, 1, 5), 1: (), 2: (2,)})
 
@@ -41,6 +46,9 @@ EXPERTS = ExpertConfig({0: (0, 1, 5), 1: (), 2: (2,)})
 @pytest.fixture(scope="module")
 def params():
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    experts, rng = model.moe_blocks.moe.experts, np.random.default_rng(5)
+    for bias in (experts.gate_up_bias, experts.down_bias):
+        bias.set_value(rng.normal(0, 0.1, bias.get_value().shape).astype(np.float32))
     return jax.tree.map(np.asarray, nnx.state(model))
 
 
@@ -82,7 +90,7 @@ def train_step(params, batch, mesh, transport="all_gather"):
     gradients = {
         (layer, expert, leaf): np.asarray(getattr(bank, leaf)[...])[row]
         for layer, expert, row in layout.rows()
-        for leaf in ("gate_up", "down")
+        for leaf in LEAVES
     }
     return metrics["loss"], gradients, compiled.as_text(), layout
 
@@ -149,7 +157,7 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, replic
     # Between replicas only gradients of the bank are summed, and numbers: no weight is gathered.
     received = received_bytes(text, 8, slices=replica)
     between = {kind: size for kind, size in received.items() if kind.endswith(BETWEEN)}
-    bank = sum(4 * layout.rows_per_shard * np.prod(matrix) for matrix in MATRICES)
+    bank = sum(4 * layout.rows_per_shard * np.prod(shape) for shape in MATRICES + BIASES)
     if replica == 1:
         assert between == {}
     else:

@@ -1,4 +1,4 @@
-"""A layer's experts in pieces, against all assignments at once."""
+"""A layer's experts, one by one and in pieces, against all assignments at once."""
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +8,39 @@ import pytest
 from esft_jax.moe.experts import apply_experts
 from esft_jax.moe.grouped_matmul import Bank
 from esft_jax.moe.weights import ExpertWeights, TunedWindow
+from esft_jax.ops.activation import Activation
 
 T, K, D, F = 20, 3, 8, 6
 # Of 10 experts the device has the base of 3 to 6. Of its tuned ones, 9 has its base elsewhere.
 E, W, FIRST, MODEL = 4, 3, 3, 10
 TUNED = {4: 1, 6: 0, 9: 2}
+MATRICES = {"gate_up": (D, 2 * F), "down": (F, D)}
+BIASES = {"gate_up_bias": (2 * F,), "down_bias": (D,)}
+# By whether experts have biases. Many gates and ups are past the limit.
+ACTIVATIONS = {False: Activation(), True: Activation(alpha=1.7, limit=1.5, offset=1.0)}
 
 
-@pytest.fixture(scope="module")
-def arrays():
-    rng = np.random.default_rng(0)
-    shapes = {"x": (T, D), "gates": (T, K), "gate_up": (W, D, 2 * F), "down": (W, F, D)}
+def normal(seed, shapes):
+    rng = np.random.default_rng(seed)
     return {n: jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in shapes.items()}
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biased"])
+def leaves(request):
+    """Shapes of what an expert has."""
+    return MATRICES | BIASES if request.param else MATRICES
+
+
 @pytest.fixture(scope="module")
-def base():
-    rng = np.random.default_rng(1)
-    shapes = ((2, E, D, 2 * F), (2, E, F, D))  # of two layers
-    return ExpertWeights(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes))
+def arrays(leaves):
+    rows = {name: (W, *shape) for name, shape in leaves.items()}
+    return normal(0, {"x": (T, D), "gates": (T, K)} | rows)
+
+
+@pytest.fixture(scope="module")
+def base(leaves):
+    of_two_layers = {name: (2, E, *shape) for name, shape in leaves.items()}
+    return ExpertWeights(**normal(1, of_two_layers))
 
 
 def choices(kind):
@@ -38,14 +52,15 @@ def choices(kind):
 def window(arrays):
     base = {FIRST + i: W + i for i in range(E)}
     groups = jnp.array([(base | TUNED).get(expert, W + E) for expert in range(MODEL + 1)])
-    return TunedWindow(ExpertWeights(arrays["gate_up"], arrays["down"]), groups)
+    weights = {name: bank for name, bank in arrays.items() if name in MATRICES | BIASES}
+    return TunedWindow(ExpertWeights(**weights), groups)
 
 
 def apply(arrays, base, ids, piece):
     own = base.map(lambda stack: Bank.layer_of(stack, 1))
-    return apply_experts(
-        arrays["x"], jnp.asarray(ids), arrays["gates"], own, window(arrays), FIRST, piece
-    )
+    tokens = arrays["x"], jnp.asarray(ids), arrays["gates"]
+    activation = ACTIVATIONS[base.down_bias is not None]
+    return apply_experts(*tokens, own, window(arrays), activation, FIRST, piece)
 
 
 def run(arrays, base, ids, piece):
@@ -62,13 +77,20 @@ def test_each_expert_is_taken_from_where_it_is(arrays, base):
     for token, k in np.ndindex(T, K):
         expert = ids[token, k]
         if expert in TUNED:
-            gate_up, down = (arrays[leaf][TUNED[expert]] for leaf in ("gate_up", "down"))
+            own = window(arrays).weights.map(lambda bank, row=TUNED[expert]: bank[row])
         elif FIRST <= expert < FIRST + E:
-            gate_up, down = (bank[1, expert - FIRST] for bank in base)
+            own = base.map(lambda bank, place=expert - FIRST: bank[1, place])
         else:
             continue
-        gate, up = jnp.split(arrays["x"][token] @ gate_up, 2)
-        expected[token] += arrays["gates"][token, k] * ((jax.nn.silu(gate) * up) @ down)
+        both = arrays["x"][token] @ own.gate_up
+        if own.down_bias is None:
+            gate, up = jnp.split(both, 2)
+            out = (jax.nn.silu(gate) * up) @ own.down
+        else:
+            gate, up = jnp.split(both + own.gate_up_bias, 2)
+            gate, up = jnp.minimum(gate, 1.5), jnp.clip(up, -1.5, 1.5)
+            out = (gate * jax.nn.sigmoid(1.7 * gate) * (up + 1)) @ own.down + own.down_bias
+        expected[token] += arrays["gates"][token, k] * out
     np.testing.assert_allclose(run(arrays, base, ids, None)[1], expected, atol=1e-4)
 
 
@@ -92,7 +114,7 @@ def test_only_asked_for_gradients_are_computed(arrays, base):
         program = str(jax.make_jaxpr(jax.grad(loss))({name: arrays[name] for name in wanted}))
         return program.count("dot_general") + program.count("ffi_call")
 
-    everything = products(["x", "gates", "gate_up", "down"])
+    everything = products([*arrays])
     assert products(["gate_up", "down"]) < everything
     assert products(["x"]) < everything
 

@@ -136,6 +136,12 @@ class TestEveryImplementation:
         banks = (draw(3, D, F, seed=1), draw(0, D, F, seed=2))
         check(self.run, draw(10, D, seed=0), banks, [4, 0, 5], draw(10, F, seed=3), 1e-6)
 
+    @pytest.mark.parametrize("starts", [None, SCATTERED["gaps"][1]], ids=["in order", "gaps"])
+    def test_matrices_of_a_single_row(self, starts):
+        banks = (draw(2, 1, F, seed=1), draw(3, 1, F, seed=2))
+        sizes, x, cotangent = SCATTERED["gaps"][0], draw(N, 1, seed=0), draw(N, F, seed=3)
+        check(self.run, x, banks, sizes, cotangent, 1e-6, starts)
+
     def test_no_rows(self):
         banks = (draw(2, D, F, seed=1),)
         out, dx, (dw,) = self.run(

@@ -12,9 +12,11 @@ from esft_jax.moe import ExpertWeights, Routing, moe
 from esft_jax.moe import layer as layer_module
 from esft_jax.moe import transport as transport_module
 from esft_jax.moe.transport import exchange
+from esft_jax.ops.activation import Activation
 from esft_jax.sharding import EXPERT, make_mesh
 
 TOKENS, K, E, D, F = 5, 2, 8, 6, 4  # tokens of each device
+CLAMPED = Activation(alpha=1.7, limit=1.5, offset=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,8 @@ def layer():
     gates = rng.uniform(size=(8, TOKENS, K)).astype(np.float32)
     gate_up = rng.normal(size=(E, D, 2 * F)).astype(np.float32)
     down = rng.normal(size=(E, F, D)).astype(np.float32)
-    return x, gates, ExpertWeights(gate_up, down)
+    biases = (rng.normal(size=(E, size)).astype(np.float32) for size in (2 * F, D))
+    return x, gates, ExpertWeights(gate_up, down, *biases)
 
 
 def routed(kind: str) -> np.ndarray:
@@ -45,7 +48,7 @@ def routed(kind: str) -> np.ndarray:
 
 
 def alone(x, gates, weights, ids):
-    return moe(x, Routing(ids, gates), weights)
+    return moe(x, Routing(ids, gates), weights, activation=CLAMPED)
 
 
 @pytest.mark.parametrize("transport", ["all_gather", "ragged_all_to_all"])
@@ -66,7 +69,8 @@ def test_outputs_and_gradients_are_those_of_one_device(layer, transport, room, k
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*layer)
 
     def on_mesh(x, gates, weights, ids):
-        return moe(x, Routing(ids, gates), weights, mesh=mesh, transport=transport)
+        routing = Routing(ids, gates)
+        return moe(x, routing, weights, activation=CLAMPED, mesh=mesh, transport=transport)
 
     (_, out), grads = both(on_mesh)
     (_, expected), expected_grads = both(alone)

@@ -133,13 +133,16 @@ def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
     np.testing.assert_allclose(balance_loss(skewed), 2.0, rtol=1e-6)
 
 
+def many_experts(base):
+    """A model whose experts hold most of its parameters, biases among them."""
+    config = load_model_config(base)
+    router = dataclasses.replace(config.router, num_experts=64)
+    return dataclasses.replace(config, expert_width=64, expert_bias=True, router=router)
+
+
 def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
     """Arguments and temporaries of the compiled step, experts holding most of the weights."""
-    config = load_model_config(base)
-    config = dataclasses.replace(
-        config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
-    )
-    bytes_used = {}
+    bytes_used, config = {}, many_experts(base)
     for name, experts in (("full", None), ("esft", ExpertConfig({1: (3, 0), 2: (5,), 3: (1,)}))):
         model = Transformer(config, rngs=nnx.Rngs(0))
         if experts:
@@ -154,8 +157,10 @@ def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
         weight_gradients = [
             line for line in compiled.as_text().splitlines() if "expert_weight_gradient" in line
         ]
-        assert any("f32[2,32,128]" in line for line in weight_gradients) == (name == "esft")
-        assert any("f32[64,32,128]" in line for line in weight_gradients) == (name == "full")
+        for sides in ("32,128", "1,128"):  # of a matrix, and of a bias
+            for count, method in ((2, "esft"), (64, "full")):
+                there = any(f"f32[{count},{sides}]" in line for line in weight_gradients)
+                assert there == (name == method)
     assert bytes_used["esft"] < 0.5 * bytes_used["full"]
 
 
@@ -193,10 +198,7 @@ def test_other_modules_train_when_asked_for(base, batch, experts, trained) -> No
 
 
 def test_a_lora_step_has_gradients_and_moments_of_factors_only(base, batch) -> None:
-    config = load_model_config(base)
-    config = dataclasses.replace(
-        config, expert_width=64, router=dataclasses.replace(config.router, num_experts=64)
-    )
+    config = many_experts(base)
     model = Transformer(config, rngs=nnx.Rngs(0))
     lora = LoRA.on(config, 3, 6.0, ("attention", "selected_experts"), EXPERTS)
     attach(model, lora, seed=0)
@@ -215,9 +217,9 @@ def test_a_lora_step_has_gradients_and_moments_of_factors_only(base, batch) -> N
         for shape in re.findall(r"f32\[([\d,]+)\]", line.partition("=")[2].partition("(")[0])
     }
     # The window of three, gate and up together: of A, of B, of each of down. None is as wide as a
-    # weight on both sides.
+    # weight on both sides, and none is of biases.
     assert {"3,32,6", "3,6,128", "3,64,3", "3,3,32"} <= found
-    assert not {"64,32,128", "3,32,128", "64,64,32", "3,64,32"} & found
+    assert not {"64,32,128", "3,32,128", "64,64,32", "3,64,32", "64,1,128", "3,1,128"} & found
     after, _ = step(before, frozen, batch)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.tuned, after.tuned)
     for path, param in nnx.to_flat_state(changed):

@@ -4,6 +4,8 @@ Letters: M matrices of an array, `count` of which are the bank's, `[D, F]` each;
 of a layer.
 """
 
+from dataclasses import replace
+
 from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int
 
@@ -21,19 +23,19 @@ class Bank:
             large as all of it.
     """
 
-    matrices: Float[Array, "M D F"]
+    matrices: Float[Array, "M *shape"]
     first: Int[Array, ""] | int
     count: int = field(pytree_node=False)
-    own: Float[Array, "count D F"] | None = None
+    own: Float[Array, "count *shape"] | None = None
 
     @classmethod
     def layer_of(
         cls,
-        stack: Float[Array, "L E D F"],
+        stack: Float[Array, "L E *shape"],
         layer: Int[Array, ""] | int,
-        own: Float[Array, "E D F"] | None = None,
+        own: Float[Array, "E *shape"] | None = None,
     ) -> "Bank":
-        """The matrices of one layer."""
+        """The matrices, or vectors, of one layer."""
         experts, *shape = stack.shape[1:]
         return cls(stack.reshape(-1, *shape), layer * experts, experts, own)
 
@@ -43,3 +45,11 @@ class Bank:
     def width(self, *, transposed: bool) -> int:
         """Columns of a product with its matrices, or with their transposes."""
         return self.matrices.shape[1 if transposed else 2]
+
+
+def as_rows(vectors: Float[Array, "M F"] | Bank) -> Float[Array, "M 1 F"] | Bank:
+    """Vectors as matrices of a single row."""
+    if not isinstance(vectors, Bank):
+        return vectors[:, None]
+    own = None if vectors.own is None else vectors.own[:, None]
+    return replace(vectors, matrices=vectors.matrices[:, None], own=own)

@@ -19,6 +19,7 @@ from flax.struct import dataclass, field
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
+from esft_jax.moe.grouped_matmul import single_row
 from esft_jax.moe.grouped_matmul.bank import Bank
 from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.ops.platform import fastest_implementation
@@ -198,9 +199,8 @@ def _multiply(
         cut = jax.lax.dynamic_slice_in_dim(bank.matrices, bank.first, bank.count)
         return Bank(cut.astype(x.dtype), jnp.zeros_like(bank.first), bank.count)
 
-    return _module(implementation).multiply(
-        x, tuple(map(read, banks)), groups, transposed=transposed
-    )
+    module = single_row if banks[0].matrices.shape[1] == 1 else _module(implementation)
+    return module.multiply(x, tuple(map(read, banks)), groups, transposed=transposed)
 
 
 @dataclass
