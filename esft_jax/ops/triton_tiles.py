@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
@@ -17,7 +18,14 @@ class Part(NamedTuple):
     end: Array | int
 
 
-def _window(ref: jax.Ref, rows: Part, columns: Part, *index: Array) -> tuple[Any, Array | None]:
+# Of a matrix in an array of more axes: places in those before its rows, or in those between its
+# rows and its columns.
+Index = tuple[Array | np.int32, ...]
+
+
+def _tile(
+    ref: jax.Ref, rows: Part, columns: Part, before: Index, between: Index
+) -> tuple[Any, Array | None]:
     """A tile of a matrix and the mask of what counts in it, None if all does."""
     mask = None
     for axis, part in enumerate((rows, columns)):
@@ -26,37 +34,46 @@ def _window(ref: jax.Ref, rows: Part, columns: Part, *index: Array) -> tuple[Any
             inside = part.start + jnp.arange(part.size, dtype=jnp.int32) < part.end
             inside = jnp.broadcast_to(jnp.expand_dims(inside, 1 - axis), (rows.size, columns.size))
             mask = inside if mask is None else mask & inside
-    parts = (pl.ds(part.start, part.size) for part in (rows, columns))
-    return ref.at[(*index, *parts)], mask
+    of_rows, of_columns = (pl.ds(part.start, part.size) for part in (rows, columns))
+    return ref.at[(*before, of_rows, *between, of_columns)], mask
 
 
-def load(ref: jax.Ref, rows: Part, columns: Part, *index: Array) -> Array:
+def load(
+    ref: jax.Ref, rows: Part, columns: Part, *before: Array | np.int32, between: Index = ()
+) -> Array:
     """A tile of a matrix, with 0 for what does not count."""
-    window, mask = _window(ref, rows, columns, *index)
-    return triton.load(window, mask=mask, other=None if mask is None else 0)
+    tile, mask = _tile(ref, rows, columns, before, between)
+    return triton.load(tile, mask=mask, other=None if mask is None else 0)
 
 
-def store(ref: jax.Ref, tile: Array, rows: Part, columns: Part, *index: Array) -> None:
+def store(
+    ref: jax.Ref,
+    tile: Array,
+    rows: Part,
+    columns: Part,
+    *before: Array | np.int32,
+    between: Index = (),
+) -> None:
     """Write what counts of a tile of a matrix."""
-    window, mask = _window(ref, rows, columns, *index)
-    triton.store(window, tile.astype(ref.dtype), mask=mask)
+    place, mask = _tile(ref, rows, columns, before, between)
+    triton.store(place, tile.astype(ref.dtype), mask=mask)
 
 
-def _line(ref: jax.Ref, part: Part) -> tuple[Any, Array | None]:
-    """A stretch of a vector of known length, as `_window`."""
+def _line(ref: jax.Ref, part: Part, before: Index) -> tuple[Any, Array | None]:
+    """A stretch of a vector of known length, as `_tile`."""
     mask = None
     if part.end % part.size:
         mask = part.start + jnp.arange(part.size, dtype=jnp.int32) < part.end
-    return ref.at[pl.ds(part.start, part.size)], mask
+    return ref.at[(*before, pl.ds(part.start, part.size))], mask
 
 
-def load_line(ref: jax.Ref, part: Part) -> Array:
+def load_line(ref: jax.Ref, part: Part, *before: Array | np.int32) -> Array:
     """A stretch of a vector of known length, with 0 for what does not count."""
-    line, mask = _line(ref, part)
+    line, mask = _line(ref, part, before)
     return triton.load(line, mask=mask, other=None if mask is None else 0)
 
 
-def store_line(ref: jax.Ref, values: Array, part: Part) -> None:
+def store_line(ref: jax.Ref, values: Array, part: Part, *before: Array | np.int32) -> None:
     """Write what counts of a stretch of a vector of known length."""
-    line, mask = _line(ref, part)
+    line, mask = _line(ref, part, before)
     triton.store(line, values.astype(ref.dtype), mask=mask)

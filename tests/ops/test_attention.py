@@ -36,19 +36,30 @@ def inputs():
     return make_inputs(S, R, W)
 
 
-def expected(query, key, value, segments):
+def make_sinks(heads):
+    """Below, among and above the scores."""
+    return np.linspace(-3, 3, heads, dtype=np.float32)
+
+
+def expected(query, key, value, segments, window=None, sinks=None):
     """Result, and gradients of the sum of its squares, in float64."""
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     key_heads = key.shape[2]
     key, value = (np.repeat(x, query.shape[2] // key_heads, axis=2) for x in (key, value))
     length = query.shape[1]
     seen = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
+    if window is not None:
+        seen &= ~np.tril(np.ones((length, length), bool), -window)
     weights = np.exp(SCALE * np.einsum("bqhr,bshr->bhqs", query, key)) * seen[:, None]
-    weights /= weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = np.exp(sinks.astype(np.float64))[:, None, None]
+        total += sinks
+    weights /= total
     out = np.einsum("bhqs,bshw->bqhw", weights, value)
     dweights = np.einsum("bqhw,bshw->bhqs", 2 * out, value)
-    dscores = dweights - (dweights * weights).sum(axis=-1, keepdims=True)
-    dscores *= weights * SCALE
+    mean = (dweights * weights).sum(axis=-1, keepdims=True)
+    dscores = weights * (dweights - mean) * SCALE
 
     def added(parts):
         """Of the heads of queries that meet one of keys and values."""
@@ -58,21 +69,29 @@ def expected(query, key, value, segments):
         np.einsum("bhqs,bshr->bqhr", dscores, key),
         added(np.einsum("bhqs,bqhr->bshr", dscores, query)),
         added(np.einsum("bhqs,bqhw->bshw", weights, 2 * out)),
+        *([] if sinks is None else [-(sinks / total * mean).sum(axis=(0, 2, 3))]),
     )
 
 
-def run(inputs, implementation="xla"):
+def run(inputs, implementation="xla", window=None, sinks=None):
     *arrays, segments = map(jnp.asarray, inputs)
+    if sinks is not None:
+        arrays.append(jnp.asarray(sinks))
 
-    def loss(*arrays):
-        out = causal_attention(*arrays, segments, SCALE, implementation=implementation)
+    def loss(query, key, value, sinks=None):
+        out = causal_attention(
+            *(query, key, value, segments, SCALE),
+            window=window,
+            sinks=sinks,
+            implementation=implementation,
+        )
         return (out.astype(jnp.float32) ** 2).sum(), out
 
     with contextlib.ExitStack() as stack:
         if implementation == "tpu":
             # Any true value but `InterpretParams` chooses the interpreter that is fast to compile.
             stack.enter_context(force_tpu_interpret_mode(True))
-        gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+        gradients, out = jax.jit(jax.grad(loss, range(len(arrays)), has_aux=True))(*arrays)
     return out, gradients
 
 
@@ -91,14 +110,51 @@ def test_attention_sees_earlier_tokens_of_its_document(implementation, size):
     close(run(inputs, implementation), expected(*inputs), 1e-5)
 
 
+# Windows around the length of a row, and around that of a block, with documents that end inside.
+WINDOWS = [(S, 1), *((S, S + more) for more in (-1, 0, 1)), *((300, w) for w in (33, 128, 129))]
+
+
+@pytest.mark.parametrize(("length", "window"), WINDOWS, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_windows_and_sinks(implementation, length, window):
+    inputs, sinks = make_inputs(length, 16, 12, 6, 2), make_sinks(6)
+    close(run(inputs, implementation, window, sinks), expected(*inputs, window, sinks), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("one", ["window", "sinks"])
+def test_a_window_or_sinks_alone(inputs, implementation, one):
+    given = {"window": {"window": 5}, "sinks": {"sinks": make_sinks(H)}}[one]
+    close(run(inputs, implementation, **given), expected(*inputs, **given), 1e-5)
+
+
+def test_a_block_meets_no_keys_outside_the_windows_of_its_queries(monkeypatch):
+    monkeypatch.setattr(xla, "SMALLEST_BLOCK", 8)
+    monkeypatch.setattr(xla, "LARGEST_BLOCK", 16)
+    program = str(jax.make_jaxpr(partial(run, window=6))(make_inputs(S, R, W)))
+    for keys in (8, 8 + 5):
+        assert f"f32[2,2,1,8,{keys}]" in program
+    assert ",16,16]" not in program
+    assert "f32[2,2,1,8,16]" not in program
+
+
+def test_sinks_join_the_softmax_over_a_cache():
+    query, key, value, segments = make_inputs(S, 16, 12, 6, 2)
+    sinks, index = make_sinks(6), np.arange(S)
+    visible = (segments[:, :, None] == segments[:, None]) & (index <= index[:, None])
+    out = jax.jit(masked_attention, static_argnums=4)(query, key, value, visible, SCALE, sinks)
+    close(out, expected(query, key, value, segments, None, sinks)[0], 1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_bfloat16_is_off_by_about_its_own_rounding(implementation):
     *arrays, segments = make_inputs(S, R, W)
-    arrays = [x.astype(jnp.bfloat16) for x in arrays]
-    found = jax.tree.leaves(run((*arrays, segments), implementation))
-    wanted = jax.tree.leaves(expected(*arrays, segments))
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == jnp.bfloat16
+    arrays, sinks = [x.astype(jnp.bfloat16) for x in arrays], make_sinks(H)
+    out, gradients = run((*arrays, segments), implementation, None, sinks)
+    wanted = jax.tree.leaves(expected(*arrays, segments, None, sinks))
+    assert [x.dtype for x in gradients] == [*[jnp.bfloat16] * 3, jnp.float32]
+    assert out.dtype == jnp.bfloat16
+    for one, other in zip((out, *gradients), wanted, strict=True):
         assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 1.2e-2
 
 
@@ -168,6 +224,7 @@ WRONG = {
     ),
     "fewer rows": ({"value": (1, S, H, W)}, "as many rows"),
     "no heads axis": ({"query": (B, S, R)}, r"expected \[rows, tokens, heads, width\]"),
+    "fewer sinks": ({"sinks": (H - 1,)}, r"sinks is float32 \(1,\); expected float32 \(2,\)"),
     "fewer segments": ({"segments": (B, S - 1)}, r"segment_ids is int32 \(2, 23\)"),
 }
 
@@ -177,9 +234,18 @@ WRONG = {
 @pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_refused(inputs, implementation, changed, message):
     named = dict(zip(("query", "key", "value", "segments"), inputs, strict=True))
-    named |= {name: np.ones(shape, named[name].dtype) for name, shape in changed.items()}
+    types = {name: x.dtype for name, x in named.items()} | {"sinks": np.float32}
+    named |= {name: np.ones(shape, types[name]) for name, shape in changed.items()}
+    sinks = named.pop("sinks", None)
     with pytest.raises(ValueError, match=message):
-        causal_attention(*named.values(), SCALE, implementation=implementation)
+        causal_attention(*named.values(), SCALE, sinks=sinks, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("unchecked")
+def test_a_window_without_tokens_is_refused(inputs, implementation):
+    with pytest.raises(ValueError, match="a window of 0 tokens"):
+        causal_attention(*inputs, SCALE, window=0, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

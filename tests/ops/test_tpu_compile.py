@@ -61,19 +61,22 @@ report(
 ATTENTION = """
 from esft_jax.ops.attention import causal_attention
 
-length, heads, key_heads, width, value_width = map(int, sys.argv[2:])
+length, heads, key_heads, width, value_width, window = map(int, sys.argv[2:])
 
-def gradients(query, key, value, segments):
-    def loss(query, key, value):
-        out = causal_attention(query, key, value, segments, width**-0.5)
+def gradients(query, key, value, segments, sinks=None):
+    def loss(query, key, value, sinks):
+        out = causal_attention(
+            query, key, value, segments, width**-0.5, window=window or None, sinks=sinks
+        )
         return (out.astype(jnp.float32) ** 2).sum()
-    return jax.grad(loss, (0, 1, 2))(query, key, value)
+    return jax.grad(loss, (0, 1, 2) if sinks is None else (0, 1, 2, 3))(query, key, value, sinks)
 
 report(
     gradients,
     abstract((1, length, heads, width), jnp.bfloat16),
     *(abstract((1, length, key_heads, w), jnp.bfloat16) for w in (width, value_width)),
     abstract((1, length), jnp.int32),
+    *([abstract((heads,), jnp.float32)] if window else []),
 )
 """
 

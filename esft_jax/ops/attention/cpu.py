@@ -14,13 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from esft_jax.ops import foreign
-from esft_jax.ops.attention.operation import KEPT
+from esft_jax.ops.attention.operation import KEPT, sinks_gradient, sinks_or_default
 from esft_jax.ops.foreign import (
     Matrix,
     address_of,
     clear,
     compiled,
     extent,
+    integer,
     keep,
     multiply_matrices,
     operand,
@@ -37,6 +38,8 @@ def causal_attention(
     value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
+    window: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H W"]:
     """As `operation.causal_attention`, which checks the shapes that addresses are made of.
 
@@ -48,18 +51,33 @@ def causal_attention(
             raise ValueError(f"attention: 'cpu' takes float32, not {array.dtype}")
     foreign.register("esft_jax_attention", _blocks, _attend)
     foreign.register("esft_jax_attention_gradient", _key_heads, _gradient)
-    return _causal_attention(scale, query, key, value, segment_ids.astype(jnp.int32))
+    window = window or query.shape[1]
+    sinks = sinks_or_default(sinks, query.shape[2])
+    segment_ids = segment_ids.astype(jnp.int32)
+    return _causal_attention(scale, window, query, key, value, sinks, segment_ids)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _causal_attention(
-    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+    scale: float,
+    window: int,
+    query: Array,
+    key: Array,
+    value: Array,
+    sinks: Array,
+    segment_ids: Array,
 ) -> Float[Array, "B S H W"]:
-    return _forward(scale, query, key, value, segment_ids)[0]
+    return _forward(scale, window, query, key, value, sinks, segment_ids)[0]
 
 
 def _forward(
-    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+    scale: float,
+    window: int,
+    query: Array,
+    key: Array,
+    value: Array,
+    sinks: Array,
+    segment_ids: Array,
 ) -> tuple[Array, tuple]:
     batch, length, heads, _ = query.shape
     call = jax.ffi.ffi_call(
@@ -69,17 +87,22 @@ def _forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
     )
+    numbers = jnp.float32(scale), jnp.int32(window)
     mixed, denominators = (
-        checkpoint_name(x, KEPT) for x in call(query, key, value, segment_ids, jnp.float32(scale))
+        checkpoint_name(x, KEPT) for x in call(query, key, value, segment_ids, *numbers, sinks)
     )
-    return mixed, (query, key, value, segment_ids, mixed, denominators)
+    return mixed, (query, key, value, sinks, segment_ids, mixed, denominators)
 
 
-def _backward(scale: float, residuals: tuple, grad: Float[Array, "B S H W"]) -> tuple:
-    query, key, value, *_ = residuals
+def _backward(scale: float, window: int, residuals: tuple, grad: Float[Array, "B S H W"]) -> tuple:
+    query, key, value, sinks, segment_ids, mixed, denominators = residuals
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (query, key, value)]
     call = jax.ffi.ffi_call("esft_jax_attention_gradient", shapes)
-    return *call(*residuals, grad, jnp.float32(scale)), None
+    numbers = jnp.float32(scale), jnp.int32(window)
+    kept = mixed, denominators, grad
+    dquery, dkey, dvalue = call(query, key, value, segment_ids, *numbers, *kept)
+    mean = jnp.einsum("bshw,bshw->bhs", grad, mixed)
+    return dquery, dkey, dvalue, sinks_gradient(sinks, denominators, mean), None
 
 
 _causal_attention.defvjp(_forward, _backward)
@@ -103,11 +126,11 @@ def _key_head(query: foreign.Buffer, key: foreign.Buffer, head: int) -> int:
 
 
 @compiled
-def _document(segments: np.ndarray, start: int, limit: int) -> tuple[int, int]:
-    """The first token of the document of query `start`, and the end of the queries, at most
-    `limit`, that follow it in the same document.
+def _document(segments: np.ndarray, start: int, limit: int, window: int) -> tuple[int, int]:
+    """The first token of the document of query `start` that it sees, and the end of the queries, at
+    most `limit`, that follow it in the same document.
     """
-    first, stop = 0, start + 1
+    first, stop = max(0, start - window + 1), start + 1
     while segments[first] != segments[start]:
         first += 1
     while stop < limit and segments[stop] == segments[start]:
@@ -196,19 +219,20 @@ def _attend(frame: int, index: int) -> None:
     limit = min(start + BLOCK, length)
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
     while start < limit:
-        first, stop = _document(segments, start, limit)
+        first, stop = _document(segments, start, limit, integer(operand(frame, 5), 0))
         _attend_to(frame, row, head, first, start, stop)
         start = stop
 
 
 @compiled
 def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: int) -> None:
-    """Queries `start` to `stop` of one document, whose first token is `first`."""
+    """Queries `start` to `stop` of one document; the first key that one of them sees is `first`."""
     query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
     mixed, denominators = result(frame, 0), result(frame, 1)
     length, heads = extent(query, 1), extent(query, 2)
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
-    width = stop - first
+    width, window = stop - first, integer(operand(frame, 5), 0)
+    sink = view(operand(frame, 6).address, heads, np.float32)[head]
     scores, powers = np.empty((stop - start, width), np.float32), np.empty(width, np.float32)
     weights = Matrix(address_of(scores), width)
     key_head = _key_head(query, key, head)
@@ -218,15 +242,15 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
     totals = np.empty(stop - start, np.float32)
     logs = view(denominators.address + 4 * (row * heads + head) * length, length, np.float32)
     for i in range(start, stop):
-        seen = scores[i - start, : i + 1 - first]
-        top = seen[-1]  # a token sees itself
+        oldest = max(first, i + 1 - window)
+        seen = scores[i - start, oldest - first : i + 1 - first]
+        top = max(seen[-1], sink)  # a token sees itself
         for j in range(seen.size):
-            if segments[first + j] == segments[i]:
+            if segments[oldest + j] == segments[i]:
                 top = max(top, seen[j])
-        _exponentials(seen, top, segments[first : i + 1], segments[i], powers)
-        total = _sum(seen)
-        for j in range(seen.size, width):
-            scores[i - start, j] = 0
+        _exponentials(seen, top, segments[oldest : i + 1], segments[i], powers)
+        total = _sum(seen) + np.exp(sink - top)
+        _clear_around(scores[i - start], oldest - first, i + 1 - first)
         totals[i - start] = total
         logs[i] = top + np.log(total)
     out = _matrix(mixed, row, start, head)
@@ -237,6 +261,15 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
         for j in range(values.size):
             values[j] /= totals[i]
     keep(scores)
+
+
+@compiled
+def _clear_around(row: np.ndarray, start: int, stop: int) -> None:
+    """Keep the numbers from `start` to `stop` only."""
+    for j in range(start):
+        row[j] = 0
+    for j in range(stop, row.size):
+        row[j] = 0
 
 
 @compiled
@@ -255,16 +288,18 @@ def _clear(matrix: Matrix, rows: int, columns: int) -> None:
 def _add_gradient(frame: int, row: int, head: int, key_head: int) -> None:
     """Of one head of queries in one row, block by block."""
     query, key, value = operand(frame, 0), operand(frame, 1), operand(frame, 2)
-    mixed, grad, scale = operand(frame, 4), operand(frame, 6), _number(frame, 7)
+    mixed, denominators, grad = operand(frame, 6), operand(frame, 7), operand(frame, 8)
+    scale, window = _number(frame, 4), integer(operand(frame, 5), 0)
     dquery, dkey, dvalue = result(frame, 0), result(frame, 1), result(frame, 2)
     length, heads = extent(query, 1), extent(query, 2)
     inner, outer = extent(query, 3), extent(value, 3)
     segments = view(operand(frame, 3).address + 4 * row * length, length, np.int32)
     begin = 4 * (row * heads + head) * length
-    logs = view(operand(frame, 5).address + begin, length, np.float32)
+    logs = view(denominators.address + begin, length, np.float32)
     start = 0
     while start < length:
-        first, stop = _document(segments, start, min((start // BLOCK + 1) * BLOCK, length))
+        limit = min((start // BLOCK + 1) * BLOCK, length)
+        first, stop = _document(segments, start, limit, window)
         rows, width = stop - start, stop - first
         scores, dscores = np.empty((rows, width), np.float32), np.empty((rows, width), np.float32)
         powers = np.empty(width, np.float32)
@@ -275,21 +310,20 @@ def _add_gradient(frame: int, row: int, head: int, key_head: int) -> None:
         multiply_matrices(g, v, dweights, rows, width, outer, False, True, _ONE, _ZERO)
         out = _matrix(mixed, row, start, head)
         for i in range(rows):
-            seen = start + i + 1 - first
-            own = segments[start + i]
-            _exponentials(
-                scores[i, :seen], logs[start + i], segments[first : first + seen], own, powers
-            )
+            own, end = segments[start + i], start + i + 1
+            oldest = max(first, end - window)
+            seen = scores[i, oldest - first : end - first]
+            _exponentials(seen, logs[start + i], segments[oldest:end], own, powers)
             # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
             ours = view(out.address + 4 * i * out.stride, outer, np.float32)
             theirs = view(g.address + 4 * i * g.stride, outer, np.float32)
             mean = _ZERO
             for j in range(outer):
                 mean += ours[j] * theirs[j]
-            for j in range(seen):
+            for j in range(oldest - first, end - first):
                 dscores[i, j] = scores[i, j] * (dscores[i, j] - mean) * scale
-            for j in range(seen, width):
-                scores[i, j] = dscores[i, j] = 0
+            for weight in (scores[i], dscores[i]):
+                _clear_around(weight, oldest - first, end - first)
         dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, key_head)
         dv = _matrix(dvalue, row, first, key_head)
         multiply_matrices(dweights, k, dq, rows, inner, width, False, False, _ONE, _ZERO)

@@ -7,7 +7,7 @@ values of width 128; those of JAX are deprecated; their successors in tokamax ta
 mask of `[S, S]` only. On CPU these run in Pallas' interpreter, for tests.
 
 Letters: B rows, S tokens of each, H query heads, G heads of keys and values, R and W features of a
-key and of a value; Q queries and K keys of a tile.
+key and of a value; Q queries and K keys of a tile. N query heads meet a head of keys and values.
 """
 
 import math
@@ -17,19 +17,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
-from esft_jax.ops.attention.operation import KEPT
+from esft_jax.ops.attention.operation import KEPT, sinks_gradient, sinks_or_default
 from esft_jax.ops.platform import target_platform
 from esft_jax.ops.triton_tiles import Part, load, load_line, store, store_line
 
-# Queries and keys of a tile of scores. With heads of width 192, which registers hold as 256, larger
-# ones exceed shared memory.
-FORWARD_QUERIES, FORWARD_KEYS, GRADIENT = 64, 32, 32
+OWN = np.int32(0)  # the place of the only head of a matrix that a program sees
 
+_LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # below every score, and finite: differences of two are no NaN
 
 
@@ -39,72 +39,116 @@ def causal_attention(
     value: Float[Array, "B S G W"],
     segment_ids: Int[Array, "B S"],
     scale: float,
+    window: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H W"]:
     """As `operation.causal_attention`."""
-    return _causal_attention(scale, query, key, value, segment_ids.astype(jnp.int32))
+    shape = _Shape(query.shape[1], query.shape[3], value.shape[3], window or query.shape[1], scale)
+    sinks = sinks_or_default(sinks, query.shape[2])
+    return _causal_attention(shape, query, key, value, sinks, segment_ids.astype(jnp.int32))
+
+
+class _Shape(NamedTuple):
+    """What the kernels of a head know of it: the sizes of its matrices, and the scores' factor.
+
+    A matrix has powers of two of columns.
+    """
+
+    length: int
+    width: int
+    value_width: int
+    window: int
+    scale: float
+
+    def tokens(self, block: Array | int, size: int) -> Part:
+        """A block of tokens. The last one may go past the row."""
+        return Part(block * size, size, self.length)
+
+    def first_block(self, queries: Part, size: int) -> Array:
+        """Of the blocks of keys, the first one that has a key which one of the queries sees."""
+        return jnp.maximum(queries.start - self.window + 1, 0) // size
+
+    @property
+    def columns(self) -> Part:
+        """Of queries and keys."""
+        return Part(0, pl.next_power_of_2(self.width), self.width)
+
+    @property
+    def value_columns(self) -> Part:
+        """Of values and results."""
+        return Part(0, pl.next_power_of_2(self.value_width), self.value_width)
+
+    @property
+    def forward_tile(self) -> tuple[int, int]:
+        """Queries and keys of a tile of scores in the forward pass.
+
+        Shared memory holds the queries, and keys and values twice.
+        """
+        return (64, 32) if self._widest <= 256 else (32, 16)
+
+    @property
+    def gradient_tile(self) -> int:
+        """Queries, and keys, of a tile of scores in the backward pass."""
+        return 32 if self._widest <= 256 else 16
+
+    @property
+    def _widest(self) -> int:
+        return max(self.columns.size, self.value_columns.size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _causal_attention(
-    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+    shape: _Shape, query: Array, key: Array, value: Array, sinks: Array, segment_ids: Array
 ) -> Float[Array, "B S H W"]:
-    return _forward(scale, query, key, value, segment_ids)[0]
+    return _forward(shape, query, key, value, sinks, segment_ids)[0]
 
 
 def _forward(
-    scale: float, query: Array, key: Array, value: Array, segment_ids: Array
+    shape: _Shape, query: Array, key: Array, value: Array, sinks: Array, segment_ids: Array
 ) -> tuple[Array, tuple]:
     batch, length, heads, _ = query.shape
     mixed, denominators = _call(
-        partial(_forward_kernel, sizes=_Sizes.of(query, value), scale=scale),
-        (query, key, value, segment_ids),
+        partial(_forward_kernel, shape=shape),
+        (query, key, value, sinks, segment_ids),
         (
             jax.ShapeDtypeStruct((batch, length, heads, value.shape[3]), value.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
-        block=FORWARD_QUERIES,
+        heads=heads,
+        block=shape.forward_tile[0],
         warps=8,
         name="attention_forward",
     )
     mixed, denominators = (checkpoint_name(x, KEPT) for x in (mixed, denominators))
-    return mixed, (query, key, value, segment_ids, mixed, denominators)
+    return mixed, (query, key, value, sinks, segment_ids, mixed, denominators)
 
 
-def _backward(scale: float, residuals: tuple, grad: Float[Array, "B S H W"]) -> tuple:
-    query, key, value, segment_ids, mixed, denominators = residuals
+def _backward(shape: _Shape, residuals: tuple, grad: Float[Array, "B S H W"]) -> tuple:
+    query, key, value, sinks, segment_ids, mixed, denominators = residuals
     # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
     mean = jnp.einsum("bshw,bshw->bhs", grad, mixed, preferred_element_type=jnp.float32)
     operands = (query, key, value, segment_ids, grad, denominators, mean)
-    sizes = _Sizes.of(query, value)
-    batch, length, heads, _ = query.shape
-    # Each head of queries adds a part to what its head of keys and values gets.
-    shapes = [
-        jax.ShapeDtypeStruct((batch, length, heads, x.shape[3]), x.dtype)
-        for x in (query, key, value)
-    ]
-    options = {"block": GRADIENT, "warps": 4}
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
     (dquery,) = _call(
-        partial(_query_gradient_kernel, sizes=sizes, scale=scale),
+        partial(_query_gradient_kernel, shape=shape),
         operands,
         shapes[:1],
+        heads=query.shape[2],
+        block=shape.gradient_tile,
+        warps=4,
         name="attention_query_gradient",
-        **options,
     )
     dkey, dvalue = _call(
-        partial(_key_gradient_kernel, sizes=sizes, scale=scale),
+        partial(_key_gradient_kernel, shape=shape, together=query.shape[2] // key.shape[2]),
         operands,
         shapes[1:],
+        heads=key.shape[2],
+        block=shape.gradient_tile,
+        warps=4,
         name="attention_key_gradient",
-        **options,
     )
-
-    def added(parts: Array, heads: int) -> Array:
-        if parts.shape[2] == heads:
-            return parts
-        groups = parts.reshape(batch, length, heads, -1, parts.shape[3])
-        return groups.astype(jnp.float32).sum(axis=3).astype(parts.dtype)
-
-    return dquery, added(dkey, key.shape[2]), added(dvalue, value.shape[2]), None
+    dsinks = sinks_gradient(sinks, denominators * math.log(2), mean)
+    return dquery, dkey, dvalue, dsinks, None
 
 
 _causal_attention.defvjp(_forward, _backward)
@@ -115,27 +159,30 @@ def _call(
     operands: tuple[Array, ...],
     results: Sequence[jax.ShapeDtypeStruct],
     *,
+    heads: int,
     block: int,
     warps: int,
     name: str,
 ) -> Sequence[Array]:
-    """Run a program for each block of tokens of each head of each row.
+    """Run a program for each block of tokens of each row, and for each of `heads` parts of its
+    heads: a head of queries, or a head of keys and values and the queries that meet it.
 
-    The kernel sees the matrices `[S, _]` of its head, and the segments of its row.
+    The kernel sees matrices `[S, its heads, _]`, and the segments of its row.
     """
-    batch, length, heads, _ = operands[0].shape
+    batch, length = operands[0].shape[:2]
 
     def spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        if x.ndim == 2:
+            return pl.BlockSpec((None, length), lambda _, b, h: (b, 0))
+        count = x.shape[{1: 0, 3: 1, 4: 2}[x.ndim]]
+        own, shared = max(count // heads, 1), max(heads // count, 1)
         match x.ndim:
-            case 4:
-                width = pl.next_power_of_2(x.shape[3])
-                together = heads // x.shape[2]  # heads of queries to one of keys and values
-                return pl.BlockSpec(
-                    (None, length, None, width), lambda _, b, h: (b, 0, h // together, 0)
-                )
+            case 1:
+                return pl.BlockSpec((own,), lambda _, b, h: (h // shared,))
             case 3:
-                return pl.BlockSpec((None, None, length), lambda _, b, h: (b, h, 0))
-        return pl.BlockSpec((None, length), lambda _, b, h: (b, 0))
+                return pl.BlockSpec((None, own, length), lambda _, b, h: (b, h // shared, 0))
+        width = pl.next_power_of_2(x.shape[3])
+        return pl.BlockSpec((None, length, own, width), lambda _, b, h: (b, 0, h // shared, 0))
 
     run = pl.pallas_call(
         kernel,
@@ -151,32 +198,6 @@ def _call(
     return jax.jit(run)(*operands)
 
 
-class _Sizes(NamedTuple):
-    """Of the matrices of a head: rows, and columns that count. There are powers of two of them."""
-
-    length: int
-    width: int
-    value_width: int
-
-    @classmethod
-    def of(cls, query: Array, value: Array) -> "_Sizes":
-        return cls(query.shape[1], query.shape[3], value.shape[3])
-
-    def tokens(self, block: Array | int, size: int) -> Part:
-        """A block of tokens. The last one may go past the row."""
-        return Part(block * size, size, self.length)
-
-    @property
-    def columns(self) -> Part:
-        """Of queries and keys."""
-        return Part(0, pl.next_power_of_2(self.width), self.width)
-
-    @property
-    def value_columns(self) -> Part:
-        """Of values and results."""
-        return Part(0, pl.next_power_of_2(self.value_width), self.value_width)
-
-
 def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Float[Array, "_ _"]:
     """Sums over these axes, in float32."""
     return jax.lax.dot_general(
@@ -184,39 +205,47 @@ def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Floa
     )
 
 
+def _matrix(ref: jax.Ref, rows: Part, columns: Part, head: Array | np.int32 = OWN) -> Array:
+    """A tile of a head's matrix."""
+    return load(ref, rows, columns, between=(head,))
+
+
 def _scores(
-    query: Array, key: Array, segments: jax.Ref, queries: Part, keys: Part, scale: float
+    query: Array, key: Array, segments: jax.Ref, queries: Part, keys: Part, shape: _Shape
 ) -> tuple[Float[Array, "Q K"], Bool[Array, "Q K"]]:
     """Logarithms to base 2 of what the softmax adds up, and which of them a query sees.
 
     No query of the row sees what is read past its end.
     """
     index = queries.start + jnp.arange(queries.size)
-    later = keys.start + jnp.arange(keys.size)
+    distance = index[:, None] - (keys.start + jnp.arange(keys.size))[None]
     same = load_line(segments, queries)[:, None] == load_line(segments, keys)[None]
-    visible = same & (index[:, None] >= later[None])
-    return _product(query, key, 1, 1) * (scale * math.log2(math.e)), visible
+    visible = same & (distance >= 0)
+    if shape.window < shape.length:
+        visible &= distance < shape.window
+    return _product(query, key, 1, 1) * (shape.scale * _LOG2_E), visible
 
 
 def _forward_kernel(
     query: jax.Ref,
     key: jax.Ref,
     value: jax.Ref,
+    sinks: jax.Ref,
     segments: jax.Ref,
     mixed: jax.Ref,
     denominators: jax.Ref,
     *,
-    sizes: _Sizes,
-    scale: float,
+    shape: _Shape,
 ) -> None:
-    queries = sizes.tokens(pl.program_id(0), FORWARD_QUERIES)
-    q = load(query, queries, sizes.columns)
+    queries_size, keys_size = shape.forward_tile
+    queries = shape.tokens(pl.program_id(0), queries_size)
+    q = _matrix(query, queries, shape.columns)
 
     def step(i: Array, carry: tuple) -> tuple:
         before, total, out = carry
-        keys = sizes.tokens(i, FORWARD_KEYS)
-        k, v = load(key, keys, sizes.columns), load(value, keys, sizes.value_columns)
-        scores, visible = _scores(q, k, segments, queries, keys, scale)
+        keys = shape.tokens(i, keys_size)
+        k, v = _matrix(key, keys, shape.columns), _matrix(value, keys, shape.value_columns)
+        scores, visible = _scores(q, k, segments, queries, keys, shape)
         top = jnp.maximum(before, jnp.where(visible, scores, _HIDDEN).max(axis=1))
         weights = jnp.where(visible, jnp.exp2(scores - top[:, None]), 0)
         shrink = jnp.exp2(before - top)
@@ -224,11 +253,15 @@ def _forward_kernel(
         return top, total * shrink + weights.sum(axis=1), out
 
     zeros = jnp.zeros(queries.size, jnp.float32)
-    out = jnp.zeros((queries.size, sizes.value_columns.size), jnp.float32)
-    end = pl.cdiv(jnp.minimum(queries.start + queries.size, sizes.length), FORWARD_KEYS)
-    top, total, out = jax.lax.fori_loop(0, end, step, (zeros + _HIDDEN, zeros, out))
-    store(mixed, out / total[:, None], queries, sizes.value_columns)
-    store_line(denominators, top + jnp.log2(total), queries)
+    out = jnp.zeros((queries.size, shape.value_columns.size), jnp.float32)
+    # The sink is a score of its own: it is met first, with a value of zero.
+    top = jnp.maximum(zeros + sinks[0] * _LOG2_E, _HIDDEN)
+    total = jnp.exp2(sinks[0] * _LOG2_E - top)
+    begin = shape.first_block(queries, keys_size)
+    end = pl.cdiv(jnp.minimum(queries.start + queries.size, shape.length), keys_size)
+    top, total, out = jax.lax.fori_loop(begin, end, step, (top, total, out))
+    store(mixed, out / total[:, None], queries, shape.value_columns, between=(OWN,))
+    store_line(denominators, top + jnp.log2(total), queries, OWN)
 
 
 def _score_gradients(
@@ -237,18 +270,16 @@ def _score_gradients(
     v: Array,
     g: Array,
     segments: jax.Ref,
-    denominators: jax.Ref,
-    mean: jax.Ref,
+    denominators: Float[Array, " Q"],
+    means: Float[Array, " Q"],
     queries: Part,
     keys: Part,
-    scale: float,
+    shape: _Shape,
 ) -> tuple[Float[Array, "Q K"], Float[Array, "Q K"]]:
     """The softmax' weights, and the gradients of the products of queries and keys."""
-    scores, visible = _scores(q, k, segments, queries, keys, scale)
-    weights = jnp.exp2(scores - load_line(denominators, queries)[:, None])
-    weights = jnp.where(visible, weights, 0)
-    means = load_line(mean, queries)[:, None]
-    return weights, weights * (_product(g, v, 1, 1) - means) * scale
+    scores, visible = _scores(q, k, segments, queries, keys, shape)
+    weights = jnp.where(visible, jnp.exp2(scores - denominators[:, None]), 0)
+    return weights, weights * (_product(g, v, 1, 1) - means[:, None]) * shape.scale
 
 
 def _query_gradient_kernel(
@@ -261,22 +292,23 @@ def _query_gradient_kernel(
     mean: jax.Ref,
     dquery: jax.Ref,
     *,
-    sizes: _Sizes,
-    scale: float,
+    shape: _Shape,
 ) -> None:
-    queries = sizes.tokens(pl.program_id(0), GRADIENT)
-    q, g = load(query, queries, sizes.columns), load(grad, queries, sizes.value_columns)
-    lines = (segments, denominators, mean)
+    size = shape.gradient_tile
+    queries = shape.tokens(pl.program_id(0), size)
+    q, g = _matrix(query, queries, shape.columns), _matrix(grad, queries, shape.value_columns)
+    lines = load_line(denominators, queries, OWN), load_line(mean, queries, OWN)
 
     def step(i: Array, total: Array) -> Array:
-        keys = sizes.tokens(i, GRADIENT)
-        k, v = load(key, keys, sizes.columns), load(value, keys, sizes.value_columns)
-        _, dscores = _score_gradients(q, k, v, g, *lines, queries, keys, scale)
+        keys = shape.tokens(i, size)
+        k, v = _matrix(key, keys, shape.columns), _matrix(value, keys, shape.value_columns)
+        _, dscores = _score_gradients(q, k, v, g, segments, *lines, queries, keys, shape)
         return total + _product(dscores.astype(k.dtype), k, 1, 0)
 
-    total = jnp.zeros((queries.size, sizes.columns.size), jnp.float32)
-    total = jax.lax.fori_loop(0, pl.program_id(0) + 1, step, total)
-    store(dquery, total, queries, sizes.columns)
+    total = jnp.zeros((size, shape.columns.size), jnp.float32)
+    begin = shape.first_block(queries, size)
+    total = jax.lax.fori_loop(begin, pl.program_id(0) + 1, step, total)
+    store(dquery, total, queries, shape.columns, between=(OWN,))
 
 
 def _key_gradient_kernel(
@@ -290,27 +322,30 @@ def _key_gradient_kernel(
     dkey: jax.Ref,
     dvalue: jax.Ref,
     *,
-    sizes: _Sizes,
-    scale: float,
+    shape: _Shape,
+    together: int,
 ) -> None:
-    keys = sizes.tokens(pl.program_id(0), GRADIENT)
-    k, v = load(key, keys, sizes.columns), load(value, keys, sizes.value_columns)
-    lines = (segments, denominators, mean)
+    size = shape.gradient_tile
+    keys = shape.tokens(pl.program_id(0), size)
+    k, v = _matrix(key, keys, shape.columns), _matrix(value, keys, shape.value_columns)
+    # The queries that see one of these keys lie in as many blocks for each head.
+    first = pl.program_id(0)
+    end = pl.cdiv(jnp.minimum(keys.start + size + shape.window - 1, shape.length), size)
 
     def step(i: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
-        queries = sizes.tokens(i, GRADIENT)
-        q, g = load(query, queries, sizes.columns), load(grad, queries, sizes.value_columns)
-        weights, dscores = _score_gradients(q, k, v, g, *lines, queries, keys, scale)
+        head, queries = i // (end - first), shape.tokens(first + i % (end - first), size)
+        q = _matrix(query, queries, shape.columns, head)
+        g = _matrix(grad, queries, shape.value_columns, head)
+        lines = load_line(denominators, queries, head), load_line(mean, queries, head)
+        weights, dscores = _score_gradients(q, k, v, g, segments, *lines, queries, keys, shape)
         return (
             totals[0] + _product(dscores.astype(q.dtype), q, 0, 0),
             totals[1] + _product(weights.astype(g.dtype), g, 0, 0),
         )
 
     zeros = tuple(
-        jnp.zeros((keys.size, part.size), jnp.float32)
-        for part in (sizes.columns, sizes.value_columns)
+        jnp.zeros((size, part.size), jnp.float32) for part in (shape.columns, shape.value_columns)
     )
-    end = pl.cdiv(sizes.length, GRADIENT)
-    dk, dv = jax.lax.fori_loop(pl.program_id(0), end, step, zeros)
-    store(dkey, dk, keys, sizes.columns)
-    store(dvalue, dv, keys, sizes.value_columns)
+    dk, dv = jax.lax.fori_loop(0, together * (end - first), step, zeros)
+    store(dkey, dk, keys, shape.columns, between=(OWN,))
+    store(dvalue, dv, keys, shape.value_columns, between=(OWN,))
