@@ -288,7 +288,7 @@ class Layer(NamedTuple):
     def grouped_attention(
         self, norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     ) -> None:
-        """Queries, keys, values and the way back, each a projection of its own.
+        """Queries, keys, values and the way back, each a projection of its own; and sinks.
 
         Args:
             norms: names of the norms of queries and keys, where there are some.
@@ -296,10 +296,14 @@ class Layer(NamedTuple):
         config, size = self.table.config.attentions[self.kind][0], self.table.config.hidden_size
         assert isinstance(config, GroupedAttentionConfig)
         widths = {"q": config.heads, "k": config.key_heads, "v": config.key_heads}
+        if config.shared_values:
+            del widths["v"]
         for name, heads in widths.items():
-            shape = (heads * config.head, size)
+            shape = (config.query_width if name == "q" else heads * config.head, size)
             path = ("attention", name)
             self.linear(f"self_attn.{name}_proj", path, shape, bias=config.input_bias)
+        if config.sinks:
+            self._add("self_attn.sinks", ("attention", "sinks"), (config.heads,), Role.ATTENTION)
         out = (size, config.heads * config.head)
         self.linear("self_attn.o_proj", ("attention", "out"), out, bias=config.output_bias)
         if config.norm != "none":

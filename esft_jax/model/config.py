@@ -178,6 +178,12 @@ class GroupedAttentionConfig:
         norm_first: the norm comes before RoPE.
         clip: bound on queries, keys and values, after the norm.
         scale: factor on query-key products before the softmax.
+        window: how many tokens a query sees, its own and those right before it; None: all.
+        sinks: each head has a logit that joins the denominator of its softmaxes.
+        output_gate: a sigmoid of the token multiplies what comes out of the softmax, each feature
+            its own; the projection to queries makes its logits, too: behind the query of each head.
+        shared_values: values are the projection to keys, before its norm and RoPE.
+        value_norm: RMS norm of values, of each head, without a scale.
     """
 
     heads: int
@@ -189,6 +195,16 @@ class GroupedAttentionConfig:
     norm_first: bool
     clip: float | None
     scale: float
+    window: int | None = None
+    sinks: bool = False
+    output_gate: bool = False
+    shared_values: bool = False
+    value_norm: bool = False
+
+    @property
+    def query_width(self) -> int:
+        """Width of the projection to queries, and to their gates."""
+        return self.heads * self.head * (2 if self.output_gate else 1)
 
     @property
     def value(self) -> int:

@@ -12,6 +12,12 @@ from esft_jax.model.config import NormConfig
 from esft_jax.model.params import ParamFactory
 
 
+def normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """`x / rms(x)` over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """`scale * x / rms(x)`, statistics in float32 (arXiv 1910.07467).
 
@@ -24,8 +30,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalise the last axis."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.eps)
+        wide = normalise(x, self.config.eps)
         if self.config.offset:
             return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return self.scale[...].astype(x.dtype) * wide.astype(x.dtype)

@@ -136,15 +136,18 @@ def _add_kernel(found: Operations, equation: Any, routing: Routing, trips: int) 
 
 
 def _attention(equation: Any) -> float:
-    """Of a splash attention kernel, which computes the blocks on and below the diagonal."""
+    """Of a splash attention kernel. For each block of queries, or of keys, it computes those on and
+    below the diagonal, as far as the windows go: at most so many as its grid is wide.
+    """
     # Products in which a score, or its gradient, meets the width of queries and that of values.
     by_kind = {"_fwd_": (1, 1), "_dq_": (2, 1), "_dkv_": (2, 2)}
     of_query, of_value = next(n for kind, n in by_kind.items() if kind in equation.params["name"])
     operands = (v.aval for v in equation.invars)  # what says which blocks to visit comes first
     query, _, value = [a.shape for a in operands if jnp.issubdtype(a.dtype, jnp.floating)][:3]
-    block = equation.params["grid_mapping"].block_mappings[0].transformed_block_aval.shape[0]
-    blocks = query[-2] // block
-    scores = np.prod(query[:-2]) * block**2 * blocks * (blocks + 1) / 2
+    grid = equation.params["grid_mapping"]
+    block = grid.block_mappings[0].transformed_block_aval.shape[0]
+    visits = np.minimum(np.arange(query[-2] // block) + 1, grid.grid[-1]).sum()
+    scores = np.prod(query[:-2]) * block**2 * visits
     return 2.0 * scores * (of_query * query[-1] + of_value * value[-1])
 
 

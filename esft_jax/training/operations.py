@@ -19,8 +19,9 @@ def model_operations(
     """Operations per trained token by arithmetic, nothing computed twice.
 
     Every layer runs forward; from the lowest trained one up, the gradients of the activations take
-    as much again, and so do the gradients of weights that are trained. Attention is causal: half of
-    all scores, whose gradients take twice as much.
+    as much again, and so do the gradients of weights that are trained. Of attention, the scores
+    that queries see count: half of all, or those in their windows; the gradients of these take
+    twice as much.
 
     Args:
         length: tokens per row.
@@ -88,9 +89,13 @@ def _operations(
 
 def _of_attention(kind: AttentionConfig, size: int, length: int) -> tuple[float, float]:
     """Weights of the projections, and products of scores and values per token."""
-    scores = kind.heads * (kind.head + kind.value) * length / 2
+    window = kind.window if isinstance(kind, GroupedAttentionConfig) else None
+    window = min(window or length, length)
+    seen = window - window**2 / (2 * length)  # a row's first tokens see less than a window
+    scores = kind.heads * (kind.head + kind.value) * seen
     if isinstance(kind, GroupedAttentionConfig):
-        return 2 * size * kind.head * (kind.heads + kind.key_heads), scores
+        keys = kind.key_heads * kind.head * (1 if kind.shared_values else 2)
+        return size * (kind.query_width + keys + kind.heads * kind.head), scores
     query = kind.heads * kind.head
     attention = size * query if kind.query_rank is None else kind.query_rank * (size + query)
     attention += size * (kind.latent + kind.rotated)

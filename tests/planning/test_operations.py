@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec
 
 from esft_jax.adapt.expert_config import ExpertConfig
@@ -33,10 +34,16 @@ def test_loops_and_shares_of_devices_are_counted() -> None:
     assert found.products == found.total == 3 * one + local
 
 
-def test_attention_is_charged_the_blocks_it_computes() -> None:
+# Of two blocks of queries, one meets one block of keys, one meets two. Of four that are about as
+# long as the window, all but the first meet two; or three, if the oldest key lies before these.
+@pytest.mark.parametrize(
+    ("window", "block", "visits"), [(None, 512, 3), (256, 256, 7), (300, 256, 9), (600, 512, 3)]
+)
+def test_attention_is_charged_the_blocks_it_computes(window, block, visits) -> None:
     def gradients(query, key, value, segments):
         def loss(*arrays):
-            return causal_attention(*arrays, segments, 1.0, implementation="tpu").sum()
+            out = causal_attention(*arrays, segments, 1.0, window=window, implementation="tpu")
+            return out.sum()
 
         return jax.grad(loss, (0, 1, 2))(query, key, value)
 
@@ -44,9 +51,9 @@ def test_attention_is_charged_the_blocks_it_computes() -> None:
     arrays = [jnp.ones((2, length, heads, w)) for w in (width, width, value_width)]
     traced = jax.jit(gradients).trace(*arrays, jnp.ones((2, length), jnp.int32))
     found = count_operations(traced.jaxpr.jaxpr, ONE, 1)
-    # Two blocks of queries: one meets one block of keys, one meets two. The first product comes
-    # again in both kernels of the backward pass, that of gradients and values in both, too.
-    scores = 2 * heads * 3 * 512**2
+    # The first product comes again in both kernels of the backward pass, that of gradients and
+    # values in both, too.
+    scores = 2 * heads * visits * block**2
     assert found.attention == 2 * scores * (5 * width + 4 * value_width)
 
 

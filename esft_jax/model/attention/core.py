@@ -1,7 +1,5 @@
 """What all kinds of attention share: the mixing of values over a mesh."""
 
-from functools import partial
-
 import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -17,10 +15,16 @@ def attend(
     segment_ids: Int[Array, "B S"],
     scale: float,
     mesh: Mesh | None,
+    window: int | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H W"]:
     """Causal attention within segments; every device mixes its own rows."""
-    mix = partial(causal_attention, scale=scale)
+
+    def mix(query: Array, key: Array, value: Array, segments: Array, sinks: Array | None) -> Array:
+        return causal_attention(query, key, value, segments, scale, window=window, sinks=sinks)
+
     if mesh is not None:
         batch = PartitionSpec(RULES.batch)
-        mix = jax.shard_map(mix, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
-    return mix(query, key, value, segment_ids)
+        specs = (batch, batch, batch, batch, PartitionSpec())
+        mix = jax.shard_map(mix, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
+    return mix(query, key, value, segment_ids, sinks)

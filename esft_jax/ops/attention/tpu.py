@@ -17,8 +17,8 @@ from esft_jax.ops.attention.operation import KEPT
 
 # Queries and keys per block; the first that divides the row, which is padded for the last one.
 BLOCKS = (512, 256, 128)
-# Longer blocks than the window have more scores that no query sees. Smaller ones than this would, by
-# an estimate, take longer to start than to compute.
+# Longer blocks than the window have more scores that no query sees. Smaller ones than this would,
+# by an estimate, take longer to start than to compute.
 SMALLEST_FOR_WINDOW = 256
 
 
