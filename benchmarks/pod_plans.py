@@ -47,6 +47,7 @@ PODS = {
     "qwen3-30b-a3b-h100x8": "h100:8",
     "olmoe-1b-7b-h100x1": "h100:1",
     "mixtral-8x7b-h100x8": "h100:8",
+    "gemma-4-26b-a4b-v6e-4": "v6e:2x2",
 }
 TRANSPORTS = ("all_gather", "ragged_all_to_all")  # of `mesh.transport`
 # Models of `fits`, with the experts per layer that are assumed; None is a tenth of them.

@@ -10,7 +10,7 @@ from esft_jax.adapt.parts import check_also, roles_of
 from esft_jax.adapt.tuned import TunedParam
 from esft_jax.families import tensor_table
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.params import Role
+from esft_jax.model.params import CONSTANTS, Role
 from esft_jax.model.transformer import Transformer
 
 TUNED, FROZEN = "tuned", "frozen"
@@ -32,12 +32,10 @@ def trains(experts: ExpertConfig, role: Role) -> bool:
 
 
 def trained_roles(trained: Trained, model: ModelConfig) -> frozenset[str]:
-    """The roles of what is trained. No method trains selection biases: load balancing has set them
-    once.
-    """
+    """The roles of what is trained."""
     present = tensor_table(model).roles
     if trained is None:
-        return present - {Role.SELECTION_BIAS}
+        return present - CONSTANTS
     roles = trained.roles if isinstance(trained, LoRA) else roles_of(trained.also)
     experts = trained.experts if isinstance(trained, LoRA) else trained
     if experts.num_experts_selected:
@@ -49,7 +47,7 @@ def _is_trained(param: nnx.Variable, trained: Trained) -> bool:
     if isinstance(trained, LoRA):
         return isinstance(param, nnx.LoRAParam)
     if trained is None:
-        return param.role is not Role.SELECTION_BIAS
+        return param.role not in CONSTANTS
     return isinstance(param, TunedParam) or trains(trained, param.role)
 
 

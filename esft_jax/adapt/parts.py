@@ -30,8 +30,8 @@ _OTHERS = {
     "embedding": "embedding",
     "head": "head",
 }
-# A role belongs to the first part that has it. Selection biases belong to none: no method trains
-# them.
+# A role belongs to the first part that has it. Constants (`model.params.CONSTANTS`) belong to none:
+# no method trains them.
 PARTS: Mapping[str, frozenset[str]] = {
     "shared_experts": frozenset({"shared_expert"}),
     **{part: frozenset({role}) for part, role in _OTHERS.items()},

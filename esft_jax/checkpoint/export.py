@@ -191,8 +191,9 @@ def exported_config(raw: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     if isinstance(text := raw.get("text_config"), dict):
         return config | {"text_config": exported_config(text, dtype)} | types
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    # Those by kind of layer have no older spelling.
-    if any(isinstance(value, dict) for value in rope.values()):
+    # Those by kind of layer have no older spelling, and absent keys are the family's own.
+    by_kind = any(isinstance(value, dict) for value in rope.values())
+    if by_kind or not (rope or raw.get("rope_theta")):
         return config | types
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)

@@ -106,6 +106,7 @@ def read_rope(
     *,
     theta: float = 10000.0,
     rotated_share: float | None = None,
+    proportional: bool = False,
 ) -> RopeConfig:
     """RoPE in both spellings: `rope_parameters` (transformers 5), or `rope_theta` and
     `rope_scaling`.
@@ -115,12 +116,19 @@ def read_rope(
         theta: of an absent key.
         rotated_share: share of a head that turns, where the key is absent; None: the family turns
             all of it, and no other share is supported.
+        proportional: the family knows this type: pairs go over the whole head, and only the first
+            ones turn.
 
     Raises:
         InputError: naming the key.
     """
 
     def spelled(name: str) -> RopeConfig:
+        parameters = raw.get(name) or {}
+        if not isinstance(parameters, dict):
+            raise InputError(f"{name}: {parameters!r}; expected an object")
+        if proportional and parameters.get("rope_type") == "proportional":
+            return _proportional_rope(parameters, name, head, pairing, theta)
         return _rope_of(raw, name, head, pairing, theta, rotated_share)
 
     found = [spelled(name) for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
@@ -142,8 +150,6 @@ def _rope_of(
 ) -> RopeConfig:
     """What one of the spellings says, with `rope_theta` inside or beside it."""
     parameters = raw.get(name) or {}
-    if not isinstance(parameters, dict):
-        raise InputError(f"{name}: {parameters!r}; expected an object")
     given = {**raw, **parameters}
     beside_it = {**raw, "rope_type": parameters.get("type")}
     for key in ("rope_theta", "rope_type", "original_max_position_embeddings"):
@@ -172,6 +178,28 @@ def _rope_of(
     except InputError as error:
         raise InputError(f"{name}.{error}") from None
     return RopeConfig(base, rotated, pairing, yarn)
+
+
+def _proportional_rope(
+    parameters: Raw, name: str, head: int, pairing: Literal["interleaved", "half"], theta: float
+) -> RopeConfig:
+    """Pairs of the whole head, of which the first ones turn."""
+    try:
+        known = {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+        for key in sorted(parameters.keys() - known):
+            require(parameters, key, None)
+        require(parameters, "factor", None, 1, 1.0)
+        share = number(parameters, "partial_rotary_factor", 1.0)
+        base = number(parameters, "rope_theta", theta, above=1)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
+    turning = int(share * head // 2)
+    if share > 1 or head % 2 or not turning:
+        raise InputError(
+            f"{name}.partial_rotary_factor: {share:g} of a head of {head}; expected a pair at "
+            "least, and all of it at most"
+        )
+    return RopeConfig(base, head, pairing, turning=None if turning == head // 2 else turning)
 
 
 def _read_yarn(parameters: Raw, raw: Raw) -> YarnConfig:
@@ -320,6 +348,25 @@ def sparse_layers(raw: Raw, layers: int) -> tuple[int, ...]:
             f"num_hidden_layers = {layers}"
         )
     return found
+
+
+def layers_of(kinds: Any, layers: int, kind: str, *others: str) -> tuple[int, ...]:
+    """Indices of the layers of a kind.
+
+    Args:
+        kinds: what `layer_types` says.
+        others: what it may say of the other layers.
+
+    Raises:
+        InputError: naming the key.
+    """
+    known = (kind, *others)
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
+        raise InputError(
+            f"layer_types: {kinds!r}; expected {' or '.join(map(repr, known))} for each of "
+            f"num_hidden_layers = {layers}"
+        )
+    return tuple(layer for layer, its in enumerate(kinds) if its == kind)
 
 
 def refuse_windows(raw: Raw) -> None:

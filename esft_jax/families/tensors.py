@@ -224,6 +224,10 @@ class Layer(NamedTuple):
             transposed=len(shape) == 2,
         )
 
+    def vector(self, name: str, path: LeafPath, size: int, role: Role) -> None:
+        """A vector."""
+        self._add(name, path, (size,), role)
+
     def norm(self, name: str, path: LeafPath, width: int) -> None:
         """The scale of a norm."""
         self._add(f"{name}.weight", (*path, "scale"), (width,), Role.NORM)

@@ -29,6 +29,10 @@ class RouterConfig:
         score: what turns logits into scores over all experts. Softmax over the chosen logits alone
             is `softmax` with `renormalise`.
         logit_bias: a trained constant per expert is added to the logits.
+        input_norm: it reads what comes into the layer, under a norm of its own without a weight,
+            times a trained scale per feature, over the root of the hidden size.
+        expert_scale: gates are multiplied by a trained constant per expert after all else; it is
+            gain of the experts, and part of no score.
         selection_bias: a constant per expert is added to the scores for the choice, not to gates.
         group_limit: `none`; or only the `top_groups` best groups may be chosen from: those with the
             largest single score (`max`, DeepSeek-V2), or with the largest sum of two (`top2_sum`,
@@ -44,6 +48,8 @@ class RouterConfig:
     top_k: int
     score: Literal["softmax", "sigmoid"] = "softmax"
     logit_bias: bool = False
+    input_norm: bool = False
+    expert_scale: bool = False
     selection_bias: bool = False
     group_limit: GroupLimit = "none"
     num_groups: int = 1
@@ -99,7 +105,8 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        rotated: features of a head that turn: the first ones, where it has more.
+        rotated: features of a head that are paired: the first ones, where it has more.
+        turning: pairs that turn: the first ones; None: all.
         pairing: which features turn together: `interleaved` (2i, 2i + 1), or `half` (i and
             i + rotated / 2).
         yarn: extension of the context, if any.
@@ -109,6 +116,7 @@ class RopeConfig:
     rotated: int
     pairing: Literal["interleaved", "half"]
     yarn: YarnConfig | None = None
+    turning: int | None = None
 
     @property
     def rotation_scale(self) -> float:
@@ -286,6 +294,11 @@ class ModelConfig:
         shared_width: of the shared experts together; 0: none.
         shared_gate: the shared experts' output is multiplied by a sigmoid of the token.
         norm_offset: norms multiply by 1 + their weight.
+        output_norms: what attention and the feed-forward part add has a norm, too.
+        expert_norms: so has what routed and shared experts give, each of its own, and the input of
+            the routed ones has one beside that of the shared ones.
+        layer_scale: a layer's output is multiplied by a constant of its own.
+        logit_cap: see `ops.cross_entropy.soft_cap`.
         tie_embeddings: the head is the embedding.
         max_positions: the longest row the model is made for.
         carried: what the names of tensors begin with that the model does not use, and that exports
@@ -320,6 +333,10 @@ class ModelConfig:
     prefix: str = "model."
     second: SecondAttention | None = None
     norm_offset: bool = False
+    output_norms: bool = False
+    expert_norms: bool = False
+    layer_scale: bool = False
+    logit_cap: float | None = None
 
     @property
     def norm(self) -> NormConfig:

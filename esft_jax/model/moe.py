@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.mlp import MLP
+from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
 from esft_jax.model.router import Router, RouterOutput
 from esft_jax.moe.carry import Carried
@@ -49,7 +50,7 @@ class MoE(nnx.Module):
     """Router, routed experts and shared experts."""
 
     def __init__(self, config: ModelConfig, params: ParamFactory):
-        self.router = Router(config.hidden_size, config.router, params)
+        self.router = Router(config.hidden_size, config.router, params, config.norm_eps)
         self.experts = RoutedExperts(config, params)
         size, width = config.hidden_size, config.shared_width
         self.activation = config.activation
@@ -58,11 +59,16 @@ class MoE(nnx.Module):
         )
         if config.shared_gate:
             self.shared_gate = params.weight((size, 1), ("embed", None), Role.SHARED_EXPERT)
-        self.gated = config.shared_gate
+        self.gated, self.normed = config.shared_gate, config.expert_norms
+        if self.normed:
+            self.input_norm = RMSNorm(size, config.norm, params)
+            self.output_norm = RMSNorm(size, config.norm, params)
+            self.shared_norm = RMSNorm(size, config.norm, params)
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
+        plain: Float[Array, "B S D"],
         keep: Bool[Array, "B S"],
         layer: Int[Array, ""],
         adapted: Adapted | None,
@@ -73,21 +79,25 @@ class MoE(nnx.Module):
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
         Args:
+            x: the layer's input under its norm.
+            plain: without it.
             layer: this layer's index among the MoE layers, to find its experts.
             adapted: what replaces or updates experts.
             carried: of it, from layer to layer (`carry_banks`).
         """
-        shape = x.shape
-        routed = self.router(x.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
+        shape, seen = x.shape, plain if self.router.config.input_norm else x
+        routed = self.router(seen.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
-        routing = Routing(routed.expert_ids, routed.gates)
-        experts = self.experts.weights
+        routing = Routing(routed.expert_ids, self.router.factors(routed, x.dtype))
+        experts, inner = self.experts.weights, self.input_norm(plain) if self.normed else x
         out, carried = adapted_moe(
-            x, routing, experts, self.activation, layer, adapted, carried, mesh, transport
+            inner, routing, experts, self.activation, layer, adapted, carried, mesh, transport
         )
+        if self.normed:
+            out = self.output_norm(out)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
             if self.gated:
                 shared *= jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
-            out = out + shared
+            out = out + (self.shared_norm(shared) if self.normed else shared)
         return out, routed, carried

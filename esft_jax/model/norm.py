@@ -25,7 +25,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, config: NormConfig, params: ParamFactory):
-        self.scale = params.scale(size, 0.0 if config.offset else 1.0)
+        self.scale = params.scale(size, value=0.0 if config.offset else 1.0)
         self.config = config
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

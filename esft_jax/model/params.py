@@ -10,17 +10,24 @@ from jax.typing import DTypeLike
 
 
 class Role(StrEnum):
-    """What a parameter is for. What is trained, decayed or updated is decided by it alone."""
+    """What a parameter is for. What is trained, decayed or updated is decided by it alone.
+
+    No method trains those of `CONSTANTS`.
+    """
 
     EMBEDDING = auto()
     HEAD = auto()
     NORM = auto()
     ATTENTION = auto()
     ROUTER = auto()
-    SELECTION_BIAS = auto()  # of a router; load balancing set it once, and no method trains it
+    SELECTION_BIAS = auto()  # of a router; load balancing set it once
+    LAYER_SCALE = auto()  # of a layer's output; published as a constant
     DENSE_MLP = auto()
     SHARED_EXPERT = auto()
     ROUTED_EXPERT = auto()
+
+
+CONSTANTS = frozenset({Role.SELECTION_BIAS, Role.LAYER_SCALE})
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class ParamFactory:
         dtype = jnp.float32 if role is Role.SELECTION_BIAS else self.dtype
         return nnx.Param(jnp.zeros(shape, dtype), axes=axes, role=role)
 
-    def scale(self, size: int, value: float = 1.0) -> nnx.Param:
-        """A norm's per-feature scale, constant."""
+    def scale(self, size: int, role: Role = Role.NORM, value: float = 1.0) -> nnx.Param:
+        """A factor per feature, all the same at first."""
         shape, axes = self._full((size,), (None,))
-        return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes, role=Role.NORM)
+        return nnx.Param(jnp.full(shape, value, self.dtype), axes=axes, role=role)

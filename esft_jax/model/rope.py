@@ -21,6 +21,8 @@ def inverse_frequencies(config: RopeConfig) -> np.ndarray:
     """
     size, yarn = config.rotated, config.yarn
     plain = config.theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if config.turning is not None:
+        plain[config.turning :] = 0
     if yarn is None:
         return plain.astype(np.float32)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.model.config import RouterConfig
+from esft_jax.model.norm import normalise
 from esft_jax.model.params import ParamFactory, Role
 from esft_jax.sharding import RULES
 
@@ -60,33 +61,39 @@ def choose(
     return ids, gates * config.scale
 
 
+def _rounded(param: nnx.Param, dtype: jnp.dtype) -> Float[Array, "..."]:
+    """A parameter, in float32, rounded as all others are, and as it will be saved."""
+    kind = jnp.finfo(dtype)
+    # Not by two casts: compilers may leave them out.
+    return jax.lax.reduce_precision(param[...].astype(jnp.float32), kind.nexp, kind.nmant)
+
+
 class Router(nnx.Module):
     """Scores over all experts, top-k after them. Scores are always float32: lower precision flips
     experts.
     """
 
-    def __init__(self, size: int, config: RouterConfig, params: ParamFactory):
+    def __init__(self, size: int, config: RouterConfig, params: ParamFactory, norm_eps: float):
         self.weight = params.weight((size, config.num_experts), ("embed", None), Role.ROUTER)
         if config.selection_bias:
             self.selection_bias = params.bias(config.num_experts, Role.SELECTION_BIAS)
         if config.logit_bias:
             self.logit_bias = params.bias(config.num_experts, Role.ROUTER)
-        self.config = config
+        if config.input_norm:
+            self.input_scale = params.scale(size, Role.ROUTER)
+        if config.expert_scale:
+            self.expert_scale = params.scale(config.num_experts, Role.ROUTER)
+        self.config, self.norm_eps = config, norm_eps
 
     def __call__(
         self, x: Float[Array, "T D"], keep: Bool[Array, " T"], mesh: Mesh | None = None
     ) -> RouterOutput:
         """Route tokens; those not in `keep` go to the phantom expert with gate 0."""
-        kind = jnp.finfo(x.dtype)
-
-        def rounded(param: nnx.Param) -> Array:
-            # A trained weight is rounded here as all others are, and as it will be saved. Not by
-            # two casts: compilers may leave them out.
-            wide = param[...].astype(jnp.float32)
-            return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
-
-        highest = jax.lax.Precision.HIGHEST
-        logits = jnp.matmul(x.astype(jnp.float32), rounded(self.weight), precision=highest)
+        rounded, wide = partial(_rounded, dtype=x.dtype), x.astype(jnp.float32)
+        if self.config.input_norm:
+            scale = rounded(self.input_scale) * x.shape[-1] ** -0.5
+            wide = normalise(x, self.norm_eps) * scale
+        logits = jnp.matmul(wide, rounded(self.weight), precision=jax.lax.Precision.HIGHEST)
         if self.config.logit_bias:
             logits += rounded(self.logit_bias)
         score = jax.nn.softmax if self.config.score == "softmax" else jax.nn.sigmoid
@@ -109,3 +116,10 @@ class Router(nnx.Module):
             gates=jnp.where(keep[:, None], gates, 0.0),
             scores=jnp.where(keep[:, None], scores, 0.0),
         )
+
+    def factors(self, routed: RouterOutput, dtype: jnp.dtype) -> Float[Array, "... K"]:
+        """What the outputs of chosen experts are multiplied by: gates, and the experts' scales."""
+        if not self.config.expert_scale:
+            return routed.gates
+        scale = _rounded(self.expert_scale, dtype)
+        return routed.gates * scale.at[routed.expert_ids].get(mode="fill", fill_value=0)

@@ -30,6 +30,7 @@ from esft_jax.model.scan import LayerOutput, scan_layers
 from esft_jax.moe.carry import Carried, carry_banks
 from esft_jax.moe.transport import Transport
 from esft_jax.moe.weights import Adapted
+from esft_jax.ops.cross_entropy import soft_cap
 from esft_jax.sharding import RULES, constrain_batch
 
 
@@ -46,7 +47,7 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward with residual connections.
+    """Attention and feed-forward, each under a norm, with residual connections.
 
     All layers of a stack are one block; those with attention of one kind share the stacked
     parameters of it.
@@ -60,6 +61,12 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm, params)
         self.attention, self.second_attention = attention(0), attention(1)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm, params)
+        self.config = config
+        if config.output_norms:
+            self.attention_output_norm = RMSNorm(config.hidden_size, config.norm, params)
+            self.ffn_output_norm = RMSNorm(config.hidden_size, config.norm, params)
+        if config.layer_scale:
+            self.scale = params.scale(1, Role.LAYER_SCALE)
         if moe:
             self.moe = MoE(config, params)
         else:
@@ -71,6 +78,23 @@ class Block(nnx.Module):
     def attentions(self) -> tuple[Attention | None, Attention | None]:
         """Of each kind; None, if no layer has it."""
         return self.attention, self.second_attention
+
+    def add_attention(
+        self, x: Float[Array, "B S D"], out: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The residual stream behind attention."""
+        if self.config.output_norms:
+            out = self.attention_output_norm(out)
+        return x + self.config.multipliers.residual * out
+
+    def add_feed_forward(
+        self, x: Float[Array, "B S D"], out: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The layer's output."""
+        if self.config.output_norms:
+            out = self.ffn_output_norm(out)
+        x = x + self.config.multipliers.residual * out
+        return x * self.scale[...].astype(x.dtype) if self.config.layer_scale else x
 
 
 class Transformer(nnx.Module):
@@ -153,17 +177,17 @@ class Transformer(nnx.Module):
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         positions = _positions(segment_ids) if positions is None else jnp.asarray(positions)
         rotations = [rotation(rope, positions) for _, rope in self.config.attentions]
-        keep, residual = segment_ids > 0, self.config.multipliers.residual
+        keep = segment_ids > 0
 
         def attend(block: Block, kind: int, x: Array) -> Array:
             x, attention = constrain_batch(x, self.mesh), block.attentions[kind]
             assert attention is not None, "a layer of this kind has it"
             out = attention(block.attention_norm(x), *rotations[kind], segment_ids, self.mesh)
-            return x + residual * out
+            return block.add_attention(x, out)
 
         def dense_layer(block: Block, kind: int, x: Array, *_: Any) -> tuple:
             x = attend(block, kind, x)
-            return x + residual * block.mlp(block.ffn_norm(x)), LayerOutput()
+            return block.add_feed_forward(x, block.mlp(block.ffn_norm(x))), LayerOutput()
 
         def moe_layer(
             block: Block, kind: int, carry: tuple, layer: Array, _: None, adapted: Adapted | None
@@ -171,9 +195,9 @@ class Transformer(nnx.Module):
             x, carried = carry
             x = attend(block, kind, x)
             out, router, carried = block.moe(
-                block.ffn_norm(x), keep, layer, adapted, carried, self.mesh, self.transport
+                block.ffn_norm(x), x, keep, layer, adapted, carried, self.mesh, self.transport
             )
-            return (x + residual * out, carried), LayerOutput(router)
+            return (block.add_feed_forward(x, out), carried), LayerOutput(router)
 
         x, carried = self._embed(tokens), None
         routers: list[RouterOutput] = []
@@ -218,7 +242,7 @@ class Transformer(nnx.Module):
             self.head_weight().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
-        return constrain_batch(logits, self.mesh)
+        return constrain_batch(soft_cap(logits, self.config.logit_cap), self.mesh)
 
     def head_weight(self) -> Float[Array, "D V"]:
         """The head's matrix; the embedding's transpose when they are tied."""
@@ -245,7 +269,7 @@ class Transformer(nnx.Module):
             keep: False for padding behind a row's tokens, which no expert computes.
             caches: see `init_cache`.
         """
-        config, residual = self.config, self.config.multipliers.residual
+        config = self.config
         rotations = [rotation(rope, positions) for _, rope in config.attentions]
 
         def attend(block: Block, kind: int, x: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -254,19 +278,20 @@ class Transformer(nnx.Module):
             out, cache = attention.decode(
                 block.attention_norm(x), *rotations[kind], positions, keep, cache
             )
-            return x + residual * out, cache
+            return block.add_attention(x, out), cache
 
         def dense_layer(block: Block, kind: int, x: Array, layer: Array, cache: Cache) -> tuple:
             x, cache = attend(block, kind, x, cache)
-            return x + residual * block.mlp(block.ffn_norm(x)), LayerOutput(cache=cache)
+            out = block.add_feed_forward(x, block.mlp(block.ffn_norm(x)))
+            return out, LayerOutput(cache=cache)
 
         def moe_layer(block: Block, kind: int, carry: tuple, layer: Array, cache: Cache) -> tuple:
             x, carried = carry
             x, cache = attend(block, kind, x, cache)
             out, _, carried = block.moe(
-                block.ffn_norm(x), keep, layer, self.tuned_experts, carried, self.mesh
+                block.ffn_norm(x), x, keep, layer, self.tuned_experts, carried, self.mesh
             )
-            return (x + residual * out, carried), LayerOutput(cache=cache)
+            return (block.add_feed_forward(x, out), carried), LayerOutput(cache=cache)
 
         x, carried = self._embed(tokens), self._carried()
         found: list[list[Cache]] = [[] for _ in caches]

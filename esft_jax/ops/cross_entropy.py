@@ -26,6 +26,7 @@ def cross_entropy_sums(
     targets: Int[Array | np.ndarray, "B S"],
     weights: Float[Array | np.ndarray, "B S"],
     mesh: Mesh | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " B"]]:
     """Sum over tokens of weight times negative log-likelihood (nats), in float32, and of each row.
 
@@ -39,18 +40,33 @@ def cross_entropy_sums(
     On a mesh, the devices of an expert group share the vocabulary out: each meets its words with
     the tokens of the whole group (Megatron-LM, arXiv 1909.08053, section 3), so that no device
     ever holds the whole head. A vocabulary that the mesh does not divide is whole on all.
+
+    Args:
+        cap: see `soft_cap`.
     """
     targets, weights = jnp.asarray(targets), jnp.asarray(weights)
-    total, rows = _cross_entropy_sums(mesh, hidden, head, targets, weights)
+    total, rows = _cross_entropy_sums(mesh, cap, hidden, head, targets, weights)
     return total, jax.lax.stop_gradient(rows)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Logits kept within both signs of a bound, smoothly: `cap tanh(logits / cap)`; None: as they
+    are.
+    """
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy_sums(
-    mesh: Mesh | None, hidden: Array, head: Array, targets: Array, weights: Array
+    mesh: Mesh | None,
+    cap: float | None,
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
 ) -> tuple[Array, Array]:
     return _with_gradients(
-        mesh, hidden, head, targets, weights, hidden_grad=False, head_grad=False
+        mesh, cap, hidden, head, targets, weights, hidden_grad=False, head_grad=False
     )[0]
 
 
@@ -63,6 +79,7 @@ class _Needed:
 
 def _forward(
     mesh: Mesh | None,
+    cap: float | None,
     hidden: CustomVJPPrimal,
     head: CustomVJPPrimal,
     targets: CustomVJPPrimal,
@@ -70,6 +87,7 @@ def _forward(
 ) -> tuple[tuple[Array, Array], tuple]:
     sums, *grads = _with_gradients(
         mesh,
+        cap,
         hidden.value,
         head.value,
         targets.value,
@@ -80,7 +98,9 @@ def _forward(
     return sums, (*grads, _Needed((hidden.value.dtype, head.value.dtype)))
 
 
-def _backward(mesh: Mesh | None, residuals: tuple, cotangents: tuple[Array, Any]) -> tuple:
+def _backward(
+    mesh: Mesh | None, cap: float | None, residuals: tuple, cotangents: tuple[Array, Any]
+) -> tuple:
     *grads, needed = residuals
     cotangent, _ = cotangents
     scaled = (
@@ -95,6 +115,7 @@ _cross_entropy_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _with_gradients(
     mesh: Mesh | None,
+    cap: float | None,
     hidden: Array,
     head: Array,
     targets: Array,
@@ -104,7 +125,7 @@ def _with_gradients(
     head_grad: bool,
 ) -> tuple[tuple[Array, Array], Array | None, Array | None]:
     """The loss sum and that of each row; gradients by `hidden` and by `head` where wanted."""
-    scan = partial(_scan_chunks, hidden_grad=hidden_grad, head_grad=head_grad)
+    scan = partial(_scan_chunks, cap=cap, hidden_grad=hidden_grad, head_grad=head_grad)
     if mesh is None or mesh.size == 1:
         return scan(hidden, head, targets, weights)
     columns = RULES.spec((None, "vocab"), head.shape, mesh)
@@ -139,6 +160,7 @@ def _scan_chunks(
     targets: Array,
     weights: Array,
     *,
+    cap: float | None,
     hidden_grad: bool,
     head_grad: bool,
     group: str | None = None,
@@ -168,7 +190,7 @@ def _scan_chunks(
         rows, words, row_weights = own
         if group is not None:
             words = words - jax.lax.axis_index(group) * matrix.shape[1]
-        logits = product("td,dv->tv", rows, matrix)
+        logits = soft_cap(product("td,dv->tv", rows, matrix), cap)
         top = logits.max(axis=-1, keepdims=True)
         if group is not None:
             top = jax.lax.pmax(top, group)
@@ -186,6 +208,8 @@ def _scan_chunks(
             return None, losses, None
         hit = jnp.arange(logits.shape[-1]) == words
         dlogits = exps * (row_weights / sums) - jnp.where(hit, row_weights, 0)
+        if cap is not None:
+            dlogits *= 1 - (logits / cap) ** 2
         dlogits = dlogits.astype(hidden.dtype)
         if dhead is not None:
             # In parts, since XLA turns a whole matrix around slowly on a CPU.

@@ -40,7 +40,12 @@ def loss_sums(
     """
     hidden, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     total, rows = cross_entropy_sums(
-        hidden, model.head_weight(), batch["targets"], batch["loss_weights"], model.mesh
+        hidden,
+        model.head_weight(),
+        batch["targets"],
+        batch["loss_weights"],
+        model.mesh,
+        model.config.logit_cap,
     )
     return total, rows, router
 

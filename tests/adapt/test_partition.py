@@ -12,7 +12,7 @@ from esft_jax.adapt.parts import PARTS, roles_of
 from esft_jax.errors import InputError
 from esft_jax.families import read_model_config
 from esft_jax.model import Transformer
-from esft_jax.model.params import Role
+from esft_jax.model.params import CONSTANTS, Role
 
 # With every role but a head, selection biases among them.
 RAW = {
@@ -31,7 +31,7 @@ RAW = {
     "max_position_embeddings": 32,
     "tie_word_embeddings": True,
 }
-ROLES = set(Role) - {Role.HEAD, Role.SELECTION_BIAS}
+ROLES = set(Role) - {Role.HEAD, *CONSTANTS}
 
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part != "head"])

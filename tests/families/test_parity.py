@@ -56,6 +56,37 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GEMMA4 = {
+    "head_dim": 12,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "global_head_dim": 20,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.3,
+        },
+    },
+}
+VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "patch_size": 2,
+    "position_embedding_size": 16,
+}
+ROUTERS = "mlp.gate.weight", "router.weight", "router.proj.weight", "wg.weight"
 CASES = {
     "deepseek_v2": ("deepseek_v2", MLA | {"first_k_dense_replace": 1, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", MLA | {"first_k_dense_replace": 1}),
@@ -120,6 +151,23 @@ CASES = {
         "ernie4_5_moe",
         {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 24, "head_dim": 12},
     ),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": GEMMA4
+            | {
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
+                "final_logit_softcapping": 4.0,
+            },
+            "vision_config": VISION,
+            "audio_config": None,
+        },
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        GEMMA4 | {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 3},
+    ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 3, "head_dim": 12}),
 }
 
@@ -128,7 +176,10 @@ CASES = {
 def pair(request, tmp_path_factory):
     """A transformers model with random weights everywhere, and its folder."""
     family, changes = CASES[request.param]
-    config = transformers.AutoConfig.for_model(family, **(SHAPE | changes))
+    keys = SHAPE | changes
+    if "text_config" in changes:  # a model of several parts
+        keys = changes | {"text_config": SHAPE | changes["text_config"]}
+    config = transformers.AutoConfig.for_model(family, **keys)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -137,7 +188,7 @@ def pair(request, tmp_path_factory):
                 tensor.normal_(-0.5, 0.3)
             elif "inv_freq" not in name and tensor.ndim == 1:  # norms and biases
                 tensor.normal_(1, 0.3)
-            elif name.endswith(("mlp.gate.weight", "router.weight", "wg.weight")):
+            elif name.endswith(ROUTERS):
                 tensor.normal_(0, 0.5)
     folder = tmp_path_factory.mktemp(family) / "model"
     model.eval().save_pretrained(folder)
@@ -159,7 +210,7 @@ def theirs(pair):
     cotangent = rng.normal(size=logits.shape).astype(np.float32)
     experts = {
         (layer, name.rsplit(".", 1)[-1].removesuffix("_proj")): weight
-        for layer, block in enumerate(model.model.layers)
+        for layer, block in enumerate(model.get_decoder().layers)
         for name, weight in block.named_parameters()
         if "experts." in name and weight.ndim == 3
     }

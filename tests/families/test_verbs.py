@@ -13,7 +13,7 @@ from esft_jax import convert, export, generate, report, train
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.checkpoint.export import save_model
 from esft_jax.checkpoint.load import load_base, load_model
-from esft_jax.families import load_model_config
+from esft_jax.families import load_model_config, tensor_table
 from esft_jax.model.transformer import Transformer
 from tests.checkpoint.checkpoints import assert_same
 
@@ -36,6 +36,19 @@ MODELS = {
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "glm4_moe": {"n_routed_experts": 8, "use_qk_norm": True, "num_nextn_predict_layers": 1},
     "granitemoe": {"num_local_experts": 8, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    # Two kinds of attention; constants; fused files.
+    "gemma4_text": {
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 8,
+        "global_head_dim": 20,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 10.0,
+    },
 }
 MTP = "model.layers.3.mlp.gate.weight"
 
@@ -90,11 +103,10 @@ def test_selected_experts_are_trained_and_exported(config, model, tmp_path, caps
     before, after = (load_file(f / "model.safetensors") for f in (model, target))
     assert before.keys() == after.keys()
     changed = {name for name in before if (before[name] != after[name]).any()}
-    fused = {name for name in changed if name.endswith("_linear.weight")}
-    if fused:  # Granite's files hold all experts of a layer in two tensors
-        assert changed == fused
-    else:
-        assert changed == set(stored)
+    # Some families' files hold all experts of a layer in two tensors.
+    fused = tensor_table(load_model_config(model)).fused
+    in_files = {name if name in before else fused[name].name for name in stored}
+    assert changed == in_files
     if MTP in before:
         np.testing.assert_array_equal(before[MTP], after[MTP])
     arguments = ["--model", str(target), "--prompt", "What is 2 plus 2?", "--max-new-tokens", "4"]
@@ -116,7 +128,8 @@ def test_other_methods(config, model, tmp_path, method):
     if method == "full":
         before, after = (load_file(f / "model.safetensors") for f in (model, result))
         kept = {name for name in after if (before[name] == after[name]).all()}
-        assert all("e_score_correction_bias" in name or name == MTP for name in kept)
+        constant = ("e_score_correction_bias", "layer_scalar")
+        assert all(name.endswith(constant) or name == MTP for name in kept)
     else:
         assert load_file(result / "adapter_model.safetensors")
 

@@ -8,11 +8,11 @@ from flax import nnx
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from esft_jax.families import read_model_config
-from esft_jax.model.config import NormConfig
+from esft_jax.model.config import NormConfig, RouterConfig
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory
 from esft_jax.model.rope import inverse_frequencies, rotate, rotation
-from esft_jax.model.router import choose
+from esft_jax.model.router import Router, choose
 from tests.checkpoint.checkpoints import SHAPE, torch_model
 from tests.model.parity import V2, YARN, normal, run
 from tests.yardstick import deepseek, torch
@@ -181,8 +181,21 @@ def test_router_is_float32_whatever_the_activations_are(lite):
     np.testing.assert_allclose(run(router, x, np.ones(24, bool)).scores, expected, **CLOSE)
 
 
+def test_scales_of_experts_are_no_part_of_gates():
+    """Scores are made of gates: gain of an expert says nothing of who chose it."""
+    config = RouterConfig(6, 2, renormalise=True, input_norm=True, expert_scale=True)
+    router = Router(8, config, ParamFactory(nnx.Rngs(0), np.float32, 0.5), 1e-6)
+    scale = normal(6, seed=1)
+    router.expert_scale.set_value(jnp.asarray(scale))
+    routed = router(jnp.asarray(normal(5, 8)), jnp.arange(5) < 4)
+    np.testing.assert_allclose(routed.gates.sum(axis=1), [1, 1, 1, 1, 0], rtol=1e-6)
+    factors = router.factors(routed, jnp.dtype(jnp.float32))
+    expected = np.append(scale, 0)[routed.expert_ids] * routed.gates
+    np.testing.assert_allclose(factors, expected, rtol=1e-6)
+
+
 def moe(pair, x, keep):
-    return run(pair.jax_layer(3).moe, x, keep, np.int32(0), None, None, None)[:2]
+    return run(pair.jax_layer(3).moe, x, x, keep, np.int32(0), None, None, None)[:2]
 
 
 def test_moe_layer(pair):
@@ -227,7 +240,8 @@ def test_whole_block(v2, layer):
         x = x + block.attention(block.attention_norm(x), cos, sin, segments)
         if layer == 0:
             return x + block.mlp(block.ffn_norm(x))
-        return x + block.moe(block.ffn_norm(x), segments > 0, jnp.int32(0), None, None, None)[0]
+        inner = block.ffn_norm(x)
+        return x + block.moe(inner, x, segments > 0, jnp.int32(0), None, None, None)[0]
 
     with torch.no_grad():
         theirs = v2.torch_layer(layer)(

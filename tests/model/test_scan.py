@@ -100,7 +100,7 @@ def one_by_one(model, tokens):
         x = x + attention(cut["attention_norm"](x), *turn, segments)
         inner = cut["ffn_norm"](x)
         if moe:
-            out, *_ = cut["moe"](inner, segments > 0, jnp.int32(0), None, None, None)
+            out, *_ = cut["moe"](inner, x, segments > 0, jnp.int32(0), None, None, None)
         else:
             out = cut["mlp"](inner)
         x = x + out

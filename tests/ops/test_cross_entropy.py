@@ -59,6 +59,28 @@ def test_value_and_gradients(inputs):
     close(ours(**inputs), plain(**inputs), 1e-5)
 
 
+def test_logits_may_have_a_soft_bound(inputs):
+    cap, names = 1.5, ("hidden", "targets", "weights")  # logits go far past it
+    short = inputs | {key: inputs[key][:, :10] for key in names}
+    hidden, head, targets, weights = (np.asarray(short[n], np.float64) for n in inputs)
+
+    def expected(hidden, head):
+        logits = cap * np.tanh(hidden @ head / cap)
+        exps = np.exp(logits)
+        probs = exps / exps.sum(axis=-1, keepdims=True)
+        onehot = np.eye(V)[targets.astype(int)]
+        dlogits = weights[..., None] * (probs - onehot) * (1 - (logits / cap) ** 2)
+        value = -np.sum(weights * np.log((probs * onehot).sum(axis=-1)))
+        return value, (dlogits @ head.T, np.einsum("bsd,bsv->dv", hidden, dlogits))
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def found(hidden, head):
+        return cross_entropy_sums(hidden, head, short["targets"], short["weights"], cap=cap)[0]
+
+    close(found(short["hidden"], short["head"]), expected(hidden, head), 1e-5)
+
+
 def test_a_length_that_is_no_multiple_of_the_chunk(inputs):
     short = inputs | {key: inputs[key][:, :10] for key in ("hidden", "targets", "weights")}
     close(ours(**short), plain(**short), 1e-5)
