@@ -1,5 +1,8 @@
 """Switches of grouped-query attention, against modules of transformers that have them."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
 
+from esft_jax.model.attention.core import attend
 from esft_jax.model.attention.gqa import GroupedAttention
 from esft_jax.model.config import GroupedAttentionConfig, NormConfig, RopeConfig
 from esft_jax.model.params import ParamFactory, Role
+from esft_jax.sharding import make_mesh
 from tests.model.parity import normal, run
 from tests.yardstick import torch
 
@@ -172,3 +177,21 @@ def test_roles_and_matrices(pair):
     assert {p.role for p in params.values()} == {Role.ATTENTION}
     assert {name for name, p in params.items() if p.get_value().ndim == 2} == set(ours.matrices)
     assert ("v" in params, "sinks" in params) == (not ours.config.shared_values, ours.config.sinks)
+
+
+def test_sinks_get_the_gradients_of_all_devices():
+    heads = HEADS, KEY_HEADS, KEY_HEADS
+    query, key, value = (
+        jnp.asarray(normal(8, 10, count, HEAD, seed=seed)) for seed, count in enumerate(heads)
+    )
+    segments = jnp.ones((8, 10), np.int32)
+
+    def loss(sinks, mesh):
+        return (attend(query, key, value, segments, 1.0, mesh, 4, sinks) ** 2).sum()
+
+    alone, together = (
+        jax.jit(jax.grad(partial(loss, mesh=mesh)))(normal(HEADS))
+        for mesh in (None, make_mesh(data=2, expert=4))
+    )
+    assert np.abs(alone).min() > 0
+    np.testing.assert_allclose(together, alone, rtol=1e-5)

@@ -102,24 +102,42 @@ def check(dtype, layer):
     assert found["temporary"] < 1.1 * width * (2 * rows * f + tuned * d * f) + 2**20
 
 
-@pytest.mark.parametrize("dtype", BYTES)
-def test_attention_of_deepseek_v2_lite(dtype):
+def check_attention(dtype, length, heads, key_heads, width, value_width, window):
     """The kernels fit, and memory is linear in the length of a row."""
-    length, heads, width, value_width = 4096, 16, 192, 128
-    found = compile_for_h100(ATTENTION, dtype, length, heads, heads, width, value_width)
+    sizes = (length, heads, key_heads, width, value_width, window)
+    found = compile_for_h100(ATTENTION, dtype, *sizes)
     assert found["kernels"] == 3  # the forward pass, gradients of queries, of keys and values
     # The result, and two numbers per query.
     assert found["temporary"] < length * heads * (value_width * BYTES[dtype] + 8) + 2**20
 
 
-def test_attention_of_qwen3_30b():
-    """Heads of keys and values are not repeated; each head of queries has its part of their
-    gradients.
-    """
-    length, heads, key_heads, width = 4096, 32, 4, 128
-    found = compile_for_h100(ATTENTION, "bfloat16", length, heads, key_heads, width, width)
-    assert found["kernels"] == 3
-    assert found["temporary"] < length * heads * (3 * width * 2 + 8) + 2**20
+@pytest.mark.parametrize("dtype", BYTES)
+def test_attention_of_deepseek_v2_lite(dtype):
+    check_attention(dtype, 4096, 16, 16, 192, 128, 0)
+
+
+# Heads of queries and of keys, the width of each, and the window.
+HEADS = {
+    "qwen3-30b": (32, 4, 128, 0),
+    "gpt-oss-20b": (64, 8, 64, 128),
+    "gemma-4 local": (16, 8, 256, 1024),
+    "gemma-4 global": (16, 2, 512, 0),
+    "an odd share": (6, 2, 72, 100),
+}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_attention_of_few_heads_of_keys(heads):
+    """Neither they nor their gradients are repeated for each head of queries."""
+    query_heads, key_heads, width, window = heads
+    check_attention("bfloat16", 4096, query_heads, key_heads, width, width, window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_attention_of_few_heads_of_keys_in_float32(heads):
+    query_heads, key_heads, width, window = heads
+    check_attention("float32", 4096, query_heads, key_heads, width, width, window)
 
 
 @pytest.mark.slow

@@ -100,9 +100,9 @@ def check(chip, layer):
     assert found["temporary"] < 1.1 * (2 * 2 * rows * f + 2 * tuned * d * f) + 2**20
 
 
-def check_attention(chip, length, heads, key_heads, width, value_width):
+def check_attention(chip, length, heads, key_heads, width, value_width, window=0):
     """The kernels were chosen, they fit, and memory is linear in the length of a row."""
-    found = compile_for(chip, ATTENTION, length, heads, key_heads, width, value_width)
+    found = compile_for(chip, ATTENTION, length, heads, key_heads, width, value_width, window)
     assert found["kernels"] == 3  # the forward pass, gradient of queries, of keys and values
     width, value_width = (-(-w // 128) * 128 for w in (width, value_width))
     padded = heads * width + key_heads * (width + value_width)
@@ -118,6 +118,10 @@ def test_attention_of_few_heads_of_keys_on_v5e():
     check_attention("v5e", 1024, 8, 2, 128, 128)
 
 
+def test_attention_of_a_window_and_sinks_on_v5e():
+    check_attention("v5e", 1024, 8, 2, 64, 64, 128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", SLICES)
 def test_attention_of_deepseek_v2_lite(chip):
@@ -129,6 +133,22 @@ def test_attention_of_deepseek_v2_lite(chip):
 @pytest.mark.parametrize("chip", [chip for chip in SLICES if chip != "tpu7x"])
 def test_attention_of_qwen3_30b(chip):
     check_attention(chip, 4096, 32, 4, 128, 128)
+
+
+# Heads of queries and of keys, the width of each, and the window.
+HEADS = {
+    "gpt-oss-20b": (64, 8, 64, 128),
+    "gemma-4 local": (16, 8, 256, 1024),
+    "gemma-4 global": (16, 2, 512, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_attention_of_windows_and_wide_heads(chip, heads):
+    query_heads, key_heads, width, window = heads
+    check_attention(chip, 4096, query_heads, key_heads, width, width, window)
 
 
 @pytest.mark.slow
