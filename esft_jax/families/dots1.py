@@ -1,6 +1,5 @@
 """dots.llm1: GQA with a norm of each head, DeepSeek-V3's routing."""
 
-from esft_jax.errors import InputError
 from esft_jax.families.glm4_moe import names
 from esft_jax.families.keys import (
     Raw,
@@ -11,8 +10,9 @@ from esft_jax.families.keys import (
     read_biased_router,
     read_grouped_attention,
     read_rope,
-    refuse_windows,
+    read_windows,
     require,
+    windowed_layers,
 )
 from esft_jax.model.config import ModelConfig
 
@@ -22,12 +22,14 @@ __all__ = ["names", "read_config"]
 def read_config(raw: Raw) -> ModelConfig:
     """See `esft_jax.families`."""
     require(raw, "hidden_act", "silu")
-    refuse_windows(raw)
     layers, width = integer(raw, "num_hidden_layers", 62), integer(raw, "moe_intermediate_size")
-    if raw.get("sliding_window", 4096) and integer(raw, "max_window_layers", 62, least=0) < layers:
-        raise InputError("max_window_layers: windows are not supported; expected all layers")
+    below = integer(raw, "max_window_layers", 62, least=0)
+    if raw.get("sliding_window", 4096) is None:
+        below = layers
     bias = flag(raw, "attention_bias", False)
     attention = read_grouped_attention(raw, bias=(bias, bias), key_heads=32, norm="head")
+    windowed = windowed_layers(raw, layers, range(below, layers))
+    attention, second = read_windows(raw, attention, layers, windowed)
     shared = 0
     if raw.get("n_shared_experts") is not None:
         shared = integer(raw, "n_shared_experts", least=0)
@@ -41,6 +43,7 @@ def read_config(raw: Raw) -> ModelConfig:
         shared_width=shared * width,
         shared_gate=False,
         attention=attention,
+        second=second,
         rope=read_rope(raw, attention.head, "half"),
         router=read_biased_router(raw, renormalise=False),
         norm_eps=number(raw, "rms_norm_eps", 1e-6),

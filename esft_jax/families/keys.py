@@ -1,7 +1,8 @@
 """Reading keys of a `config.json`, and what many families say in the same words."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from esft_jax.errors import InputError
@@ -10,6 +11,7 @@ from esft_jax.model.config import (
     LatentAttentionConfig,
     RopeConfig,
     RouterConfig,
+    SecondAttention,
     YarnConfig,
 )
 
@@ -369,15 +371,39 @@ def layers_of(kinds: Any, layers: int, kind: str, *others: str) -> tuple[int, ..
     return tuple(layer for layer, its in enumerate(kinds) if its == kind)
 
 
-def refuse_windows(raw: Raw) -> None:
-    """Refuse layers that see a part of the row only.
+def windowed_layers(raw: Raw, layers: int, default: Iterable[int]) -> tuple[int, ...]:
+    """Indices of the layers with a window, by `layer_types`.
+
+    Args:
+        default: these, where the key is absent or null.
 
     Raises:
         InputError: naming the key.
     """
     kinds = raw.get("layer_types")
-    if kinds is not None and set(kinds) != {"full_attention"}:
-        raise InputError(f"layer_types: {kinds!r}; expected 'full_attention' only")
+    if kinds is None:
+        return tuple(default)
+    return layers_of(kinds, layers, "sliding_attention", "full_attention")
+
+
+def read_windows(
+    raw: Raw, attention: GroupedAttentionConfig, layers: int, windowed: tuple[int, ...]
+) -> tuple[GroupedAttentionConfig, SecondAttention | None]:
+    """Attention without windows, if a layer has it; and with windows of `sliding_window` tokens.
+
+    Args:
+        attention: of the layers without windows.
+        windowed: indices of those with windows.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not windowed:
+        return attention, None
+    local = dataclasses.replace(attention, window=integer(raw, "sliding_window", 4096))
+    if len(windowed) == layers:
+        return local, None
+    return attention, SecondAttention(windowed, local)
 
 
 def extra_layers(raw: Raw, layers: int, default: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from esft_jax.families.keys import (
     number,
     read_grouped_attention,
     read_rope,
+    read_windows,
     require,
 )
 from esft_jax.families.tensors import ExpertNames, Table
@@ -18,9 +19,10 @@ EXPERTS = ExpertNames("block_sparse_moe.experts", "w1", "w3", "w2")
 def read_config(raw: Raw) -> ModelConfig:
     """See `esft_jax.families`."""
     require(raw, "hidden_act", "silu")
-    require(raw, "sliding_window", None)
     layers, width = integer(raw, "num_hidden_layers", 32), integer(raw, "intermediate_size")
     attention = read_grouped_attention(raw, bias=(False, False), key_heads=8)
+    windowed = range(0 if raw.get("sliding_window") is None else layers)
+    attention, _ = read_windows(raw, attention, layers, tuple(windowed))
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

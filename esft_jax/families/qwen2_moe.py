@@ -1,5 +1,6 @@
 """Qwen2-MoE: GQA with biases, softmax routing, a shared expert behind a sigmoid."""
 
+from esft_jax.errors import InputError
 from esft_jax.families.keys import (
     Raw,
     flag,
@@ -7,9 +8,10 @@ from esft_jax.families.keys import (
     number,
     read_grouped_attention,
     read_rope,
-    refuse_windows,
+    read_windows,
     require,
     sparse_layers,
+    windowed_layers,
 )
 from esft_jax.families.tensors import Table
 from esft_jax.model.config import ModelConfig, RouterConfig
@@ -18,10 +20,14 @@ from esft_jax.model.config import ModelConfig, RouterConfig
 def read_config(raw: Raw) -> ModelConfig:
     """See `esft_jax.families`."""
     require(raw, "hidden_act", "silu")
-    require(raw, "use_sliding_window", False, None)
-    refuse_windows(raw)
     layers = integer(raw, "num_hidden_layers", 24)
     attention = read_grouped_attention(raw, bias=(flag(raw, "qkv_bias", True), False), key_heads=16)
+    windows = flag(raw, "use_sliding_window", False)
+    below = integer(raw, "max_window_layers", 28, least=0)
+    windowed = windowed_layers(raw, layers, range(0, min(below, layers) if windows else 0, 2))
+    if windowed and not windows:
+        raise InputError("layer_types: 'sliding_attention'; expected use_sliding_window = true")
+    attention, second = read_windows(raw, attention, layers, windowed)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),
@@ -32,6 +38,7 @@ def read_config(raw: Raw) -> ModelConfig:
         shared_width=integer(raw, "shared_expert_intermediate_size", 5632),
         shared_gate=True,
         attention=attention,
+        second=second,
         rope=read_rope(raw, attention.head, "half"),
         router=RouterConfig(
             num_experts=integer(raw, "num_experts", 60, also="num_local_experts"),

@@ -1,5 +1,6 @@
 """Qwen3-MoE: GQA with a norm of each head, softmax routing, no shared experts."""
 
+from esft_jax.errors import InputError
 from esft_jax.families.keys import (
     Raw,
     flag,
@@ -7,9 +8,10 @@ from esft_jax.families.keys import (
     number,
     read_grouped_attention,
     read_rope,
-    refuse_windows,
+    read_windows,
     require,
     sparse_layers,
+    windowed_layers,
 )
 from esft_jax.families.tensors import Table
 from esft_jax.model.config import ModelConfig, RouterConfig
@@ -18,10 +20,16 @@ from esft_jax.model.config import ModelConfig, RouterConfig
 def read_config(raw: Raw) -> ModelConfig:
     """See `esft_jax.families`."""
     require(raw, "hidden_act", "silu")
-    require(raw, "use_sliding_window", False, None)
-    refuse_windows(raw)
     layers, bias = integer(raw, "num_hidden_layers", 24), flag(raw, "attention_bias", False)
     attention = read_grouped_attention(raw, bias=(bias, bias), key_heads=4, norm="head")
+    windows = flag(raw, "use_sliding_window", False) and raw.get("sliding_window", 4096) is not None
+    windowed = tuple(range(layers if windows else 0))
+    if windowed_layers(raw, layers, windowed) != windowed:
+        raise InputError(
+            f"layer_types: {raw['layer_types']!r}; expected the same for all layers, as "
+            "use_sliding_window and sliding_window say"
+        )
+    attention, _ = read_windows(raw, attention, layers, windowed)
     return ModelConfig(
         vocab_size=integer(raw, "vocab_size"),
         hidden_size=integer(raw, "hidden_size"),

@@ -88,3 +88,51 @@ def test_what_rope_does_not_know_is_refused(rope, message):
 def test_half_a_pair_is_refused_by_its_key():
     with pytest.raises(InputError, match="partial_rotary_factor: 0.5 turns 3 features of a head"):
         read_model_config(full("glm4_moe") | {"head_dim": 6})
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window", "second"),
+    [
+        ("mixtral", {"sliding_window": 9}, 9, None),
+        ("mixtral", {"sliding_window": None}, None, None),
+        ("qwen3_moe", {"use_sliding_window": True}, 4096, None),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": None}, None, None),
+        ("qwen2_moe", {"use_sliding_window": True}, None, ((0, 2), 4096)),
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2}, None, ((0,), 4096)),
+        ("dots1", {"max_window_layers": 1, "sliding_window": 9}, None, ((1, 2), 9)),
+        ("dots1", {"max_window_layers": 1, "sliding_window": None}, None, None),
+        ("dots1", {"layer_types": [SLIDING] * 3}, 4096, None),
+        ("dots1", {"layer_types": [FULL, SLIDING, FULL]}, None, ((1,), 4096)),
+    ],
+)
+def test_which_layers_have_windows(family, changes, window, second):
+    raw = full(family, num_hidden_layers=3) | {"layer_types": None, "sliding_window": 4096}
+    config = read_model_config(raw | changes)
+    assert config.attention.window == window
+    if second is None:
+        assert config.second is None
+    else:
+        assert (config.second.layers, config.second.attention.window) == second
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"sliding_window": 0}, "sliding_window: 0; expected an integer from 1"),
+        ("qwen2_moe", {"layer_types": [SLIDING] * 3}, "layer_types: .*use_sliding_window = true"),
+        ("qwen3_moe", {"layer_types": [SLIDING] * 3}, "layer_types: .*the same for all layers"),
+        ("dots1", {"layer_types": [FULL] * 2}, "layer_types: .*num_hidden_layers = 3"),
+        ("dots1", {"layer_types": ["chunked"] * 3}, "layer_types: .*'sliding_attention' or 'full_"),
+        (
+            "dots1",
+            {"layer_types": [SLIDING] * 3, "sliding_window": None},
+            "sliding_window: None; expected an integer",
+        ),
+    ],
+)
+def test_windows_that_say_nothing_clear_are_refused(family, changes, message):
+    with pytest.raises(InputError, match=message):
+        read_model_config(full(family, num_hidden_layers=3) | changes)

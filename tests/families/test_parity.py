@@ -122,11 +122,23 @@ CASES = {
             "num_key_value_heads": 1,
             "attention_bias": True,
             "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
             "rope_parameters": YARN,
         },
     ),
     "qwen2_moe": ("qwen2_moe", QWEN | {"shared_expert_intermediate_size": 28}),
-    "mixtral": ("mixtral", LOCAL | {"head_dim": 14}),
+    "qwen2_moe, windows in some layers": (
+        "qwen2_moe",
+        QWEN
+        | {
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 28,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "mixtral": ("mixtral", LOCAL | {"head_dim": 14, "sliding_window": 7}),
     "glm4_moe": (
         "glm4_moe",
         ROUTED
@@ -134,7 +146,14 @@ CASES = {
     ),
     "dots1": (
         "dots1",
-        ROUTED | {"first_k_dense_replace": 1, "head_dim": 12, "routed_scaling_factor": 2.5},
+        ROUTED
+        | {
+            "first_k_dense_replace": 1,
+            "head_dim": 12,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
     ),
     "minimax_m2": ("minimax_m2", LOCAL | {"head_dim": 12, "rotary_dim": 6}),
     "granitemoe": (
