@@ -75,7 +75,7 @@ def method_shapes(
 
     def parts() -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         if method != "masked":
-            graph, tuned, frozen = run_parts(config, model, mesh, chosen)
+            graph, tuned, frozen = run_parts(model, mesh, chosen, jnp.dtype(config.dtype))
         else:
             whole = Transformer(model, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, mesh=mesh)
             graph, tuned, frozen = nnx.split(whole, lambda path, _: "experts" in path, ...)
@@ -86,7 +86,7 @@ def method_shapes(
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     if method == "masked":
         optimizer = _masked(optimizer, model, experts)
-    return step_shapes(config, mesh, parts, optimizer)
+    return step_shapes(mesh, optimizer, parts)
 
 
 def trained_experts(method: str, model: ModelConfig, experts: ExpertConfig) -> ExpertConfig | None:
@@ -124,7 +124,7 @@ def compile_case(
     shapes = method_shapes(method, config, model, mesh, experts)
     case: dict[str, Any] = {"slice": slice_name, "method": method, "remat": remat}
     begin = time.perf_counter()
-    traced = shapes.trace(config)
+    traced = shapes.trace(config.train, config.data)
     case |= {"chips": len(devices), "tracing_seconds": time.perf_counter() - begin}
     if devices[0].platform == "tpu":
         trained = trained_experts(method, model, experts)

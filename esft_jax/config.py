@@ -7,8 +7,8 @@ folder of the configuration file.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -56,6 +56,7 @@ from esft_jax.values import (
     distinct_names,
 )
 
+Method = Literal["esft", "full", "lora"]
 ScoreMethod = Literal["token", "gate", "gate_share"]
 # The paper's choices for its two scores. By gate share, 0.1 takes about 2 of 128 experts.
 DEFAULT_TOP_P: dict[ScoreMethod, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
@@ -198,7 +199,7 @@ class SelectConfig:
             `dense_mlps`, `embedding`, `head`; `non_expert_modules` is all of these but the first.
     """
 
-    method: Literal["token", "gate", "gate_share"] = "token"
+    method: ScoreMethod = "token"
     top_p: Share | None = None
     top_k: Count | None = None
     max_parameters: Size | None = None
@@ -432,7 +433,7 @@ class RunConfig:
     model: LocalPath
     output: LocalPath
     data: DataConfig
-    method: Literal["esft", "full", "lora"] = "esft"
+    method: Method = "esft"
     init: Literal["pretrained", "random"] = "pretrained"
     expert_cfg: LocalPath | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -496,6 +497,17 @@ class RunConfig:
             return "selected_experts" in self.lora.targets
         return self.method == "esft"
 
+    @property
+    def measures_scores(self) -> bool:
+        """Whether the run scores experts to select from, unless it has done so before."""
+        return self.selects_experts and self.expert_cfg is None and not self.select.scores
+
+    @property
+    def row_lengths(self) -> dict[str, int]:
+        """Tokens per packed row, by the section that says it; `score` only if it is read."""
+        lengths = {"data": self.data.sequence_length}
+        return lengths | ({"score": self.score.sequence_length} if self.measures_scores else {})
+
     def _lora_problem(self) -> str | None:
         targets = self.lora.targets
         if self.method != "lora":
@@ -539,3 +551,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write every key, defaults included, as YAML that `load_config` reads back as equal."""
     strict_yaml.save(config, path)
+
+
+def changes(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which two configurations differ, such as `train.steps`, with both values.
+
+    A key that one of them does not have, of a source in `data.mix` for one, is None there.
+    """
+    old, new = _by_key(asdict(before)), _by_key(asdict(after))
+    for key in new | old:
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _by_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections, by keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _by_key(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

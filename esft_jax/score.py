@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
+from esft_jax.errors import InputError
 from esft_jax.files import check_writable
 from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe
 from esft_jax.select import print_selection
 from esft_jax.terminal import Terminal
-from esft_jax.training.base import load_pretrained
 from esft_jax.training.choosing import measure_scores
-from esft_jax.training.setup import Setup, open_setup, score_rows
+from esft_jax.training.fit import check_rows
+from esft_jax.training.rows import score_rows
+from esft_jax.training.setup import Setup, open_setup
 from esft_jax.values import LocalPath
 
 
@@ -34,7 +37,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = open_config(args)
     setup = open_setup(config)
-    rows = score_rows(config, setup.model_config, setup.tokenizer, setup.task_set)
+    if setup.base.source is None:
+        raise InputError("init: random weights have no experts to score; expected pretrained")
+    length = config.score.sequence_length  # a run that is given its experts need not have it right
+    check_rows(setup.base.config, {"score": length})
+    rows = score_rows(setup.task_set, length, config.data, setup.tokenizer, config.seed)
     setup = dataclasses.replace(setup, score_set=rows)
     folder = Path(args.output) if args.output else setup.run.scores
     check_writable(folder, "--output" if args.output else "output")
@@ -45,12 +52,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _score(setup: Setup, folder: Path) -> None:
-    config, scores = setup.config, measure_scores(setup, load_pretrained(setup))
+    config = setup.config
+    dtype, transport = jnp.dtype(config.dtype), config.mesh.transport
+    model = setup.base.load(dtype, setup.mesh, transport, config.seed)
+    scores = measure_scores(setup, model)
     if jax.process_index() == 0:
         scores.save(folder)
         # Of these scores, whatever the configuration will train on.
         select = dataclasses.replace(config.select, scores=())
-        chosen = choose_experts(select, [scores], setup.model_config, config.dtype)
+        chosen = choose_experts(select, [scores], setup.base.config, config.dtype)
         console = Terminal()
         assert setup.score_set is not None
         console.say(setup.score_set.describe())

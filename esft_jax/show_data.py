@@ -16,7 +16,7 @@ from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from esft_jax.terminal import Terminal
-from esft_jax.training.setup import read_data
+from esft_jax.training.rows import read_rows
 from esft_jax.values import CountOrZero
 
 # What a download from the hub fetches: no weights.
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(*named_config(args))
     folder = local_folder(config.model, _FILES)
     tokenizer = Tokenizer.load(folder, config.data.chat_format())
-    task_set, train_set, valid_sets = read_data(config, tokenizer)
+    task_set, train_set, valid_sets = read_rows(config.data, tokenizer, config.seed)
     console = Terminal()
     for number in range(min(args.show, len(task_set.documents.lines))):
         _show(console, task_set, tokenizer, number)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from esft_jax.accelerators import PEAKS
@@ -14,7 +15,7 @@ from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import trained_roles
 from esft_jax.adapt.parts import check_rates
 from esft_jax.checkpoint.load import local_folder
-from esft_jax.config import RunConfig
+from esft_jax.config import RunConfig, SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.model.config import ModelConfig
@@ -29,12 +30,14 @@ from esft_jax.planning.program import (
     step_shapes,
 )
 from esft_jax.planning.roofline import Roofline
-from esft_jax.routing.choose import affordable_experts
+from esft_jax.routing.choose import affordable_experts, given_experts
 from esft_jax.sharding import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices, hardware
+from esft_jax.training.fit import check_fit
+from esft_jax.training.methods import trained_by
 from esft_jax.training.operations import model_operations
+from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.run_folder import RunFolder
-from esft_jax.training.setup import check_fit, given_experts, low_rank_updates
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,17 @@ class Case:
 
     def shapes(self, mesh: Mesh | None = None) -> StepShapes:
         """What its step is given; on another mesh of the same devices, if one is named."""
-        mesh = mesh or self.mesh
-        return step_shapes(
-            self.config, mesh, partial(run_parts, self.config, self.model, mesh, self.trained)
+        config, mesh = self.config, mesh or self.mesh
+        parts = partial(
+            run_parts,
+            self.model,
+            mesh,
+            self.trained,
+            jnp.dtype(config.dtype),
+            jnp.float32 if config.init == "random" else None,
+            config.mesh.transport,
         )
+        return step_shapes(mesh, make_optimizer(config.optimizer, config.train.steps), parts)
 
     def state_bytes(self, mesh: Mesh) -> int:
         """Weights and moments of one device on another mesh."""
@@ -134,7 +144,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
-    check_fit(config, model, mesh)
+    check_fit(model, mesh, config.train, config.row_lengths)
     trained, described = what_is_trained(config, model, experts_per_layer)
     check_rates(config.optimizer.rates, trained_roles(trained, model))
     return Case(config, topology, model, mesh, trained, described)
@@ -146,36 +156,47 @@ def what_is_trained(
     """What a run trains, its experts given or assumed (see `open_case`), and the same in words."""
     experts, described = None, ""
     if config.selects_experts:
-        experts, described = _selected(config, model, per_layer)
+        kept = RunFolder(config.output).expert_cfg
+        experts = given_experts(
+            config.select,
+            config.expert_cfg,
+            kept,
+            model,
+            config.dtype,
+            low_rank=config.method == "lora",
+        )
+        if experts is None:
+            experts, described = _assumed(config.select, model, config.dtype, per_layer)
+        elif per_layer is None:
+            total = model.router.num_experts * len(model.moe_layers)
+            described = f"{experts.num_experts_selected} of {total} experts, as chosen"
+        else:
+            raise InputError("--experts-per-layer: the run has its experts already")
     elif per_layer is not None:
         raise InputError("--experts-per-layer: the run selects no experts")
-    if config.method == "full":
+    trained = trained_by(config.method, config.lora, model, experts)
+    if trained is None:
         return None, "all parameters"
-    if config.method == "esft":
-        return experts, described
-    names = [t for t in config.lora.targets if t != "selected_experts"]
+    if isinstance(trained, ExpertConfig):
+        return trained, described
+    names = [target for target in trained.targets if target != "selected_experts"]
     on = ", ".join([*names, described] if described else names)
-    return low_rank_updates(config, model, experts), f"rank {config.lora.rank} on {on}"
+    return trained, f"rank {trained.rank} on {on}"
 
 
-def _selected(
-    config: RunConfig, model: ModelConfig, per_layer: int | None
+def _assumed(
+    select: SelectConfig, model: ModelConfig, dtype: str, per_layer: int | None
 ) -> tuple[ExpertConfig, str]:
+    """As many experts in every layer as will be chosen, spread evenly, and the same in words."""
     total = model.router.num_experts
-    given = given_experts(config, model, RunFolder(config.output).expert_cfg)
-    if given is not None:
-        if per_layer is not None:
-            raise InputError("--experts-per-layer: the run has its experts already")
-        chosen = given.num_experts_selected
-        return given, f"{chosen} of {total * len(model.moe_layers)} experts, as chosen"
     if per_layer is None:
-        affordable = affordable_experts(config.select, model, config.dtype)
+        affordable = affordable_experts(select, model, dtype)
         spread = None if affordable is None else min(total, affordable // len(model.moe_layers))
-        per_layer = config.select.top_k or spread or max(1, total // 10)
+        per_layer = select.top_k or spread or max(1, total // 10)
     if not 1 <= per_layer <= total:
         raise InputError(f"--experts-per-layer: {per_layer}; expected 1 to {total}")
     ids = tuple(i * total // per_layer for i in range(per_layer))
-    experts = ExpertConfig(dict.fromkeys(model.moe_layers, ids), config.select.also)
+    experts = ExpertConfig(dict.fromkeys(model.moe_layers, ids), select.also)
     return experts, f"{per_layer} of {total} experts in each layer, assumed"
 
 
@@ -184,7 +205,7 @@ def make_plan(case: Case) -> Plan:
     begin = time.perf_counter()
     config, model, mesh, trained = case.config, case.model, case.mesh, case.trained
     shapes = case.shapes()
-    traced = shapes.trace(config)
+    traced = shapes.trace(config.train, config.data)
     operations = overhead = None
     if mesh.devices.flat[0].platform == "tpu":
         micro_batch = case.tokens // config.train.micro_batches

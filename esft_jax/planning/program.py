@@ -14,16 +14,17 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from esft_jax.adapt.attach import attach
 from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import partition
-from esft_jax.config import RunConfig
+from esft_jax.config import DataConfig, TrainConfig
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.moe.transport import Transport
 from esft_jax.sharding import param_shardings
 from esft_jax.topology import lowering_platform
-from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.state import TrainState, init_state, state_shardings
 
@@ -41,9 +42,11 @@ class StepShapes:
     state: TrainState
     frozen: nnx.State
 
-    def trace(self, config: RunConfig) -> jax.stages.Traced:
-        """The update that `train` would run with this configuration."""
-        return trace_step(config, self.graph, self.optimizer, self.state, self.frozen, self.mesh)
+    def trace(self, train: TrainConfig, data: DataConfig) -> jax.stages.Traced:
+        """The update that `train` would run with these sections of a configuration."""
+        return trace_step(
+            train, data, self.graph, self.optimizer, self.state, self.frozen, self.mesh
+        )
 
 
 @dataclass(frozen=True)
@@ -85,34 +88,40 @@ class StepMemory:
         return self.available is None or needed <= self.available
 
 
-def run_parts(config: RunConfig, model: ModelConfig, mesh: Mesh, trained: Trained) -> Parts:
-    """What `train` splits its model into, for `jax.eval_shape`."""
+def run_parts(
+    model: ModelConfig,
+    mesh: Mesh,
+    trained: Trained,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike | None = None,
+    transport: Transport = "all_gather",
+) -> Parts:
+    """What `train` splits its model into, for `jax.eval_shape`.
+
+    Args:
+        dtype: of computation and frozen weights.
+        param_dtype: of all weights, as `init: random` makes them; default: `dtype`.
+    """
     transformer = Transformer(
         model,
         rngs=nnx.Rngs(0),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.float32 if config.init == "random" else None,
+        dtype=dtype,
+        param_dtype=param_dtype,
         mesh=mesh,
-        transport=config.mesh.transport,
+        transport=transport,
     )
-    attach(transformer, trained, config.seed)
+    attach(transformer, trained, seed=0)  # like that of `Rngs`, it decides on no shape
     return partition(transformer, trained)
 
 
 def step_shapes(
-    config: RunConfig,
-    mesh: Mesh,
-    parts: Callable[[], Parts],
-    optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh, optimizer: optax.GradientTransformation, parts: Callable[[], Parts]
 ) -> StepShapes:
     """The state of a run and its frozen weights; nothing is allocated.
 
     Args:
         parts: makes the model, such as `run_parts`.
-        optimizer: default: that of the configuration.
     """
-    if optimizer is None:
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
     graph: Any = None
 
     def build() -> tuple[TrainState, nnx.State]:

@@ -69,6 +69,49 @@ def choose_experts(
     return experts
 
 
+def given_experts(
+    select: SelectConfig,
+    chosen: str | None,
+    kept: Path,
+    model: ModelConfig,
+    dtype: str,
+    *,
+    low_rank: bool,
+) -> ExpertConfig | None:
+    """The experts to train; None where they follow from scores that are not measured yet.
+
+    Args:
+        chosen: the file that names them, if there is one: `expert_cfg`.
+        kept: where a run keeps the experts that it has chosen.
+        dtype: type of the adapter's tensors, for a budget in bytes.
+        low_rank: they get low-rank updates, which other parts get by `lora.targets`.
+
+    Raises:
+        InputError: the file, or the rule to choose by, does not fit the model or the method.
+    """
+    where = str(kept) if chosen is None else chosen
+    if chosen is not None or kept.exists():
+        experts = ExpertConfig.load(where)
+        try:
+            check_experts(experts, model)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    else:
+        check_select(select, model, dtype)
+        if not select.scores:
+            return None
+        where = "select.scores"
+        experts = choose_experts(select, load_tasks(select.scores, model), model, dtype)
+    if low_rank and not experts.num_experts_selected:
+        raise InputError(f"{where}: selects no expert for lora.targets: selected_experts")
+    if low_rank and experts.also:
+        raise InputError(
+            f"{where}: trains {', '.join(experts.also)} too; with method lora, lora.targets "
+            "says what is trained besides routed experts"
+        )
+    return experts
+
+
 def describe(select: SelectConfig, *, scored: bool = True) -> str:
     """The rule in words, such as `token score, p = 0.2`.
 

@@ -1,41 +1,64 @@
-"""The model that a run begins with, on the mesh."""
+"""The model that a run begins with."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from esft_jax.checkpoint.load import LoadedBase, load_source
+from esft_jax.checkpoint.load import load_source
+from esft_jax.checkpoint.source import Source
+from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
+from esft_jax.moe.transport import Transport
 from esft_jax.sharding import param_shardings
-from esft_jax.training.setup import Setup
 
 
-def load_pretrained(setup: Setup) -> LoadedBase:
-    """The base model on the mesh.
+@dataclass(frozen=True)
+class Base:
+    """The model before training, opened: all but its weights is read.
 
-    Raises:
-        InputError: damaged weights, or some that are not finite.
+    Attributes:
+        name: as the configuration calls it.
+        folder: where its `config.json` and tokenizer lie.
+        source: its files, opened; None for `init: random`.
+        config: its shape.
     """
-    assert setup.source is not None, "a run from random weights has no base"
-    dtype = jnp.dtype(setup.config.dtype)
-    base = load_source(setup.source, setup.config.model, dtype, setup.mesh)
-    base.model.transport = setup.config.mesh.transport
-    return base
+
+    name: str
+    folder: Path
+    source: Source | None
+    config: ModelConfig
+
+    def load(self, dtype: DTypeLike, mesh: Mesh, transport: Transport, seed: int) -> Transformer:
+        """The model on a mesh, with the weights of the source, or else with new ones.
+
+        Args:
+            dtype: of computation, and of the weights that are read; new ones are float32.
+            transport: see `Transformer`.
+            seed: of new weights.
+
+        Raises:
+            InputError: damaged weights, or some that are not finite.
+        """
+        if self.source is None:
+            model = _new_model(self.config, dtype, mesh, seed)
+        else:
+            model = load_source(self.source, self.name, dtype, mesh).model
+        model.transport = transport
+        return model
 
 
-def random_model(setup: Setup) -> Transformer:
-    """A freshly initialised model on the mesh; every device makes only its part."""
+def _new_model(config: ModelConfig, dtype: DTypeLike, mesh: Mesh, seed: int) -> Transformer:
+    """Freshly initialised; every device makes only its part."""
 
     def make() -> Transformer:
-        return Transformer(
-            setup.model_config,
-            rngs=nnx.Rngs(setup.config.seed),
-            dtype=jnp.dtype(setup.config.dtype),
-            param_dtype=jnp.float32,
-            mesh=setup.mesh,
-            transport=setup.config.mesh.transport,
-        )
+        rngs = nnx.Rngs(seed)
+        return Transformer(config, rngs=rngs, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
 
     graph, abstract = nnx.split(nnx.eval_shape(make))
-    shardings = param_shardings(abstract, setup.mesh)
+    shardings = param_shardings(abstract, mesh)
     return nnx.merge(graph, jax.jit(lambda: nnx.state(make()), out_shardings=shardings)())

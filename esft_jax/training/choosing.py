@@ -10,8 +10,8 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.placement import Placement, expected_loads, place_experts
 from esft_jax.adapt.slots import TunedLayout
 from esft_jax.checkpoint.identity import check_same_base
-from esft_jax.checkpoint.load import LoadedBase
 from esft_jax.data.pipeline import eval_batches, sample_rows
+from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe, load_tasks
 from esft_jax.routing.score import score_experts
@@ -20,16 +20,16 @@ from esft_jax.sharding import EXPERT, device_multiple
 from esft_jax.training.setup import Setup
 
 
-def experts_to_train(setup: Setup, base: LoadedBase, say: Callable[[str], None]) -> ExpertConfig:
+def experts_to_train(setup: Setup, base: Transformer, say: Callable[[str], None]) -> ExpertConfig:
     """The experts that were given, or newly scored and selected ones; kept in the run folder."""
     experts, select = setup.experts, setup.config.select
     if experts is not None:
-        _check_scored_on(setup, base)
+        _check_scored_on(setup)
         say(f"experts: {experts.num_experts_selected} given")
     else:
         scores = measure_scores(setup, base)
         on_first_process(lambda: scores.save(setup.run.scores), "scores")
-        experts = choose_experts(select, [scores], setup.model_config, setup.config.dtype)
+        experts = choose_experts(select, [scores], setup.base.config, setup.config.dtype)
         say(
             f"experts: {experts.num_experts_selected} of {scores.token.size} selected by "
             f"{describe(select)}"
@@ -38,7 +38,7 @@ def experts_to_train(setup: Setup, base: LoadedBase, say: Callable[[str], None])
     return experts
 
 
-def _check_scored_on(setup: Setup, base: LoadedBase) -> None:
+def _check_scored_on(setup: Setup) -> None:
     """Check that the experts to train were chosen by scores of this base.
 
     Raises:
@@ -53,13 +53,12 @@ def _check_scored_on(setup: Setup, base: LoadedBase) -> None:
     )
     if config.select.groups_from is not None:
         named = [*named, config.select.groups_from]
-    here = {"base_fingerprint": base.fingerprint, **setup.identity}
-    for path, task in zip(named, load_tasks(named, setup.model_config), strict=True):
+    for path, task in zip(named, load_tasks(named, setup.base.config), strict=True):
         if isinstance(task, ExpertScores):
-            check_same_base(task.provenance, here, path, "measured on")
+            check_same_base(task.provenance, setup.identity, path, "measured on")
 
 
-def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
+def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
     """Score the base model's experts on samples of the task's training data, its `score_set`."""
     config, dataset = setup.config, setup.score_set
     assert dataset is not None, "only what has no experts yet is scored"
@@ -73,19 +72,17 @@ def measure_scores(setup: Setup, base: LoadedBase) -> ExpertScores:
     )
     provenance = {
         "model": config.model,
-        "base_fingerprint": base.fingerprint,
         **setup.identity,
         "data_sha256": dataset.stats.sha256,
         "sequence_length": dataset.sequence_length,
         "seed": config.seed,
     }
-    return score_experts(base.model, batches, provenance)
+    return score_experts(base, batches, provenance)
 
 
 def loads_of(setup: Setup) -> Float[np.ndarray, "L E"] | None:
     """What the scores say of the experts' shares of tokens, where it decides where they lie."""
-    given = setup.config.expert_cfg is not None or setup.config.select.scores
-    if given or setup.mesh.shape[EXPERT] == 1:
+    if not setup.config.measures_scores or setup.mesh.shape[EXPERT] == 1:
         return None
     return load_scores(setup.run.scores).token
 

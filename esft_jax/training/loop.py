@@ -21,17 +21,17 @@ from esft_jax.adapt.attach import attach
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.finite import check_result
-from esft_jax.checkpoint.source import Source
+from esft_jax.config import load_config
 from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
 from esft_jax.errors import Diverged, InputError
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import most_of_processes, on_first_process
 from esft_jax.sharding import place_batch
-from esft_jax.training.base import load_pretrained, random_model
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.choosing import describe_placement, experts_to_train, loads_of
 from esft_jax.training.hooks import Caller, Hook, Report, StepInfo
+from esft_jax.training.methods import trained_by
 from esft_jax.training.metrics_log import MetricsLog, peak_memory
 from esft_jax.training.operations import model_operations
 from esft_jax.training.optimizer import make_optimizer, make_schedule
@@ -45,7 +45,7 @@ from esft_jax.training.result import (
     write_result,
 )
 from esft_jax.training.resume import facts_of, new_rate, restore
-from esft_jax.training.setup import Setup, low_rank_updates, own_run
+from esft_jax.training.setup import Setup, own_run
 from esft_jax.training.signals import on_user_signal, stop_signal
 from esft_jax.training.skipped import Skipped
 from esft_jax.training.state import place_state
@@ -102,18 +102,16 @@ def run_training(
 
 
 def _train(setup: Setup, caller: Caller, begin: float) -> RunResult:
-    say = caller.say
-    base = load_pretrained(setup) if setup.config.init == "pretrained" else None
-    trained: Trained = None
+    config, say = setup.config, caller.say
+    dtype, transport = jnp.dtype(config.dtype), config.mesh.transport
+    model = setup.base.load(dtype, setup.mesh, transport, config.seed)
     experts = loads = None
-    if base is not None and setup.config.selects_experts:
-        trained = experts = experts_to_train(setup, base, say)
+    if config.selects_experts:
+        experts = experts_to_train(setup, model, say)
         loads = loads_of(setup)
-    if setup.config.method == "lora":
-        trained = low_rank_updates(setup.config, setup.model_config, experts)
-    model, source = (random_model(setup), None) if base is None else (base.model, base.source)
-    run = _Run(setup, model, source, trained, loads, caller)
-    del base, model  # the run takes over its arrays
+    trained = trained_by(config.method, config.lora, setup.base.config, experts)
+    run = _Run(setup, model, trained, loads, caller)
+    del model  # the run takes over its arrays
     if loads is not None and run.layout is not None:
         say(describe_placement(run.layout, loads))
     say(f"trained parameters: {run.trained:,} of {run.total:,} ({run.trained / run.total:.2%})")
@@ -151,13 +149,12 @@ class _Run:
         self,
         setup: Setup,
         model: Transformer,
-        source: Source | None,
         trained: Trained,
         loads: Float[np.ndarray, "L E"] | None,
         caller: Caller,
     ):
         self.caller = caller
-        self.setup, self.source, self.trains = setup, source, trained
+        self.setup, self.trains = setup, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
         self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -169,10 +166,12 @@ class _Run:
         self.layout = model.tuned_experts.layout if model.tuned_experts else None
         rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
-        facts = facts_of(setup, source, trained, self.state.opt_state, caller.loss)
+        facts = facts_of(setup, trained, self.state.opt_state, caller.loss)
         self.checkpoints = Checkpoints(self.folder.checkpoints, facts, rows)
         self.best_loss: float | None = None
-        self.skipped = Skipped(setup)
+        self.skipped = Skipped(
+            self.folder.skipped, self.train_set, self.config.train, self.config.seed
+        )
 
     def _compile(self, tuned: nnx.State) -> None:
         optimizer = self.caller.optimizer
@@ -181,7 +180,8 @@ class _Run:
         self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
         begin = time.perf_counter()
         traced = trace_step(
-            self.config,
+            self.config.train,
+            self.config.data,
             self.graph,
             optimizer,
             self.state,
@@ -308,7 +308,9 @@ class _Run:
             self.best_loss = position.best_loss
         self.skipped.count = int(self.state.skipped)
         if self.caller.optimizer is None:
-            changed = new_rate(self.setup, self.state, position)
+            # Until a run goes on, `config.yaml` is that of its last start.
+            before = position.steps or load_config(self.folder.config).train.steps
+            changed = new_rate(self.config.optimizer, before, self.config.train.steps, self.state)
             if changed is not None:
                 self.caller.say(changed)
         return position.spent
@@ -381,7 +383,7 @@ class _Run:
         if self.frozen_hash is not None and hash_of(self.frozen) != self.frozen_hash:
             raise RuntimeError("a frozen weight changed during training; the result is not written")
         model = nnx.merge(self.graph, outcome.tuned, self.frozen)
-        return write_result(self.setup, self.source, self.trains, model, outcome)
+        return write_result(self.setup, self.trains, model, outcome)
 
 
 def _finite(name: str, step: int, value: float) -> float:

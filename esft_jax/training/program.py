@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from esft_jax.config import RunConfig
+from esft_jax.config import DataConfig, TrainConfig
 from esft_jax.data.batch import Batch
 from esft_jax.errors import InputError
 from esft_jax.sharding import batch_sharding
@@ -21,15 +21,18 @@ from esft_jax.training.state import TrainState, state_shardings
 from esft_jax.training.step import Loss, jit_train_step, make_train_step, token_loss
 
 
-def batch_shapes(rows: int, length: int, mesh: Mesh, *, mixed: bool) -> Batch:
-    """The batch of an update on the mesh, as shapes.
+def batch_shapes(
+    rows: int, length: int, *, mixed: bool, sharding: NamedSharding | None = None
+) -> Batch:
+    """The batch of an update, as shapes.
 
     Args:
         mixed: rows are of several sources.
+        sharding: of all arrays.
     """
 
     def array(dtype: DTypeLike, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     numbers = array(jnp.int32, rows, length)
     batch = Batch(
@@ -60,7 +63,8 @@ def known_refusals() -> Iterator[None]:
 
 
 def trace_step(
-    config: RunConfig,
+    train: TrainConfig,
+    data: DataConfig,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     state: TrainState,
@@ -77,16 +81,16 @@ def trace_step(
         graph,
         optimizer,
         loss=loss,
-        micro_batches=config.train.micro_batches,
-        remat=config.train.remat,
-        balance_weight=config.train.balance_loss,
-        sources=config.data.source_names if config.data.mix and loss is token_loss else (),
+        micro_batches=train.micro_batches,
+        remat=train.remat,
+        balance_weight=train.balance_loss,
+        sources=data.source_names if data.mix and loss is token_loss else (),
     )
     jitted = jit_train_step(step, state_shardings(state, mesh))
     batch = batch_shapes(
-        config.train.batch_size,
-        config.data.sequence_length,
-        mesh,
-        mixed=bool(config.data.mix),
+        train.batch_size,
+        data.sequence_length,
+        mixed=bool(data.mix),
+        sharding=batch_sharding(mesh),
     )
     return jitted.trace(state, frozen, batch)

@@ -16,7 +16,6 @@ from esft_jax.adapt.tuned import in_bank
 from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
 from esft_jax.checkpoint.export import save_model
 from esft_jax.checkpoint.peft import save_lora
-from esft_jax.checkpoint.source import Source
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.setup import Setup
 from esft_jax.training.timing import RunTiming
@@ -65,28 +64,26 @@ class Outcome:
     stopped_by: int | None = None
 
 
-def write_result(
-    setup: Setup, source: Source | None, trained: Trained, model: Transformer, outcome: Outcome
-) -> Path:
+def write_result(setup: Setup, trained: Trained, model: Transformer, outcome: Outcome) -> Path:
     """Write `adapter/` (esft, lora) or `model/` (full).
 
     Args:
-        source: files of the base; None for a run from random weights.
         model: merged with the parameters of `outcome`.
     """
     folder = setup.run
     if trained is None:
-        carried = None if source is None else source.carried
+        base = setup.base
+        carried = None if base.source is None else base.source.carried
         save_model(
             model,
             folder.model,
-            setup.folder,
+            base.folder,
             carried=carried,
             chat_format=setup.tokenizer.chat_format,
         )
         return folder.model
-    assert source is not None and outcome.tuned is not None
-    manifest = _manifest(setup, source, outcome)
+    assert outcome.tuned is not None
+    manifest = _manifest(setup, outcome)
     if isinstance(trained, LoRA):
         save_lora(folder.adapter, model, trained, manifest)
     else:
@@ -94,18 +91,16 @@ def write_result(
     return folder.adapter
 
 
-def _manifest(setup: Setup, source: Source, outcome: Outcome) -> dict[str, Any]:
+def _manifest(setup: Setup, outcome: Outcome) -> dict[str, Any]:
     config = setup.config
     # Of given experts nothing is known of how they were chosen.
     given = config.expert_cfg is not None or not config.selects_experts
-    measured = not given and not config.select.scores
     scores = setup.run.scores / "scores.json"
     return {
         "base_model": config.model,
-        "base_fingerprint": source.fingerprint,
         **setup.identity,
         "dtype": config.dtype,
-        "scores_sha256": _file_hash(scores) if measured else None,
+        "scores_sha256": _file_hash(scores) if config.measures_scores else None,
         "data_sha256": setup.train_set.stats.sha256,
         "select": None if given else dataclasses.asdict(config.select),
         "step": outcome.step,

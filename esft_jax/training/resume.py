@@ -7,8 +7,7 @@ import jax
 import optax
 
 from esft_jax.adapt.lora import LoRA, Trained
-from esft_jax.checkpoint.source import Source
-from esft_jax.config import load_config
+from esft_jax.config import OptimizerConfig
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.optimizer import changed_rate
 from esft_jax.training.setup import Setup
@@ -17,12 +16,11 @@ from esft_jax.training.step import Loss
 
 
 def facts_of(
-    setup: Setup, source: Source | None, trained: Trained, opt_state: optax.OptState, loss: Loss
+    setup: Setup, trained: Trained, opt_state: optax.OptState, loss: Loss
 ) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption."""
     experts = trained.experts if isinstance(trained, LoRA) else trained
     return {
-        "base_fingerprint": source.fingerprint if source else None,
         **setup.identity,
         "experts": experts and {str(k): list(v) for k, v in experts.experts.items()},
         "data_sha256": setup.train_set.stats.sha256,
@@ -63,12 +61,13 @@ def restore(
     return state, position
 
 
-def new_rate(setup: Setup, state: TrainState, position: Position) -> str | None:
-    """What another number of steps does to the learning rate of a resumed run; None if nothing."""
-    config, done = setup.config, int(state.step)
-    if done >= config.train.steps:
+def new_rate(optimizer: OptimizerConfig, before: int, steps: int, state: TrainState) -> str | None:
+    """What another number of steps does to the learning rate of a resumed run; None if nothing.
+
+    Args:
+        before, steps: of the run until now, and from now on.
+    """
+    done = int(state.step)
+    if done >= steps:
         return None
-    # Until a run goes on, `config.yaml` is that of its last start.
-    before = position.steps or load_config(setup.run.config).train.steps
-    updates = done - int(state.skipped)
-    return changed_rate(config.optimizer, before, config.train.steps, updates)
+    return changed_rate(optimizer, before, steps, done - int(state.skipped))

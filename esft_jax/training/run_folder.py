@@ -1,6 +1,5 @@
 """The folder of one run: what lies where, whose it is, and whether it may be continued."""
 
-import dataclasses
 import math
 import re
 import reprlib
@@ -9,10 +8,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from esft_jax.checkpoint.folder import check_way
-from esft_jax.config import RunConfig, load_config, save_config
+from esft_jax.config import RunConfig, changes, load_config, save_config
 from esft_jax.errors import InputError
 from esft_jax.files import (
     check_no_links,
@@ -133,14 +131,9 @@ class RunFolder:
         changeable = _CHANGEABLE
         if config.train.balance_loss == 0:  # which is computed for each micro-batch
             changeable = changeable | {"train.micro_batches"}
-        saved = _flat(dataclasses.asdict(load_config(self.config)))
-        asked = _flat(dataclasses.asdict(config))
-        for key in [*asked, *saved]:
+        for key, before, value in changes(load_config(self.config), config):
             section = key.split(".")[0]
-            if key in changeable or section in ("evaluation", "output"):
-                continue
-            before, value = saved.get(key), asked.get(key)  # sources of data.mix come and go
-            if before != value:
+            if key not in changeable and section not in ("evaluation", "output"):
                 raise InputError(
                     f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
@@ -214,13 +207,3 @@ class RunFolder:
             checked(dict[str, float], line, where)
             checked(int, line.get("step"), f"{where}: step")
             yield line
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,22 +1,28 @@
 """Updates that a run did not make, for their loss or gradients were not finite."""
 
+from pathlib import Path
+
 import jax
 
-from esft_jax.data.pipeline import batch_rows
+from esft_jax.config import TrainConfig
+from esft_jax.data.pipeline import Dataset, batch_rows
 from esft_jax.errors import Diverged
 from esft_jax.files import write_text_atomic
-from esft_jax.training.setup import Setup
 
 
 class Skipped:
     """Counts skipped updates, lists the examples of their batches, and ends a run with too many.
 
+    Args:
+        folder: gets a file for each skipped update.
+        data: the rows that are trained on, in the order that `seed` gives them.
+
     Attributes:
         count: skipped so far, as far as it was checked.
     """
 
-    def __init__(self, setup: Setup):
-        self._config, self._folder, self._data = setup.config, setup.run.skipped, setup.train_set
+    def __init__(self, folder: Path, data: Dataset, train: TrainConfig, seed: int):
+        self._folder, self._data, self._train, self._seed = folder, data, train, seed
         self._counts: list[jax.Array] = []  # by step, of those since the last check
         self.count = 0
 
@@ -38,16 +44,16 @@ class Skipped:
         for step, count in enumerate(counts, last - len(counts) + 1):
             if count == self.count:
                 continue
-            self.count, config = int(count), self._config.train
-            rows = batch_rows(self._data, config.batch_size, self._config.seed)[step - 1]
+            self.count, train = int(count), self._train
+            rows = batch_rows(self._data, train.batch_size, self._seed)[step - 1]
             examples = self._data.places(rows)
             listed = self._folder / f"{step}.txt"
             if jax.process_index() == 0:
                 write_text_atomic(listed, "".join(f"{place}\n" for place in examples))
-            if count > config.max_skipped:
+            if count > train.max_skipped:
                 raise Diverged(
                     f"step {step}: loss or gradients are not finite, in {count} updates of this "
-                    f"run; train.max_skipped allows {config.max_skipped}. The batch: {examples[0]} "
+                    f"run; train.max_skipped allows {train.max_skipped}. The batch: {examples[0]} "
                     f"and {len(examples) - 1} more examples, listed in {listed} "
                     "(a lower optimizer.learning_rate, or other data)"
                 )

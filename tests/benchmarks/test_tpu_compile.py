@@ -24,7 +24,7 @@ def test_bytes_per_chip_of_each_method(benchmark, base):
     for method in benchmark.METHODS:
         run = benchmark.method_config(method, base, 8, 16, "full")
         shapes = benchmark.method_shapes(method, run, config, mesh, chosen)
-        assert shapes.trace(run).jaxpr
+        assert shapes.trace(run.train, run.data).jaxpr
         parts = (shapes.state.tuned, shapes.state.opt_state, shapes.frozen)
         size[method] = [local_bytes(part) for part in parts]
     # A tuned expert has three matrices of the model's width. Four devices: the third one has none.

@@ -22,8 +22,9 @@ from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.planning.suggest import suggestions
 from esft_jax.sharding import DATA, EXPERT, REPLICA, make_mesh
 from esft_jax.training import loop
+from esft_jax.training.fit import check_fit
 from esft_jax.training.result import Outcome
-from esft_jax.training.setup import check_fit, open_setup
+from esft_jax.training.setup import open_setup
 from esft_jax.training.timing import Stopwatch
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +256,8 @@ def test_shipped_configurations_fit_their_models(path) -> None:
         groups, rest = divmod(devices, config.mesh.expert)
         assert rest == 0
     axes = (REPLICA, DATA, EXPERT)
-    check_fit(config, model, AbstractMesh((1, groups, config.mesh.expert), axes))
+    mesh = AbstractMesh((1, groups, config.mesh.expert), axes)
+    check_fit(model, mesh, config.train, config.row_lengths)
     assert path.parent == CONFIGS or named
 
 
