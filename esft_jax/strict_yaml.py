@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from esft_jax.files import read_text, write_text_atomic
 Config = TypeVar("Config")
 
 _TAG = "tag:yaml.org,2002:"
+_LONG_ESCAPE = re.compile(r"\\U([0-9A-Fa-f]{8})")
 # Aliases let a few lines stand for more values than a memory holds.
 _MOST_VALUES = 1_000_000
 
@@ -50,7 +52,7 @@ class _Constructor(SafeConstructor):
     }
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """The value of a node; what stands for none is an error with its line."""
+        """The value of a node; an error with its line if the text of the node is no such value."""
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, str):
@@ -150,17 +152,27 @@ def _parse(text: str, place: str) -> tuple[Any, Node | None]:
         raise InputError(f"{place}: nested too deeply; expected valid YAML 1.2") from None
     except InputError:
         raise
-    except (OverflowError, ValueError):  # of `chr`: Python's versions differ in which and when
-        raise InputError(
-            f"{place}: an escape of no Unicode character; expected valid YAML 1.2"
-        ) from None
+    except (OverflowError, ValueError) as error:
+        line, problem = _unchecked(text, error)
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        # The first line of the problem says it; the others explain YAML.
-        problem = error.problem if isinstance(error, MarkedYAMLError) else str(error)
-        line = f":{mark.line + 1}" if mark and not place.startswith("override") else ""
-        first = (problem or "not YAML").strip().splitlines()[0]
-        raise InputError(f"{place}{line}: {first}; expected valid YAML 1.2") from None
+        line = mark.line + 1 if mark else None
+        problem = (error.problem if isinstance(error, MarkedYAMLError) else str(error)) or ""
+    where = f"{place}:{line}" if line and not place.startswith("override") else place
+    # The first line of the problem says it; the others explain YAML.
+    first = (problem.strip() or "not YAML").splitlines()[0]
+    raise InputError(f"{where}: {first}; expected valid YAML 1.2")
+
+
+def _unchecked(text: str, error: Exception) -> tuple[int | None, str]:
+    """Line and problem of a text in which the library takes an escape for a character, or digits
+    for a number, without a check of its own.
+    """
+    for escape in _LONG_ESCAPE.finditer(text):
+        if int(escape[1], 16) > sys.maxunicode:
+            line = text.count("\n", 0, escape.start()) + 1
+            return line, f"{escape[0]} is an escape of no Unicode character"
+    return None, str(error)
 
 
 def _check_aliases(root: Node) -> None:
