@@ -43,7 +43,7 @@ from esft_jax.families import load_model_config
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.remat import Remat
 from esft_jax.model.transformer import Transformer
-from esft_jax.planning.operations import Routing, count_operations
+from esft_jax.planning.operations import KernelRows, count_operations
 from esft_jax.planning.program import StepShapes, compile_step, run_parts, step_shapes
 from esft_jax.sharding import make_mesh
 from esft_jax.topology import ahead_of_time_devices
@@ -129,8 +129,8 @@ def compile_case(
     if devices[0].platform == "tpu":
         trained = trained_experts(method, model, experts)
         tokens = options.rows * options.length
-        routing = Routing.balanced(model, mesh, trained, tokens)
-        work = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
+        kernels = KernelRows.balanced(model, mesh, trained, tokens)
+        work = count_operations(traced.jaxpr.jaxpr, kernels, mesh.size)
         case["operations"] = {
             "total": work.total,
             "model": tokens * model_operations(model, trained, options.length),

@@ -18,7 +18,7 @@ from esft_jax.data.pipeline import DataStats, PackedDataset
 
 
 @dataclass(frozen=True)
-class Source:
+class MixedSource:
     """Rows of one kind, such as those of the task.
 
     Attributes:
@@ -66,10 +66,10 @@ class Interleaving:
 class MixedDataset:
     """Sources as one dataset: rows are numbered through, source after source.
 
-    Batches say of each row which source it is of.
+    Batches say for each row which source it is of.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[MixedSource, ...]
 
     @cached_property
     def _starts(self) -> Int64[np.ndarray, "N+1"]:

@@ -25,7 +25,7 @@ from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_s
 from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, read_manifest, run_chat_format
 from esft_jax.checkpoint.peft import ADAPTER_CONFIG
 from esft_jax.checkpoint.tensor_files import TensorFiles
-from esft_jax.config import EvaluationConfig, OtherConfig, RunConfig
+from esft_jax.config import DataConfig, EvaluationConfig, OtherConfig, RunConfig
 from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
@@ -43,7 +43,6 @@ from esft_jax.evaluation.tasks import (
 )
 from esft_jax.families import load_model_config
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
-from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import any_process
 from esft_jax.sharding import make_mesh
@@ -107,8 +106,8 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One task or domain to evaluate: prompts to complete, held-out data, or both.
+class TaskInputs:
+    """What is read of one task or domain: prompts to complete, held-out data, or both.
 
     Attributes:
         facts: what its scores depend on besides the model.
@@ -127,15 +126,15 @@ class EvaluationInputs:
 
     tokenizer: Tokenizer
     mesh: Mesh
-    cases: dict[str, Case]
+    tasks: dict[str, TaskInputs]
     judge: Judge | None
 
     def describe(self) -> dict[str, str]:
-        """What the held-out data holds, and how much of it is lost, by case."""
+        """What the held-out data holds, and how much of it is lost, by name."""
         return {
-            name: case.heldout.describe()
-            for name, case in self.cases.items()
-            if case.heldout is not None
+            name: task.heldout.describe()
+            for name, task in self.tasks.items()
+            if task.heldout is not None
         }
 
 
@@ -145,7 +144,7 @@ class _Target:
 
     Attributes:
         facts: what scores depend on besides data and settings; not where it lies.
-        folders: by name of the case; see `run_evaluation`.
+        folders: by name of the task or domain; see `run_evaluation`.
     """
 
     facts: dict[str, Any]
@@ -170,26 +169,36 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     tokenizer.check_vocabulary(shape.vocab_size)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
-    judged = any(METRICS[case.metric].rubric for case in named if case.data is not None)
+    judged = any(METRICS[task.metric].rubric for task in named if task.data is not None)
     judge = Judge.from_environment(run.evaluation / "judge") if judged else None
-    cases = dict(_cases(config, folder, shape, tokenizer, judge))
-    return EvaluationInputs(tokenizer, mesh, cases, judge)
+    limit = shape.max_positions
+    tasks = dict(_tasks(evaluation, config.data, config.seed, limit, tokenizer, judge))
+    return EvaluationInputs(tokenizer, mesh, tasks, judge)
 
 
-def _cases(
-    config: RunConfig, folder: Path, shape: ModelConfig, tokenizer: Tokenizer, judge: Judge | None
-) -> Iterator[tuple[str, Case]]:
-    evaluation, data = config.evaluation, config.data
+def _tasks(
+    evaluation: EvaluationConfig,
+    data: DataConfig,
+    seed: int,
+    limit: int,
+    tokenizer: Tokenizer,
+    judge: Judge | None,
+) -> Iterator[tuple[str, TaskInputs]]:
+    """What is read of each task and domain, with its name.
 
-    def case(
-        task: str | None,
+    Args:
+        limit: tokens that the model takes at once.
+    """
+
+    def read(
+        prompts: str | None,
         metric: str,
         max_new_tokens: int,
         valid: tuple[str, ...],
         format: Literal["chat", "text"],
-    ) -> Case:
-        rows = [] if task is None else read_task(task)[: evaluation.limit]
-        check_task(rows, tokenizer, metric, max_new_tokens, shape.max_positions)
+    ) -> TaskInputs:
+        rows = [] if prompts is None else read_task(prompts)[: evaluation.limit]
+        check_task(rows, tokenizer, metric, max_new_tokens, limit)
         heldout = None
         if valid:
             heldout = build_dataset(
@@ -198,15 +207,15 @@ def _cases(
                 format=format,
                 sequence_length=data.sequence_length,
                 too_long=data.too_long,
-                seed=config.seed,
+                seed=seed,
             )
         facts: dict[str, Any] = {
             "rows": len(rows),
-            "seed": config.seed,
+            "seed": seed,
             "sequence_length": data.sequence_length if valid else None,
             "format": format if valid else None,
             "too_long": data.too_long if valid else None,
-            "data_sha256": ({} if task is None else {task: source_sha256(task)})
+            "data_sha256": ({} if prompts is None else {prompts: source_sha256(prompts)})
             | ({} if heldout is None else heldout.stats.sha256),
         }
         if rows:
@@ -217,18 +226,18 @@ def _cases(
                 "temperature": evaluation.temperature,
                 "top_p": evaluation.top_p,
             }
-        return Case(rows, metric, max_new_tokens, heldout, facts)
+        return TaskInputs(rows, metric, max_new_tokens, heldout, facts)
 
     everything = [data.valid, *(other.valid for other in evaluation.others.values())]
-    if any(everything) and data.sequence_length > shape.max_positions:
+    if any(everything) and data.sequence_length > limit:
         raise InputError(
             f"data.sequence_length: {data.sequence_length} tokens; the model's limit is "
-            f"{shape.max_positions} (max_position_embeddings)"
+            f"{limit} (max_position_embeddings)"
         )
     if evaluation.data is not None or data.valid:
         yield (
             OWN,
-            case(
+            read(
                 evaluation.data,
                 evaluation.metric,
                 evaluation.max_new_tokens,
@@ -238,7 +247,7 @@ def _cases(
         )
     for name, other in evaluation.others.items():
         count = other.max_new_tokens or evaluation.max_new_tokens
-        yield name, case(other.data, other.metric, count, other.valid, other.format)
+        yield name, read(other.data, other.metric, count, other.valid, other.format)
 
 
 def run_evaluation(
@@ -252,7 +261,7 @@ def run_evaluation(
     `{output}/evaluation/{WEIGHTS}/{NAME}`. Both folders have the hash of what the scores depend on
     in their names, so that no evaluation replaces another one: WEIGHTS is `base-HASH`,
     `adapter-HASH`, or `model-HASH` for the run's own result of full training; NAME is `task-HASH`
-    or that of one of `evaluation.others`. A score that is there already is taken over.
+    or that of one of `evaluation.others`. A score that exists already is used again.
 
     Args:
         inputs: what `check_evaluation` returned; default: calls it.
@@ -264,8 +273,9 @@ def run_evaluation(
     """
     begin = time.perf_counter()
     inputs = inputs or check_evaluation(config)
-    target, scores = None, dict[str, Score | None](dict.fromkeys(inputs.cases))
-    earlier = RunFolder(config.output).evaluation.glob(f"{_kind(config, adapter)}-*")
+    target, scores = None, dict[str, Score | None](dict.fromkeys(inputs.tasks))
+    run = RunFolder(config.output)
+    earlier = run.evaluation.glob(f"{_kind(run, config.model, adapter)}-*")
     if any_process(any(earlier)):
         target = _target(config, adapter, inputs, open_source(config.model).fingerprint)
         scores = _kept_scores(target, inputs)
@@ -279,9 +289,11 @@ def run_evaluation(
         names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
         for name in [name for name, score in scores.items() if score is None]:
             facts, folder = names | target.facts, target.folders[name]
-            scores[name] = _evaluate(config, base.model, inputs, name, folder, facts)
+            scores[name] = _evaluate(
+                config.evaluation, base.model, inputs, name, folder, facts, config.seed
+            )
     done = {name: score for name, score in scores.items() if score is not None}
-    assert target is not None, "there is a case, and its score is kept or new"
+    assert target is not None, "there is a task or domain, and its score is kept or new"
     return _report(target, done, kept, time.perf_counter() - begin)
 
 
@@ -311,8 +323,8 @@ def kept_evaluation(
 def _kept_scores(target: _Target, inputs: EvaluationInputs) -> dict[str, Score | None]:
     """Scores of the same weights on the same data with the same settings, where there are any."""
     return {
-        name: _kept(target.folders[name] / _SCORES, case, target.facts | case.facts)
-        for name, case in inputs.cases.items()
+        name: _kept(target.folders[name] / _SCORES, task, target.facts | task.facts)
+        for name, task in inputs.tasks.items()
     }
 
 
@@ -364,7 +376,7 @@ def load_tuned(
 
 
 def _named_dtype(model: str | Path) -> np.dtype:
-    """The type in which a model's `config.json` wants to be loaded, if we compute in it."""
+    """The type that a model's `config.json` names, if a run can compute in it, else bfloat16."""
     path = local_folder(model) / "config.json"
     raw = read_json(path)
     named = raw.get("dtype") or raw.get("torch_dtype")  # the new and the old key
@@ -372,39 +384,40 @@ def _named_dtype(model: str | Path) -> np.dtype:
 
 
 def _evaluate(
-    config: RunConfig,
+    evaluation: EvaluationConfig,
     model: Transformer,
     inputs: EvaluationInputs,
     name: str,
     folder: Path,
     facts: Mapping[str, Any],
+    seed: int,
 ) -> Score:
-    """Evaluate one case and write down what came out."""
-    begin, evaluation, case = time.perf_counter(), config.evaluation, inputs.cases[name]
+    """Evaluate one task or domain and write down what came out."""
+    begin, task = time.perf_counter(), inputs.tasks[name]
     result = None
-    if case.rows:
+    if task.rows:
         hidden = None if jax.process_index() == 0 else True  # None: shown on terminals only
-        with tqdm(total=len(case.rows), desc=f"evaluate {name}", disable=hidden) as bar:
+        with tqdm(total=len(task.rows), desc=f"evaluate {name}", disable=hidden) as bar:
             result = evaluate_task(
                 model,
                 inputs.tokenizer,
-                case.rows,
-                case.metric,
+                task.rows,
+                task.metric,
                 judge=inputs.judge,
-                max_new_tokens=case.max_new_tokens,
+                max_new_tokens=task.max_new_tokens,
                 temperature=evaluation.temperature,
                 top_p=evaluation.top_p,
-                seed=config.seed,
+                seed=seed,
                 batch_size=evaluation.batch_size,
                 advance=bar.update,
             )
     heldout = None
-    if case.heldout is not None:
-        heldout = heldout_loss(model, case.heldout, evaluation.batch_size)
+    if task.heldout is not None:
+        heldout = heldout_loss(model, task.heldout, evaluation.batch_size)
     score = Score(
         None if result is None else result.metric,
         None if result is None else result.value,
-        len(case.rows),
+        len(task.rows),
         0 if result is None else result.failures,
         heldout,
     )
@@ -419,18 +432,18 @@ def _evaluate(
         if result is not None:
             write_completions(folder / _COMPLETIONS, result.completions)
         content = dataclasses.asdict(score) | {"seconds": time.perf_counter() - begin}
-        content |= {**facts, **case.facts}
+        content |= {**facts, **task.facts}
         write_text_atomic(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return score
 
 
-def _kept(path: Path, case: Case, facts: Mapping[str, Any]) -> Score | None:
-    """The score in a file, if there is one and what it is of, too.
+def _kept(path: Path, task: TaskInputs, facts: Mapping[str, Any]) -> Score | None:
+    """The score in a file, if there is one, and the completions that it is of are there too.
 
     Raises:
         InputError: the file is not as it was written.
     """
-    if not path.exists() or (case.rows and not path.with_name(_COMPLETIONS).exists()):
+    if not path.exists() or (task.rows and not path.with_name(_COMPLETIONS).exists()):
         return None
     content = read_json(path)
     if not isinstance(content, dict):
@@ -444,7 +457,7 @@ def _kept(path: Path, case: Case, facts: Mapping[str, Any]) -> Score | None:
     fields = {field.name for field in dataclasses.fields(Score)}
     kept = {key: value for key, value in content.items() if key in fields}
     score = checked(Score, kept, str(path))
-    for key, needed in (("value", bool(case.rows)), ("heldout", case.heldout is not None)):
+    for key, needed in (("value", bool(task.rows)), ("heldout", task.heldout is not None)):
         if (getattr(score, key) is not None) != needed:
             found = reprlib.repr(content[key])
             raise InputError(f"{path}: {key}: is {found}; expected {'one' if needed else 'none'}")
@@ -454,7 +467,7 @@ def _kept(path: Path, case: Case, facts: Mapping[str, Any]) -> Score | None:
 def _target(
     config: RunConfig, adapter: str | Path | None, inputs: EvaluationInputs, fingerprint: str
 ) -> _Target:
-    model = local_folder(config.model)
+    run, model = RunFolder(config.output), local_folder(config.model)
     facts = {
         "base_fingerprint": fingerprint,
         "config_fingerprint": load_model_config(model).fingerprint,
@@ -462,22 +475,22 @@ def _target(
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
     }
-    weights = f"{_kind(config, adapter)}-{short_hash(facts)}"
-    folder = RunFolder(config.output).evaluation / weights
+    weights = f"{_kind(run, config.model, adapter)}-{short_hash(facts)}"
+    folder = run.evaluation / weights
     folders = {
-        name: folder / f"{name}-{short_hash(case.facts)}" for name, case in inputs.cases.items()
+        name: folder / f"{name}-{short_hash(task.facts)}" for name, task in inputs.tasks.items()
     }
     return _Target(facts, folders)
 
 
 def _adapter_sha256(folder: Path) -> str:
-    """Of its tensors, and of what scales them if they are factors."""
+    """Hash of its tensors, and of what scales them if they are factors."""
     load_adapter(folder)  # says best what is wrong with it
     return _sha256([*TensorFiles(folder).files, folder / ADAPTER_CONFIG])
 
 
 def _sha256(paths: Iterable[Path]) -> str:
-    """Of names and contents of the files that exist."""
+    """Hash of names and contents of the files that exist."""
     digest = hashlib.sha256()
     for path in paths:
         if path.exists():
@@ -485,13 +498,13 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _kind(config: RunConfig, adapter: str | Path | None) -> str:
-    run = RunFolder(config.output)
+def _kind(run: RunFolder, model: str, adapter: str | Path | None) -> str:
+    """What is evaluated: the adapter, the run's own full model, or the base."""
     if adapter is not None:
         return run.adapter.name
-    return run.model.name if Path(config.model) == run.model else "base"
+    return run.model.name if Path(model) == run.model else "base"
 
 
 def short_hash(facts: object) -> str:
-    """Of JSON values; for the names of files that depend on them."""
+    """Hash of JSON values, for the names of files that depend on them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -20,7 +20,7 @@ from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.model.config import ModelConfig
 from esft_jax.planning.collectives import received_bytes, within_slices
-from esft_jax.planning.operations import Routing, count_operations
+from esft_jax.planning.operations import KernelRows, count_operations
 from esft_jax.planning.program import (
     StepMemory,
     StepShapes,
@@ -51,14 +51,13 @@ class Plan:
         experts: what is trained, in words.
         tokens: of one device in a step.
         memory: bytes of one device.
-        operations: floating-point operations per token as compiled, loops, kernels and what is
-            computed again included; None where they cannot be counted, which is only on TPUs.
+        operations: floating-point operations per token as compiled, with loops, kernels and
+            rematerialisation; None but for TPUs, where alone they can be counted.
         experts_overhead: operations of the experts' kernels as compiled, padding of rows and widths
             to blocks included, over those of the routed rows alone; None where not counted.
         model_operations: the same by arithmetic, nothing computed twice.
-        received: bytes that one device receives from others in a step, by kind of collective, and
-            apart for those between slices; None
-            if nothing was compiled.
+        received: bytes that one device receives from others in a step, by kind of collective, with
+            kinds of their own between slices; None if nothing was compiled.
         roofline: least time of a step; None for unknown hardware, or if nothing was compiled.
         seconds: spent on tracing and compiling.
     """
@@ -105,7 +104,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of one device in a step."""
+        """Tokens of one device in a step."""
         return self.config.train.batch_size * self.config.data.sequence_length // self.mesh.size
 
     def shapes(self, mesh: Mesh | None = None) -> StepShapes:
@@ -209,8 +208,8 @@ def make_plan(case: Case) -> Plan:
     operations = overhead = None
     if mesh.devices.flat[0].platform == "tpu":
         micro_batch = case.tokens // config.train.micro_batches
-        routing = Routing.balanced(model, mesh, trained, micro_batch)
-        found = count_operations(traced.jaxpr.jaxpr, routing, mesh.size)
+        kernels = KernelRows.balanced(model, mesh, trained, micro_batch)
+        found = count_operations(traced.jaxpr.jaxpr, kernels, mesh.size)
         operations = found.total / case.tokens
         overhead = found.experts / found.experts_exact
     by_arithmetic = model_operations(model, trained, config.data.sequence_length)

@@ -182,7 +182,7 @@ def _received(kind: str, instruction: _Instruction, devices: int) -> float:
 
 
 def _by_ring(kind: str, size: float, group: int) -> float:
-    """Bytes that each device of a ring receives, for a result of so many."""
+    """Bytes that each of `group` devices in a ring receives, for a result of `size` bytes."""
     match kind:
         case "all-reduce":
             return 2 * size * (group - 1) / group
@@ -194,13 +194,14 @@ def _by_ring(kind: str, size: float, group: int) -> float:
 
 
 def _group(attributes: str, devices: int) -> list[int]:
-    """Places in the mesh of the devices that exchange something; of the first such group."""
+    """The first group of devices that exchange something, by their places in the mesh."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return [int(place) for place in listed[1].split(",")]
     if iota := _IOTA.search(attributes):
         return _places(iota[2], iota[3])[: int(iota[1])].tolist()
     if named := _MESH.search(attributes):
-        # Some name a part of an axis: 'data':(2)4 are 4 neighbours, in each of 2 parts of it.
+        # A group may lie along a part of an axis: 'data':(2)4 are 4 neighbours, in each of 2
+        # parts of it.
         parts = {name: rest for name, *rest in _AXIS.findall(named[4])}
         shape, chosen = [], []
         for name, size in re.findall(r"'(\w+)'=(\d+)", named[1]):

@@ -41,7 +41,7 @@ class Operations:
 
 
 @dataclass(frozen=True)
-class Routing:
+class KernelRows:
     """What the grouped kernels of one chip meet in one layer, for a balanced router.
 
     Attributes:
@@ -55,7 +55,9 @@ class Routing:
     narrow: tuple[int, ...] = ()
 
     @classmethod
-    def balanced(cls, model: ModelConfig, mesh: Mesh, trained: Trained, tokens: int) -> "Routing":
+    def balanced(
+        cls, model: ModelConfig, mesh: Mesh, trained: Trained, tokens: int
+    ) -> "KernelRows":
         """Assignments drawn evenly.
 
         Args:
@@ -81,8 +83,8 @@ class Routing:
         return float(visits.pieces[: int(count)].sum()) * (tile // PIECES) / rows
 
 
-def count_operations(jaxpr: Any, routing: Routing, devices: int) -> Operations:
-    """Walk a program traced for TPUs, without what nobody reads.
+def count_operations(jaxpr: Any, kernels: KernelRows, devices: int) -> Operations:
+    """Walk a program traced for TPUs, without what its results do not depend on.
 
     Outside `shard_map` shapes are global and split over all devices. Pieces of assignments
     (`esft_jax.moe.experts`) are one, as with a balanced router; every token has a target.
@@ -96,7 +98,7 @@ def count_operations(jaxpr: Any, routing: Routing, devices: int) -> Operations:
             if name == "dot_general":
                 found.products += trips * share * _product(equation)
             elif name == "pallas_call":
-                _add_kernel(found, equation, routing, trips)
+                _add_kernel(found, equation, kernels, trips)
             else:
                 inner_share = 1.0 if name == "shard_map" else share
                 inner_trips = trips * (equation.params["length"] if name == "scan" else 1)
@@ -113,7 +115,7 @@ def _product(equation: Any) -> float:
     return 2.0 * np.prod(equation.outvars[0].aval.shape) * depth
 
 
-def _add_kernel(found: Operations, equation: Any, routing: Routing, trips: int) -> None:
+def _add_kernel(found: Operations, equation: Any, kernels: KernelRows, trips: int) -> None:
     name = equation.params["name"]
     if name.startswith("splash"):
         found.attention += trips * _attention(equation)
@@ -121,14 +123,14 @@ def _add_kernel(found: Operations, equation: Any, routing: Routing, trips: int) 
     operands = equation.params["grid_mapping"].block_mappings
     arrays = [operand.array_aval.shape for operand in operands]
     blocks = [operand.transformed_block_aval.shape for operand in operands]
-    charged = routing.charged(blocks[0][0])
+    charged = kernels.charged(blocks[0][0])
     if name == "grouped_matmul":  # rows, banks, products
-        narrow = {arrays[0][1], arrays[-1][1]} & set(routing.narrow)
-        rows = routing.sizes.mean() * routing.tuned if narrow else routing.sizes.sum()
+        narrow = {arrays[0][1], arrays[-1][1]} & set(kernels.narrow)
+        rows = kernels.sizes.mean() * kernels.tuned if narrow else kernels.sizes.sum()
         exact = arrays[0][1] * arrays[-1][1]
         covered = arrays[0][1] * _padded(arrays[-1][1], blocks[-1][1])
     else:  # rows, their gradients, gradients of the matrices
-        rows = routing.sizes.mean() * routing.tuned
+        rows = kernels.sizes.mean() * kernels.tuned
         exact = arrays[0][1] * arrays[1][1]
         covered = _padded(arrays[0][1], blocks[0][1]) * _padded(arrays[1][1], blocks[1][1])
     found.experts += trips * 2.0 * charged * rows * covered

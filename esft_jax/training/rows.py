@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from esft_jax.config import DataConfig
-from esft_jax.data.mix import MixedDataset, Source
+from esft_jax.data.mix import MixedDataset, MixedSource
 from esft_jax.data.pipeline import Dataset, PackedDataset, build_dataset
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
@@ -25,9 +25,9 @@ def read_rows(
     train_set: Dataset = task_set
     valid_sets = {"task": pack(data.valid)} if data.valid else {}
     if data.mix:
-        sources = [Source("task", 1.0, task_set)]
+        sources = [MixedSource("task", 1.0, task_set)]
         for name, source in data.mix.items():
-            sources.append(Source(name, source.weight, pack(source.train)))
+            sources.append(MixedSource(name, source.weight, pack(source.train)))
             if source.valid:
                 valid_sets[name] = pack(source.valid)
         train_set = MixedDataset(tuple(sources))

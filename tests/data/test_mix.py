@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from esft_jax.data.mix import Interleaving, MixedDataset, Source
+from esft_jax.data.mix import Interleaving, MixedDataset, MixedSource
 from esft_jax.data.pipeline import PackedDataset, batch_rows, build_dataset, train_iterator
 from esft_jax.data.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ def parts(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> list[PackedDataset
 @pytest.fixture
 def mixed(parts: list[PackedDataset]) -> MixedDataset:
     task, other = parts
-    return MixedDataset((Source("task", 1.0, task), Source("other", 0.5, other)))
+    return MixedDataset((MixedSource("task", 1.0, task), MixedSource("other", 0.5, other)))
 
 
 @pytest.mark.parametrize(

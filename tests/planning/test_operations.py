@@ -10,11 +10,11 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
 from esft_jax.families import load_model_config
 from esft_jax.ops.attention import causal_attention
-from esft_jax.planning.operations import Routing, count_operations
+from esft_jax.planning.operations import KernelRows, count_operations
 from esft_jax.sharding import EXPERT, make_mesh
 from esft_jax.training.operations import model_operations
 
-ONE = Routing(np.array([1]), 0)
+ONE = KernelRows(np.array([1]), 0)
 
 
 def test_loops_and_shares_of_devices_are_counted() -> None:
@@ -59,7 +59,7 @@ def test_attention_is_charged_the_blocks_it_computes(window, block, visits) -> N
 
 def test_a_group_is_charged_the_pieces_it_touches() -> None:
     # Tiles of 64 rows in pieces of 16: rows 0 to 19 touch two, rows 20 to 63 three.
-    assert Routing(np.array([20, 44]), 0).charged(64) == (32 + 48) / 64
+    assert KernelRows(np.array([20, 44]), 0).charged(64) == (32 + 48) / 64
 
 
 def test_operations_of_the_model_by_what_is_trained(base) -> None:
