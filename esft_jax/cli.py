@@ -49,14 +49,14 @@ def command(
     The body gets the arguments; of `main`, None stands for the command line. Bad input is one line
     on stderr and code 2; a run that cannot go on, for lack of memory too, or what the operating
     system refuses, is one line and code 1; an interrupt is code 130; any other exception is a
-    defect of ours and keeps its traceback.
+    defect of the package and keeps its traceback.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                # A name that a terminal has no letters for is no reason to fail.
+                # Letters that a terminal cannot show must not end the command.
                 stream.reconfigure(errors="backslashreplace")
         try:
             with _flushed_output():
@@ -74,7 +74,7 @@ def command(
         except OSError as error:
             if error.strerror is None:  # from a library, about something else
                 raise
-            # A descriptor is a number, and says nothing.
+            # It may be a file descriptor, a number that tells the user nothing.
             named = isinstance(error.filename, str | bytes | os.PathLike)
             where = f"{os.fsdecode(error.filename)}: " if named else ""
             return _fail(f"{where}{error.strerror}", 1)
@@ -210,7 +210,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=option(Count),
         default=100,
-        help="end the run when one of the others has not been heard of for so long (100)",
+        help="end the run after this time without news of one of the others (100)",
     )
 
 

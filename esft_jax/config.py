@@ -147,7 +147,7 @@ class DataConfig:
     )
 
     def chat_format(self) -> ChatFormat:
-        """How chats are rendered, other than the model says.
+        """How chats are rendered, where it differs from the model's folder.
 
         Raises:
             InputError: the file of the template cannot be read, or is empty.
@@ -235,7 +235,7 @@ class SelectConfig:
 
     @property
     def threshold(self) -> float | None:
-        """`top_p`; without any rule that of `DEFAULT_TOP_P`."""
+        """`top_p`; without any rule the value of `DEFAULT_TOP_P`."""
         return self.top_p if self.has_rule else DEFAULT_TOP_P[self.method]
 
     def problem(self) -> str | None:
@@ -300,7 +300,7 @@ class TrainConfig:
         max_skipped: Updates that may be skipped, since their loss or gradients are not finite,
             before the run stops.
         balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
-        remat: What the backward pass computes again, from nothing (`none`) to whole layers
+        remat: What is rematerialised in the backward pass, from nothing (`none`) to whole layers
             (`full`); between them, memory falls from `dots` over `experts` to `attention`.
         profile_step: First update of a profiler trace; 0 makes none.
         profile_steps: Updates in a trace, of this one and of those asked for by SIGUSR1.

@@ -268,7 +268,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def checked(kind: type[Value], value: object, where: str) -> Value:
-    """A parsed value as the type that a file of ours is declared to hold.
+    """A parsed value as the type that a file of this package is declared to hold.
 
     Types are strict: no text stands for a number. Numbers are finite.
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         "--max-parameters",
         type=option(Size),
         metavar="N",
-        help="best experts of all layers for so many",
+        help="the best experts of all layers, with at most N trained parameters",
     )
     rule.add_argument(
         "--max-bytes", type=option(Size), metavar="N", help="the same, by the adapter's size"

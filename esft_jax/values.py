@@ -37,7 +37,7 @@ def _argument_name(name: str) -> str:
 
 
 def _plain_name(name: str) -> str:
-    # It becomes the name of a folder, with a hash behind it, beside files of ours.
+    # It becomes the name of a folder, with a hash behind it, beside files that the package writes.
     taken = name.lower() == "task" or name.endswith((".json", ".jsonl"))
     if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,59}", name):
         raise ValueError(
@@ -79,7 +79,7 @@ Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Length = Annotated[int, Field(strict=True, ge=2, lt=2**31)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
-# What is computed with: out of range, JAX would take it for 0 or infinity.
+# Numbers to compute with: JAX would take those out of range for 0 or infinity.
 _Single = AfterValidator(_of_32_bits)
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), _Single]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False), _Single]

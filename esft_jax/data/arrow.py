@@ -35,14 +35,14 @@ def table_rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a table, column names as keys.
 
-    Texts that are declared to be JSON are parsed: `datasets` writes so what has a type of its own
-    in each row.
+    Texts that are declared to be JSON are parsed: so `datasets` writes values whose type differs
+    from row to row.
 
     Args:
         where: what messages begin with.
 
     Raises:
-        InputError: naming the column that two share, or that Python has no values for.
+        InputError: naming a column that appears twice, or whose values Python cannot hold.
     """
     number = 0
     for batch in batches:

@@ -37,7 +37,7 @@ _BATCH_CHATS, _BATCH_CHARACTERS = 256, 4_000_000
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a run wants its chats, other than the model's folder says.
+    """How a run renders chats, where it differs from the model's folder.
 
     Attributes:
         template: Jinja source of a chat template; None takes the model's.
@@ -204,7 +204,7 @@ def _batches(requests: Iterable[_Request]) -> Iterator[list[_Request]]:
 
 
 def _texts(message: Message) -> Iterator[str]:
-    """What takes most of the room of a message."""
+    """Those texts of a message that may be long."""
     yield message["content"]
     yield from reasoning(message).values()
 
@@ -216,7 +216,7 @@ class _TemplateFault(Exception):
 class _Worker:
     """The process that renders templates, started when it is first needed.
 
-    It is stopped after an error, since replies may be left that nobody reads.
+    It is stopped after an error, since unread replies may be left.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What other tools read in a record and we do not: it is named, never dropped without a word."""
+"""What other tools read in a record and this package does not: named, never dropped silently."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ _MASKS = (
 )
 # Keys of a record that change what is said or learned in the tools that read them (templates of
 # transformers, OpenAI's fine-tuning, TRL, axolotl, LLaMA-Factory, ms-swift and their like), in
-# which kinds of records, and what we say of them. All other keys are free.
+# which kinds of records, and advice about them. All other keys are free.
 _RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
     (
         re.compile(

@@ -273,7 +273,7 @@ class TrainIterator(Iterator[Any]):
     """What `train_iterator` gives.
 
     An iterator of grain that is alive when the interpreter ends prints a traceback, closed or not;
-    so this one lets go of it before.
+    so this class drops it before then.
     """
 
     def __init__(self, dataset: grain.IterDataset[Any]):
@@ -290,7 +290,7 @@ class TrainIterator(Iterator[Any]):
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self._held[0].set_state(state)
 
 

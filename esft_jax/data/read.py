@@ -260,7 +260,7 @@ def _objects(where: str, key: str, value: object, what: str) -> list[dict[str, A
 def _check_name(
     where: str, key: str, tools: Sequence[dict[str, Any]], i: int
 ) -> tuple[dict[str, Any], str]:
-    """What has the name of one of some tools, or calls of tools, and its key."""
+    """The object that names a tool, or the call of one, with its key."""
     named, place = function(tools[i]), f"{key}[{i}]{'.function' * ('function' in tools[i])}"
     name = named.get("name") if isinstance(named, dict) else None
     if not isinstance(name, str) or not name.strip():

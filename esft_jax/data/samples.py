@@ -200,7 +200,7 @@ class Cutter:
         return begin, begin + max(inserted, 0)
 
     def _find_answer(self, i: int, prompt: str, answer: str, said: int) -> int:
-        """Where a rendered answer begins that its prompt is no beginning of.
+        """Where a rendered answer begins whose rendering does not begin with its prompt.
 
         Args:
             said: where what the message says begins.

@@ -33,7 +33,7 @@ def call(fault: str, function: Callable[..., Result], *arguments: Any, **options
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Keeps what the library writes of its panics, a page each, from the terminal."""
+    """Keeps the library's reports of panics, a page each, from the terminal."""
     try:
         stderr = os.dup(2)
     except OSError:  # closed
@@ -60,7 +60,7 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def try_backend(backend: tokenizers.Tokenizer) -> None:
-    """Encodes and decodes something: many a fault of a tokenizer shows no earlier."""
+    """Encodes and decodes something: many faults of a tokenizer show only then."""
     if not backend.get_vocab_size():
         raise InputError("tokenizer.json: the vocabulary is empty")
     with _without_stderr():

@@ -1,6 +1,6 @@
 """Scores by a judge model behind any endpoint that speaks OpenAI's chat completions.
 
-Where it is, is said by the environment: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `JUDGE_MODEL`.
+The environment says where it is: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, `JUDGE_MODEL`.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ class EsftJaxLM(TemplateLM):
             `tokenizer.json`).
         data, expert, cpu_devices: the mesh, as in a run's configuration.
         seed: of sampling.
-        device, max_batch_size: no use here; the harness's command always sends them.
+        device, max_batch_size: ignored; the harness's command always sends them.
 
     Raises:
         InputError: an argument, the model or the adapter is wrong.

@@ -190,7 +190,7 @@ def _bleu(predictions: Predictions, references: References) -> MetricResult:
 def _bleu_tokens(references: References) -> str:
     """What BLEU counts: `13a` or `zh`, as sacrebleu calls them, or `zh+char`.
 
-    `13a` goes by spaces, so answers in a script without any would be one word each. `zh` is the
+    `13a` splits at spaces, so answers in a script without any would be one word each. `zh` is the
     same with Chinese characters as single tokens; `zh+char` with those of other such scripts too.
     All answers have one of them, so that a set of several languages has one BLEU.
 

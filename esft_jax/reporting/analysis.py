@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from esft_jax.reporting.selection import Rule
 from esft_jax.routing.log import RoutingLog
 
-_OFF_SIZE = 0.25  # samples are whole sequences, which may miss the size that is asked for so far
+_OFF_SIZE = 0.25  # of a size: samples are whole sequences, which may miss it by that share
 
 
 def mass_shares(gate: Float[np.ndarray, "*N E"]) -> Float64[np.ndarray, "*N E"]:
@@ -23,7 +23,7 @@ def mass_shares(gate: Float[np.ndarray, "*N E"]) -> Float64[np.ndarray, "*N E"]:
 def effective_experts(
     shares: Float[np.ndarray, "*N E"],
 ) -> tuple[Float64[np.ndarray, "*N"], Float64[np.ndarray, "*N"]]:
-    """How many experts would share evenly what these share unevenly.
+    """The effective number of experts: how many with equal shares would be spread as widely.
 
     Two definitions: the exponential of the entropy, `exp(-Σ s ln s)`, and the inverse Simpson
     index, `1 / Σ s²`, which counts small shares less.
@@ -103,7 +103,7 @@ class SampleSize:
     Attributes:
         tokens: of each sample; whole sequences make that up to a quarter.
         agreement: 5th, 50th and 95th percentile of `agreement` of the choices.
-        shared: the same of the top-K experts that both have, mean over layers.
+        shared: the same percentiles of the top-K experts that both have, mean over layers.
     """
 
     tokens: int

@@ -16,8 +16,8 @@ def read_comparison(path: str | Path) -> list[MethodRow]:
         path: configuration of the sweep.
 
     Raises:
-        InputError: the configuration is wrong, or not that of the results, or no method has been
-            run on all tasks.
+        InputError: the configuration is wrong, the results are of another one, or no method has
+            been run on all tasks.
     """
     sweep = load_sweep(path)
     record = open_record(sweep)

@@ -69,7 +69,7 @@ class Run:
 
 
 def find_run(path: Path) -> Run | None:
-    """The run in a folder; None if it is none.
+    """The run in a folder; None if the folder holds none.
 
     Raises:
         InputError: its files are damaged.
@@ -120,7 +120,7 @@ def find_selection(
         top_p: the threshold; default: what the run did, or the paper's value for the method.
 
     Raises:
-        InputError: the run's experts are none of the scores' model.
+        InputError: the run's experts do not fit the model that the scores are of.
     """
     own = None if run is None else run.config.select
     wanted = method or (own.method if own is not None else "token")

@@ -61,7 +61,7 @@ class Choice:
 
     @property
     def scores(self) -> Float64[np.ndarray, "L E"]:
-        """The scores that the choice goes by."""
+        """The scores that decide the choice."""
         return self.task.scores.of(self.selection.method)
 
     @property

@@ -101,7 +101,7 @@ class SweepConfig:
                         f"{place}: {key} is what the sweep sets; expected its {expected} instead"
                     )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is there twice; expected different ones")
+            raise ValueError("seeds: one is named twice; expected different ones")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder in the sweep's."""
+        """Path of its folder in that of the sweep."""
         rate = "" if self.learning_rate is None else f"/lr-{self.learning_rate:g}"
         return f"{self.task}/{self.method}{rate}/seed-{self.seed}"
 

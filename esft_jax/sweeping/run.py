@@ -46,13 +46,13 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
 
     Every finished cell is a line of `results.jsonl` in the output folder and is never run again;
     one that was interrupted goes on from its last checkpoint. `table.csv` has what is known so far.
-    Processes that work on the same sweep share its cells out among them.
+    Processes that work on the same sweep divide its cells among them.
 
     Returns:
         All results; None if SIGTERM stopped the run of a cell, which saved.
 
     Raises:
-        KeyboardInterrupt: SIGINT did.
+        KeyboardInterrupt: SIGINT stopped it.
         InputError: a cell cannot run, or was run with other settings; before any is run.
     """
     record = open_record(sweep)

@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """The spread of at least one value."""
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(statistics.fmean(values), deviation, len(values))
 
@@ -41,7 +41,7 @@ class MethodRow:
         learning_rate: the one that was chosen; None if there was no choice.
         values: the task's metric, by task.
         average: mean over tasks, of which the spread is over seeds.
-        valid_loss: the same of the validation loss, nats per target token.
+        valid_loss: mean and spread of the validation loss over tasks, nats per target token.
         retention: mean held-out loss over what was not trained on, and over tasks, in nats.
         others: metric of each task that was not trained on, mean over tasks, by name.
         trained_share: of the parameters, mean over tasks.

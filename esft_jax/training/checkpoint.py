@@ -61,7 +61,8 @@ class Checkpoints:
         self._quiet = ExitStack()
         self._quiet.enter_context(_one_voice())
         self._facts, self._rows = facts, rows and [row and list(row) for row in rows]
-        # Both may be writing the same step: processes that wait for each other must know for which.
+        # Both may be writing the same step: processes that wait for each other tell them apart by
+        # these prefixes.
         self._last, self._best = (
             ocp.CheckpointManager(
                 (folder / name).absolute(),
@@ -88,7 +89,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Save for resuming, in the background."""
         if step != self.last_step:
-            # Who resumes from this one, with its `best_loss`, must find the best one complete.
+            # It records `best_loss`: the checkpoint with that loss must be complete first.
             with _failed_writes(self._best.directory):
                 self._best.wait_until_finished()
             content = dataclasses.asdict(position) | {"facts": self._facts}
@@ -123,7 +124,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, Position]:
         """The last checkpoint: the state, placed like `abstract`, and the saved position.
 
-        A best one of a later step goes.
+        A best checkpoint of a later step is deleted.
 
         Raises:
             InputError: the checkpoint belongs to other facts (base weights, experts, data), as far
@@ -149,7 +150,7 @@ class Checkpoints:
             )
         state = self._state(self._last, abstract, position)
         if self.best_step is not None and self.best_step > step:
-            # It is ahead of where the run goes on from. The best one before it is gone.
+            # The run continues before that step. The best checkpoint until here is not kept.
             self._best.delete(self.best_step)
         return state, Position(**{name: position[name] for name in names})
 
@@ -221,14 +222,14 @@ def _is_no_write(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _one_voice() -> Iterator[None]:
-    """Leave it to `_failed_writes` to say that a write failed.
+    """Silence other reports of failed writes: `_failed_writes` reports them in one line.
 
     Threads of Orbax log the same error, each with a traceback; those of tensorstore print another
     one, since their results are not awaited any more; and asyncio logs the errors of all
     writes that failed beside the first one.
     """
 
-    def of_others(record: logging.LogRecord) -> bool:
+    def unrelated(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
     def print_others(unraisable: Any) -> None:
@@ -236,14 +237,14 @@ def _one_voice() -> Iterator[None]:
             before(unraisable)
 
     logger, before = logging.getLogger("absl"), sys.unraisablehook
-    logger.addFilter(of_others)
-    # It stays: a task is forgotten, and its error logged, at any later time.
+    logger.addFilter(unrelated)
+    # This filter stays: asyncio logs the error of a task whenever the task is collected.
     logging.getLogger("asyncio").addFilter(_is_no_write)
     sys.unraisablehook = print_others
     try:
         yield
     finally:
-        logger.removeFilter(of_others)
+        logger.removeFilter(unrelated)
         sys.unraisablehook = before
 
 

@@ -16,7 +16,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
     Elements' bits are mixed with their position and summed modulo 2^32: sums do not depend on how
     an array is split. The mixing is one-to-one, so that one damaged element is always noticed, and
-    more of them but for one case in 2^32.
+    several are missed in one case of 2^32.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_checksums([leaf for _, leaf in leaves]))

@@ -81,14 +81,16 @@ def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
 
 
 def loads_of(setup: Setup) -> Float[np.ndarray, "L E"] | None:
-    """What the scores say of the experts' shares of tokens, where it decides where they lie."""
+    """Share of each layer's tokens that each expert gets, by the scores that the run measured; None
+    where experts are given, or are not split over devices.
+    """
     if not setup.config.measures_scores or setup.mesh.shape[EXPERT] == 1:
         return None
     return load_scores(setup.run.scores).token
 
 
 def describe_placement(layout: TunedLayout, loads: Float[np.ndarray, "L E"]) -> str:
-    """How evenly the tuned experts' tokens are dealt out to the devices, in words."""
+    """How evenly the tokens of tuned experts are spread over the devices, in words."""
 
     def busiest(placement: Placement) -> float:
         return expected_loads(placement, layout.selected, layout.shards, loads).max()

@@ -48,7 +48,7 @@ class Hook:
     done. A run with hooks waits for the steps that have one.
 
     On several processes, all call it. After a kill, steps since the last checkpoint are made, and
-    their hooks called, again. Its time counts as none of a run's work.
+    their hooks called, again. The time of hooks does not count as work of the run.
 
     Attributes:
         call: the function.
@@ -72,7 +72,7 @@ class Hook:
 
 @dataclass(frozen=True)
 class Caller:
-    """All that the caller of a run brings along, see `run_training`."""
+    """All that the caller of `run_training` passes beside the set-up."""
 
     say: Callable[[str], None]
     on_log: Report | None

@@ -192,7 +192,7 @@ class _Run:
         with known_refusals():
             self.train_step = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - begin
-        # Not every backend reports it.
+        # Not every backend reports the memory of a program.
         memory = self.train_step.memory_analysis()
         self.step_bytes = (
             memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None
@@ -250,7 +250,7 @@ class _Run:
                     if self.caller.on_eval is not None:
                         with watch.of_others():
                             self.caller.on_eval(step, losses)
-                    # Without an update so far it would be the base.
+                    # Without an update so far, the parameters are those of the base.
                     updated = int(self.state.skipped) < step
                     if updated and (self.best_loss is None or loss < self.best_loss):
                         self.best_loss = loss
@@ -261,7 +261,7 @@ class _Run:
                 ask = not last and (jax.process_count() == 1 or step % config.log_every == 0)
                 stop = int(most_of_processes(stopped() or 0)) if ask else 0
                 if last or stop or step % config.save_every == 0:
-                    # A resumed run counts them, and would not list them again.
+                    # A resumed run counts skipped updates, but does not list them again.
                     self.skipped.check(step)
                     with watch.other("checkpoints"):
                         position = Position(

@@ -19,7 +19,7 @@ def make_schedule(
     """Learning rate by update: linear warm-up from 0, then constant or cosine decay.
 
     Args:
-        part: one of `config.rates`; None stands for all that is in none of them.
+        part: one of `config.rates`; None: what is in none of these parts.
     """
     peak = config.learning_rate if part is None else config.rates[part]
     if config.schedule == "cosine":
@@ -51,8 +51,8 @@ def changed_rate(config: OptimizerConfig, before: int, steps: int, updates: int)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As optax's, by one factor for all gradients. Optax divides each of them, which XLA does not
-    repeat for each use: that is a copy of them all, and a pass of its own.
+    """As optax's, but by one factor for all gradients. Optax divides each gradient; XLA stores the
+    quotients, since they are used twice: a copy of all gradients, and a pass over them.
     """
 
     def clip(gradients: optax.Updates, _: optax.Params | None) -> optax.Updates:

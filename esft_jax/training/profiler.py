@@ -28,7 +28,7 @@ class Profiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """What is done for a step, marked with its number in a trace."""
+        """Mark the block as a step of this number in a trace; begin a trace if one is due."""
         if not self._left and (self._requested or number == self._first):
             self._requested = False
             options = jax.profiler.ProfileOptions()
@@ -41,7 +41,11 @@ class Profiler:
             yield
 
     def finish_step(self, result: jax.Array) -> None:
-        """The step was started, of which this is a result; a trace waits for its last one."""
+        """Count a step that was started; a trace ends when the last one of its steps is done.
+
+        Args:
+            result: of the step.
+        """
         if not self._left:
             return
         self._left -= 1
@@ -50,7 +54,7 @@ class Profiler:
             jax.profiler.stop_trace()
 
     def close(self) -> None:
-        """End a trace that is not complete; the run ends."""
+        """End a trace that is not complete, at the end of the run."""
         if self._left:
             jax.profiler.stop_trace()
             self._left = 0

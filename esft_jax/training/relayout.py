@@ -1,8 +1,8 @@
 """Tuned rows that were saved in the layout of another mesh, moved to where this one has them.
 
-How tuned experts are dealt out depends on `mesh.expert` (`model/tuned.py`). Parameters and moments
-of a saved bank are read split along another axis, so that no device holds much, and their rows are
-then taken in the new order.
+On which device a tuned expert lies depends on `mesh.expert` (`adapt/placement.py`). Parameters and
+moments of a saved bank are read split along another axis, so that no device holds much, and their
+rows are then taken in the new order.
 """
 
 import math

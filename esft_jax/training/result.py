@@ -1,4 +1,4 @@
-"""What a run leaves behind: an adapter or a model, and what is said of it."""
+"""What a run leaves behind: an adapter with its manifest, or a model."""
 
 import dataclasses
 import hashlib
@@ -93,7 +93,7 @@ def write_result(setup: Setup, trained: Trained, model: Transformer, outcome: Ou
 
 def _manifest(setup: Setup, outcome: Outcome) -> dict[str, Any]:
     config = setup.config
-    # Of given experts nothing is known of how they were chosen.
+    # How given experts were chosen is not known.
     given = config.expert_cfg is not None or not config.selects_experts
     scores = setup.run.scores / "scores.json"
     return {

@@ -24,9 +24,9 @@ def facts_of(
         **setup.identity,
         "experts": experts and {str(k): list(v) for k, v in experts.experts.items()},
         "data_sha256": setup.train_set.stats.sha256,
-        # They choose the best step.
+        # Validation data choose the best step.
         "valid_sha256": {name: s.stats.sha256 for name, s in setup.valid_sets.items()},
-        # All that can be known of a caller's own ones.
+        # Of a caller's own optimizer or loss, no more can be known.
         "optimizer_state": ", ".join(_states(opt_state)),
         "loss": getattr(loss, "__qualname__", type(loss).__name__),
     }

@@ -83,7 +83,7 @@ class RunFolder:
     def owned(self) -> Iterator[None]:
         """Keep other processes from changing the run, for the time of the block.
 
-        Blocks of one `RunFolder` may lie in each other.
+        Blocks of one `RunFolder` may be nested.
 
         Raises:
             InputError: another process does so already.
@@ -119,7 +119,8 @@ class RunFolder:
         if not self.path.exists():
             return
         if not self.config.exists():
-            # `score` and `evaluate` may have been here before, and a `select` that the run names.
+            # `score` and `evaluate` may have written here before, and `select` a file that the run
+            # names.
             ours = {self.scores, self.evaluation}
             if config.expert_cfg is not None and self.expert_cfg.exists():
                 ours |= {self.expert_cfg} if self.expert_cfg.samefile(config.expert_cfg) else set()
@@ -129,7 +130,7 @@ class RunFolder:
                 )
             return
         changeable = _CHANGEABLE
-        if config.train.balance_loss == 0:  # which is computed for each micro-batch
+        if config.train.balance_loss == 0:  # else it depends on how a batch is split
             changeable = changeable | {"train.micro_batches"}
         for key, before, value in changes(load_config(self.config), config):
             section = key.split(".")[0]
@@ -150,7 +151,8 @@ class RunFolder:
             pass
 
     def check_way(self) -> None:
-        """Refuse links, which lead writing out of the folder, and what is no older result.
+        """Refuse links, which would lead writing out of the folder, and what lies in the place of a
+        result but is not one.
 
         Raises:
             InputError: naming the link or file.

@@ -163,7 +163,7 @@ def check_setup(config: RunConfig) -> Checked:
 def own_run(setup: Setup) -> Iterator[None]:
     """Make the run's folder, which no other run changes until the end of the block.
 
-    Blocks for one setup may lie in each other.
+    Blocks for one setup may be nested.
 
     Raises:
         InputError: it cannot be written to, is not the same one for all processes, or another run

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Seen where nobody read flags, perhaps just before somebody does (`exit_on_signals`).
+# Signals that came while no `stop_signal` was active, perhaps just before one began.
 _early: list[int] = []
 _EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
 

@@ -107,7 +107,7 @@ def make_train_step(
         loss: what is minimised, see `Loss`.
         micro_batches: parts of a batch that are computed one after the other; they divide its rows
             on each device.
-        remat: what the backward pass computes again.
+        remat: what is rematerialised in the backward pass.
         balance_weight: of `balance_loss`, which is added.
         sources: names of the sources of mixed batches, for their losses and tokens in the metrics.
 
@@ -248,7 +248,7 @@ def _not_zero(weight: Array) -> Array:
 
 
 def _split(batch: Batch, parts: int) -> Any:
-    """Batch rows dealt out to micro-batches, `[M, B / M, S]`; every device keeps its own rows."""
+    """Batch rows split into micro-batches, `[M, B / M, S]`; every device keeps its own rows."""
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
     )

@@ -16,7 +16,7 @@ Spent = dict[Kind, float]
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of step times, in seconds."""
+    """Percentiles of step times, in seconds."""
 
     p50: float
     p90: float
@@ -25,7 +25,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Percentiles":
-        """Of at least one step."""
+        """The percentiles of at least one step."""
         p50, p90, p99, most = np.percentile(seconds, (50, 90, 99, 100))
         return cls(float(p50), float(p90), float(p99), float(most))
 
@@ -84,7 +84,11 @@ class Stopwatch:
         self._input += self._clock() - begin
 
     def step(self, result: jax.Array) -> None:
-        """A step was started, of which this is a result; waits for the step before it."""
+        """Count a step that was started; waits for the step before it.
+
+        Args:
+            result: of the step.
+        """
         self._finish()
         self._running = result
 
@@ -99,7 +103,7 @@ class Stopwatch:
 
     @contextmanager
     def other(self, kind: Kind) -> Iterator[None]:
-        """Time what is no step; waits for the last one."""
+        """Time other work than steps, when the last step is done."""
         self._finish()
         begin = self._clock()
         yield
@@ -108,7 +112,7 @@ class Stopwatch:
 
     @contextmanager
     def of_others(self) -> Iterator[None]:
-        """Leave out what is none of the run's work; waits for the last step."""
+        """Leave out what is not work of the run, when the last step is done."""
         self._finish()
         yield
         self._last = self._clock()

@@ -107,7 +107,7 @@ def test_what_a_configuration_leaves_at_its_default_does_not_tell_it_apart(
     [
         ('"full": ["method=full"]', '"full": ["method=ful"]', "cell intent/full/lr-1e-05/seed-3"),
         ('{"full": [1e-05', '{"ful": [1e-05', "learning_rates.ful: no such method"),
-        ("[3, 4]", "[3, 3]", "seeds: one is there twice"),
+        ("[3, 4]", "[3, 3]", "seeds: one is named twice"),
         ("[3, 4]", "[]", "seeds: expected at least one item"),
         ("[1e-05, 0.001]", "[1e-05, 1.0000001e-5]", "learning_rates.full: two are the same in six"),
         ("method=full", "optimizer.learning_rate=1", "methods.full: optimizer.learning_rate is am"),
