@@ -27,3 +27,10 @@ def test_a_place_that_cannot_be_written_to(short_run: Path, tmp_path: Path, caps
     captured = capsys.readouterr()
     assert captured.err == f"error: --output: {tmp_path / 'file'} is a file; expected a folder\n"
     assert not captured.out
+
+
+def test_random_weights_are_not_scored(short_run: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--config", str(short_run), f"output={tmp_path}", "mesh.data=1"]
+    arguments += ["method=full", "init=random", "train.verify_frozen=false"]
+    assert score.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: init: random weights have no experts")

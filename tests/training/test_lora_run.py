@@ -89,6 +89,8 @@ def test_given_experts_are_checked(make_config, tmp_path) -> None:
             open_setup(make_config(method="lora", lora=LORA, expert_cfg=str(path)))
         return str(found.value)
 
+    with pytest.raises(InputError, match="experts.json: cannot be read: No such file"):
+        open_setup(make_config(expert_cfg=str(path)))  # nothing else is trained instead
     assert "trains router too; with method lora" in message(ExpertConfig({1: (0,)}, ("router",)))
     assert "layer 0 is no MoE layer" in message(ExpertConfig({0: (0,)}))
     # The same of a selection that another run has made.
