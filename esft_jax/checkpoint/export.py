@@ -52,7 +52,8 @@ def export_model(
 
     A few tensors are in memory at a time. All weights are written in one type, which `config.json`
     names: readers load all in that type anyway. Unless `dtype` is given it is the smallest that
-    loses nothing of the base or of the adapter's run; but weights in fp8 are written in bfloat16.
+    loses nothing of the base or of the adapter's run; but weights of a base in fp8 or MXFP4 are
+    written in bfloat16.
     Low-rank updates are added in float32.
 
     Args:
@@ -71,7 +72,7 @@ def export_model(
     make_way(target)
     stored = {name: source.dtype(name) for name in source.placements}
     wanted = dict(stored)
-    if source.config.fp8_block is not None:  # as all such models are trained and served, but in fp8
+    if source.config.quantised is not None:  # bfloat16 is what models computed in before it
         wanted = dict.fromkeys(stored, np.dtype(jnp.bfloat16))
     loaded, changed, chats = None, set[str](), run_chat_format(adapter)
     if adapter is not None:
@@ -120,8 +121,8 @@ def export_model(
     cast = Counter(stored[name].name for name in weights if stored[name] != common)
     said = [f"all {len(weights):,} tensors in {common.name}"]
     said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
-    if source.config.fp8_block is not None:
-        said.append("dequantised from fp8, without quantization_config")
+    if source.config.quantised is not None:
+        said.append(f"dequantised from {source.config.quantised}, without quantization_config")
     said += [f"{len(carried):,} tensors carried along"] if carried else []
     if chats.arguments:
         given = json.dumps(dict(chats.arguments), ensure_ascii=False)

@@ -21,6 +21,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from esft_jax.blocks import Box, assign_transposed, box_shape, intersect, within
 from esft_jax.checkpoint.fp8 import Fp8Files
+from esft_jax.checkpoint.mxfp4 import Mxfp4Files
 from esft_jax.checkpoint.streaming import in_order, share
 from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, TensorFiles
 from esft_jax.errors import InputError
@@ -73,8 +74,7 @@ class HuggingFaceSource:
         self.config = load_model_config(self.folder)
         table = tensor_table(self.config)
         self.placements = table.places
-        block = self.config.fp8_block
-        self.files = TensorFiles(self.folder) if block is None else Fp8Files(self.folder, block)
+        self.files = _open(self.folder, self.config)
         fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
         self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
         expected = fused | {
@@ -170,9 +170,8 @@ class HuggingFaceSource:
         part = self._fused.get(name)
         if part is None:
             return self.files.read(name, index)
-        rows, columns = index or (slice(0, part.end - part.begin), slice(None))
-        inside = slice(part.begin + rows.start, part.begin + rows.stop)
-        return self.files.read(part.name, (slice(part.expert, part.expert + 1), inside, columns))[0]
+        index = index or tuple(slice(0, size) for size in self.placements[name].shape)
+        return part.view(self.files.read(part.name, part.box(index)))
 
     def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """A block of a stacked parameter, of the tensors that reach into it."""
@@ -204,6 +203,13 @@ class HuggingFaceSource:
             target[...] = self.tensor(name, part)
         else:  # a single row, which the parameter holds as a vector
             target[...] = self.tensor(name)[0][part]
+
+
+def _open(folder: Path, config: ModelConfig) -> TensorFiles:
+    """Files by how weights are quantised there."""
+    if config.fp8_block is not None:
+        return Fp8Files(folder, config.fp8_block)
+    return Mxfp4Files(folder) if config.mxfp4 else TensorFiles(folder)
 
 
 def _same_values(one: np.ndarray, other: np.ndarray) -> bool:

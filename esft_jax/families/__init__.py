@@ -28,7 +28,7 @@ from esft_jax.families import (
     qwen3_moe,
     sarvam_mla,
 )
-from esft_jax.families.quantization import read_fp8_block
+from esft_jax.families.quantization import read_quantization
 from esft_jax.families.tensors import Table
 from esft_jax.files import read_json
 from esft_jax.model.config import ModelConfig
@@ -98,8 +98,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"model_type: {name!r} is not supported; expected one of {known}")
-    block = read_fp8_block(raw)
-    config = replace(FAMILIES[name].read_config(raw), family=name, fp8_block=block)
+    config = replace(FAMILIES[name].read_config(raw), family=name, **read_quantization(raw))
     router, experts = config.router, config.router.num_experts
     if experts % router.num_groups:
         raise InputError(f"n_group: {router.num_groups} does not divide {experts} experts")

@@ -82,12 +82,38 @@ def _transposed(matrix: np.ndarray) -> np.ndarray:
 
 
 class FusedSlice(NamedTuple):
-    """One expert's matrix inside a fused tensor: `tensor[expert, begin:end]`."""
+    """One expert's matrix `[out, in]`, or bias `[out]`, inside a fused tensor.
+
+    Attributes:
+        name: of the fused tensor, `[E, out, in]` or `[E, out]`, with outputs of gate and up.
+        expert: index on its first axis.
+        outputs: indices of its outputs.
+        transposed: the fused tensor is `[E, in, out]`.
+    """
 
     name: str
     expert: int
-    begin: int
-    end: int
+    outputs: range
+    transposed: bool
+
+    def box(self, part: Box) -> Box:
+        """What a part of the matrix or bias is of the fused tensor."""
+        outputs, *inputs = self.outputs[part[0]], *part[1:]
+        chosen = slice(outputs.start, outputs.stop, outputs.step)
+        expert = slice(self.expert, self.expert + 1)
+        return (expert, *inputs, chosen) if self.transposed else (expert, chosen, *inputs)
+
+    def view(self, found: np.ndarray) -> np.ndarray:
+        """What `box` selects, as a part of the matrix or bias."""
+        return found[0].T if self.transposed else found[0]
+
+    def write(self, fused: np.ndarray, tensor: np.ndarray) -> None:
+        """Put the matrix or bias into the fused tensor."""
+        target = fused[self.box(tuple(slice(0, size) for size in tensor.shape))][0]
+        if self.transposed:
+            assign_transposed(target, tensor)
+        else:
+            target[...] = tensor
 
 
 class ExpertNames(NamedTuple):
@@ -97,6 +123,9 @@ class ExpertNames(NamedTuple):
         prefix: what the names of experts begin with.
         gate, up, down: of the matrices of one expert.
         fused: names of `gate_up` and `down` of all experts of a layer, as they may be stored too.
+        fused_biases: of their biases.
+        transposed: the fused matrices are `[E, in, out]`, not `[E, out, in]`.
+        interleaved: outputs of gate and up take turns in the fused tensors; else gate comes first.
         stored_fused: the family's files have the fused tensors, and no others.
     """
 
@@ -105,6 +134,12 @@ class ExpertNames(NamedTuple):
     up: str = "up_proj"
     down: str = "down_proj"
     fused: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    fused_biases: tuple[str, str] = (
+        "mlp.experts.gate_up_proj_bias",
+        "mlp.experts.down_proj_bias",
+    )
+    transposed: bool = False
+    interleaved: bool = False
     stored_fused: bool = False
 
 
@@ -120,15 +155,15 @@ class Table:
         config: the model's shape.
         experts: how routed experts are named.
         places: every tensor, experts one by one, by its Hugging Face name.
-        fused: where each expert matrix, by its own name, lies in the fused form.
-        fused_shapes: the fused tensors `[E, out, in]`.
+        fused: where each matrix and bias of an expert, by its own name, lies in the fused form.
+        fused_shapes: the fused tensors.
     """
 
     config: ModelConfig
     experts: ExpertNames = PER_EXPERT
     places: dict[str, Placement] = field(default_factory=dict)
     fused: dict[str, FusedSlice] = field(default_factory=dict)
-    fused_shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    fused_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Place what is in no layer. A tied head has no tensor of its own."""
@@ -171,12 +206,17 @@ class Table:
         """Of all parameters."""
         return frozenset(place.role for place in self.places.values())
 
-    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """Names of an expert's gate, up and down matrices; `layer` is a decoder layer index."""
+    def expert_names(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Names of an expert's gate, up and down matrices, and of their biases, if there are some;
+        `layer` is a decoder layer index.
+        """
         names = self.experts
         prefix = f"{self.config.prefix}layers.{layer}.{names.prefix}.{expert}"
-        gate, up, down = (f"{prefix}.{part}.weight" for part in (names.gate, names.up, names.down))
-        return gate, up, down
+        return tuple(
+            f"{prefix}.{part}.{kind}"
+            for kind in ("weight", "bias")[: 1 + self.config.expert_bias]
+            for part in (names.gate, names.up, names.down)
+        )
 
 
 class Layer(NamedTuple):
@@ -247,13 +287,20 @@ class Layer(NamedTuple):
         role: Role,
         parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         expert: tuple[int, ...] = (),
+        *,
+        bias: bool = False,
     ) -> None:
-        """Gate, up and down of a gated feed-forward layer."""
+        """Gate, up and down of a gated feed-forward layer, and their biases."""
         size, (gate, up, down) = self.table.config.hidden_size, parts
         gate_up = (*path, "gate_up")
         self._add(f"{name}.{gate}.weight", gate_up, (width, size), role, (0, width), expert)
         self._add(f"{name}.{up}.weight", gate_up, (width, size), role, (width, 2 * width), expert)
         self._add(f"{name}.{down}.weight", (*path, "down"), (size, width), role, None, expert)
+        if bias:
+            gate_up = (*path, "gate_up_bias")
+            self._add(f"{name}.{gate}.bias", gate_up, (width,), role, (0, width), expert)
+            self._add(f"{name}.{up}.bias", gate_up, (width,), role, (width, 2 * width), expert)
+            self._add(f"{name}.{down}.bias", (*path, "down_bias"), (size,), role, None, expert)
 
     def norms(
         self, attention: str = "input_layernorm", feed_forward: str = "post_attention_layernorm"
@@ -336,6 +383,8 @@ class Layer(NamedTuple):
             self.mlp(dense, ("mlp",), config.dense_width, Role.DENSE_MLP)
             return
         self._add(f"{router}.weight", ("moe", "router", "weight"), (experts, size), Role.ROUTER)
+        if config.router.logit_bias:
+            self._add(f"{router}.bias", ("moe", "router", "logit_bias"), (experts,), Role.ROUTER)
         if config.router.selection_bias:
             assert selection_bias is not None
             name, shape = selection_bias
@@ -349,7 +398,8 @@ class Layer(NamedTuple):
         parts = names.gate, names.up, names.down
         for expert in range(experts):
             prefix = f"{names.prefix}.{expert}"
-            self.mlp(prefix, ("moe", "experts"), width, Role.ROUTED_EXPERT, parts, (expert,))
+            path, role = ("moe", "experts"), Role.ROUTED_EXPERT
+            self.mlp(prefix, path, width, role, parts, (expert,), bias=config.expert_bias)
         self._fuse(names)
         if config.shared_width:
             assert shared is not None
@@ -360,14 +410,23 @@ class Layer(NamedTuple):
                 self._add(f"{shared_gate}.weight", path, (1, size), role)
 
     def _fuse(self, names: ExpertNames) -> None:
-        """Where the matrices of this layer's experts lie in the fused tensors."""
+        """Where the matrices and biases of this layer's experts lie in the fused tensors."""
         table, config = self.table, self.table.config
         experts, size, width = config.router.num_experts, config.hidden_size, config.expert_width
-        gate_up, down = (f"{self.name}.{name}" for name in names.fused)
-        table.fused_shapes[gate_up] = (experts, 2 * width, size)
-        table.fused_shapes[down] = (experts, size, width)
+        gate, up = range(width), range(width, 2 * width)
+        if names.interleaved:
+            gate, up = range(0, 2 * width, 2), range(1, 2 * width, 2)
+        shapes = {names.fused[0]: (2 * width, size), names.fused[1]: (size, width)}
+        biases = dict(zip(names.fused_biases, ((2 * width,), (size,)), strict=True))
+        # Fused tensor, outputs and transposition of each tensor that an expert has.
+        parts: list[tuple[str, range, bool]] = []
+        for fused in (shapes, biases)[: 1 + config.expert_bias]:
+            gate_up, down = (f"{self.name}.{name}" for name in fused)
+            turned = names.transposed and fused is shapes
+            for name, shape in zip((gate_up, down), fused.values(), strict=True):
+                table.fused_shapes[name] = (experts, *(reversed(shape) if turned else shape))
+            parts += [(gate_up, gate, turned), (gate_up, up, turned), (down, range(size), turned)]
         for expert in range(experts):
-            gate_name, up_name, down_name = table.expert_names(self.number, expert)
-            table.fused[gate_name] = FusedSlice(gate_up, expert, 0, width)
-            table.fused[up_name] = FusedSlice(gate_up, expert, width, 2 * width)
-            table.fused[down_name] = FusedSlice(down, expert, 0, size)
+            own = table.expert_names(self.number, expert)
+            for tensor, (name, chosen, turned) in zip(own, parts, strict=True):
+                table.fused[tensor] = FusedSlice(name, expert, chosen, turned)

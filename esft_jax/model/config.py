@@ -305,6 +305,7 @@ class ModelConfig:
             keep.
         fp8_block: rows and columns of the weights on disk that share a scale, where some are in
             fp8; None: none are. No model computes in fp8.
+        mxfp4: some weights on disk are in MXFP4. No model computes in it.
         init_std: standard deviation of newly initialised weights.
         prefix: what the names of all tensors but the head's begin with.
     """
@@ -328,6 +329,7 @@ class ModelConfig:
     multipliers: Multipliers = Multipliers()
     carried: tuple[str, ...] = ()
     fp8_block: tuple[int, int] | None = None
+    mxfp4: bool = False
     init_std: float = 0.02
     family: str = ""
     prefix: str = "model."
@@ -351,9 +353,17 @@ class ModelConfig:
         their defaults do not count.
         """
         content = _said(self)
-        for key in ("max_positions", "init_std", "carried", "fp8_block", "family", "prefix"):
+        left = "max_positions", "init_std", "carried", "fp8_block", "mxfp4", "family", "prefix"
+        for key in left:
             content.pop(key, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def quantised(self) -> str | None:
+        """What some weights on disk are in, if anything that no model computes in."""
+        if self.fp8_block is not None:
+            return "fp8"
+        return "MXFP4" if self.mxfp4 else None
 
     @property
     def expert_size(self) -> int:

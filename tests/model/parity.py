@@ -90,8 +90,8 @@ def stacked(tensors: Mapping[str, Any], config: ModelConfig) -> dict[LeafPath, n
     parts: dict[LeafPath, list] = {}
     for name, place in tensor_table(config).places.items():
         if name in slices:
-            fused, expert, begin, end = slices[name]
-            tensor = tensors[fused][expert, begin:end]
+            part, whole = slices[name], tuple(slice(0, size) for size in place.shape)
+            tensor = part.view(tensors[part.name][part.box(whole)])
         else:
             tensor = tensors[name]
         parts.setdefault(place.path, []).append((place, tensor.detach().numpy()))
