@@ -32,3 +32,24 @@ report(
     abstract((2 * updated,), jnp.int32),
 )
 """
+
+# Biases of experts and their gradients, as those of the second product: factors are gates.
+BIASES = """
+from esft_jax.moe.grouped_matmul import as_rows, grouped_matmul
+
+rows, f, experts, tuned = map(int, sys.argv[2:])
+
+def gradients(gates, tuned, frozen, sizes):
+    def loss(gates, tuned):
+        out = grouped_matmul(gates[:, None], (as_rows(tuned), as_rows(frozen)), sizes)
+        return (out.astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1))(gates, tuned)
+
+report(
+    gradients,
+    abstract((rows,), jnp.bfloat16),
+    abstract((tuned, f), jnp.float32),
+    abstract((experts, f), jnp.bfloat16),
+    abstract((experts + tuned,), jnp.int32),
+)
+"""

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.ops.layers import LAYERS, LOW_RANK, SMALL
+from tests.ops.layers import BIASES, LAYERS, LOW_RANK, SMALL
 
 COMPILE = """
 import json, sys
@@ -145,6 +145,12 @@ def test_attention_of_few_heads_of_keys_in_float32(heads):
 def test_low_rank_updates_of_deepseek_v2_lite(rank):
     found = compile_for_h100(LOW_RANK, "bfloat16", 24_576, 2048, rank, 2816, 9)
     assert found["kernels"] == 6  # both products, their gradients with respect to either side
+
+
+def test_biases():
+    found = compile_for_h100(BIASES, "bfloat16", 16_384, 2880, 32, 3)
+    assert found["kernels"] == 1  # the gradient of the tuned ones; look-ups need none
+    assert found["temporary"] < 2 * 2 * 16_384 * 2880 + 2**20  # two arrays of rows
 
 
 def test_a_small_layer():

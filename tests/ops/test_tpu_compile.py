@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.ops.layers import LAYERS, LOW_RANK, SMALL
+from tests.ops.layers import BIASES, LAYERS, LOW_RANK, SMALL
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SLICES["tpu7x"] = "tpu7x:2x2x1"
@@ -157,6 +157,12 @@ def test_attention_of_windows_and_wide_heads(chip, heads):
 def test_low_rank_updates_of_deepseek_v2_lite(chip, rank):
     found = compile_for(chip, LOW_RANK, 24_576, 2048, rank, 2816, 9)
     assert found["kernels"] == 6  # both products, their gradients with respect to either side
+
+
+def test_biases_on_v5e():
+    found = compile_for("v5e", BIASES, 16_384, 2880, 32, 3)
+    assert found["kernels"] == 1  # the gradient of the tuned ones; look-ups need none
+    assert found["temporary"] < 2 * 2 * 16_384 * 2944 + 2**20  # two arrays of rows
 
 
 def test_a_small_layer_on_v5e():
