@@ -34,7 +34,8 @@ def inverse_frequencies(config: RopeConfig) -> np.ndarray:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    span = max(high - low, 0.001)
+    # Below 0 where all pairs are on one side of the bounds, which keeps or divides all of them.
+    span = (high - low) or 0.001
     interpolated = np.clip((np.arange(size // 2) - low) / span, 0, 1)
     return (plain * (1 - interpolated) + plain / yarn.factor * interpolated).astype(np.float32)
 

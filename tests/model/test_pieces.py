@@ -50,8 +50,9 @@ def test_norm(eps):
         {"mscale": 1.0},
         {"mscale": 0.0, "mscale_all_dim": 0.0},
         {"factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16, "beta_slow": 2},
+        {"original_max_position_embeddings": 8, "beta_fast": 8, "beta_slow": 2},
     ],
-    ids=["lite", "mscales-differ", "no-mscale", "other-ramp"],
+    ids=["lite", "mscales-differ", "no-mscale", "other-ramp", "all-pairs-slow"],
 )
 def test_yarn_frequencies_and_scales(changes):
     dim = 64
