@@ -387,20 +387,25 @@ def windowed_layers(raw: Raw, layers: int, default: Iterable[int]) -> tuple[int,
 
 
 def read_windows(
-    raw: Raw, attention: GroupedAttentionConfig, layers: int, windowed: tuple[int, ...]
+    raw: Raw,
+    attention: GroupedAttentionConfig,
+    layers: int,
+    windowed: tuple[int, ...],
+    window: int = 4096,
 ) -> tuple[GroupedAttentionConfig, SecondAttention | None]:
     """Attention without windows, if a layer has it; and with windows of `sliding_window` tokens.
 
     Args:
         attention: of the layers without windows.
         windowed: indices of those with windows.
+        window: their size, where the key is absent.
 
     Raises:
         InputError: naming the key.
     """
     if not windowed:
         return attention, None
-    local = dataclasses.replace(attention, window=integer(raw, "sliding_window", 4096))
+    local = dataclasses.replace(attention, window=integer(raw, "sliding_window", window))
     if len(windowed) == layers:
         return local, None
     return attention, SecondAttention(windowed, local)

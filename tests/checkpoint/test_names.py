@@ -39,6 +39,8 @@ def test_names_and_shapes_are_those_of_a_saved_checkpoint(tmp_path, changes):
         ("olmoe-1b-7b", 6.919161856),
         ("mixtral-8x7b", 46.702792704),
         ("gemma-4-26b-a4b", 25.23314179),  # its text part
+        ("gpt-oss-20b", 20.914757184),
+        ("gpt-oss-120b", 116.829156672),
     ],
 )
 def test_shipped_configurations_have_the_size_of_the_released_models(model, billions):

@@ -188,6 +188,30 @@ CASES = {
         GEMMA4 | {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 3},
     ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 3, "head_dim": 12}),
+    "gpt_oss": (
+        "gpt_oss",
+        LOCAL
+        | {
+            "head_dim": 12,
+            "sliding_window": 5,
+            "swiglu_limit": 1.3,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
+    # Square matrices of experts tell nothing of their layout.
+    "gpt_oss, square, windows above": (
+        "gpt_oss",
+        LOCAL
+        | {
+            "intermediate_size": SHAPE["hidden_size"],
+            "head_dim": 14,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 9,
+            "swiglu_alpha": 1.1,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -205,7 +229,7 @@ def pair(request, tmp_path_factory):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "e_score_correction_bias" in name:
                 tensor.normal_(-0.5, 0.3)
-            elif "inv_freq" not in name and tensor.ndim == 1:  # norms and biases
+            elif "inv_freq" not in name and (tensor.ndim == 1 or "bias" in name):  # norms, too
                 tensor.normal_(1, 0.3)
             elif name.endswith(ROUTERS):
                 tensor.normal_(0, 0.5)
@@ -228,10 +252,10 @@ def theirs(pair):
     logits = model(torch.tensor(tokens)).logits
     cotangent = rng.normal(size=logits.shape).astype(np.float32)
     experts = {
-        (layer, name.rsplit(".", 1)[-1].removesuffix("_proj")): weight
+        (layer, name.rsplit(".", 1)[-1].replace("_proj", "")): weight
         for layer, block in enumerate(model.get_decoder().layers)
         for name, weight in block.named_parameters()
-        if "experts." in name and weight.ndim == 3
+        if ".experts." in name and ("bias" in name or weight.ndim == 3)
     }
     grads = torch.autograd.grad((logits * torch.tensor(cotangent)).sum(), [*experts.values()])
     found = {key: grad.numpy() for key, grad in zip(experts, grads, strict=True)}
@@ -260,11 +284,14 @@ def test_logits_and_gradients_of_experts_are_those_of_transformers(pair, theirs)
     grads, logits = call(tuned, frozen, tokens, cotangent)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     rows = model.tuned_experts.layout.rows()
-    moe_layers = load_model_config(pair[1]).moe_layers
+    moe_layers, layout = model.config.moe_layers, tensor_table(model.config).experts
     assert len(rows) == experts.num_experts_selected
     for (_, leaf), grad in nnx.to_flat_state(grads):
         for stacked, expert, row in rows:
-            known = gradients[moe_layers[stacked], leaf][expert].T
+            known = gradients[moe_layers[stacked], leaf][expert]
+            known = known if layout.transposed else known.T
+            if layout.interleaved and leaf.startswith("gate_up"):
+                known = np.concatenate([known[..., ::2], known[..., 1::2]], axis=-1)
             difference = np.abs(grad.get_value()[row] - known).max() / np.abs(known).max()
             assert difference < 1e-4, (stacked, expert, leaf)
 
@@ -285,6 +312,23 @@ def test_decoding_is_that_of_transformers(pair, theirs):
         part, cache = decode(params, cache, tokens[:, begin : begin + 12], positions)
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", ["gpt_oss"], indirect=True)
+def test_documents_in_one_row_are_as_alone(pair):
+    """They are a token shorter than the window, as long, and a token longer."""
+    tokens = np.random.default_rng(3).integers(0, SHAPE["vocab_size"], (4, 18))
+    lengths = [4, 5, 6]
+    segments = np.where(np.arange(18) < np.array([*lengths, 0])[:, None], 1, 0)
+    segments[3, : sum(lengths)] = np.repeat([1, 2, 3], lengths)
+    begins = np.cumsum([0, *lengths])
+    for row, length in enumerate(lengths):
+        tokens[3, begins[row] : begins[row] + length] = tokens[row, :length]
+    graph, params = nnx.split(load_model(pair[1]))
+    logits = jax.jit(lambda p, *batch: nnx.merge(graph, p)(*batch).logits)(params, tokens, segments)
+    for row, length in enumerate(lengths):
+        packed = logits[3, begins[row] : begins[row] + length]
+        np.testing.assert_allclose(packed, logits[row, :length], atol=1e-5)
 
 
 def test_an_export_has_the_same_files(pair, tmp_path):

@@ -113,7 +113,15 @@ def test_work_stays_close_to_what_is_asked_for(chip):
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize(
-    "name", ["qwen3-30b-a3b", "glm-4.7-flash", "moonlight-16b-a3b", "olmoe-1b-7b", "mixtral-8x7b"]
+    "name",
+    [
+        "qwen3-30b-a3b",
+        "glm-4.7-flash",
+        "moonlight-16b-a3b",
+        "olmoe-1b-7b",
+        "mixtral-8x7b",
+        "gpt-oss-20b",
+    ],
 )
 def test_work_of_shipped_models_on_eight_chips(name, chip):
     # A row of 4096 tokens each, an even router, a tuned expert on every chip.
