@@ -244,11 +244,12 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
     for i in range(start, stop):
         oldest = max(first, i + 1 - window)
         seen = scores[i - start, oldest - first : i + 1 - first]
+        documents = segments[oldest : i + 1]
         top = max(seen[-1], sink)  # a token sees itself
         for j in range(seen.size):
-            if segments[oldest + j] == segments[i]:
+            if documents[j] == segments[i]:
                 top = max(top, seen[j])
-        _exponentials(seen, top, segments[oldest : i + 1], segments[i], powers)
+        _exponentials(seen, top, documents, segments[i], powers)
         total = _sum(seen) + np.exp(sink - top)
         _clear_around(scores[i - start], oldest - first, i + 1 - first)
         totals[i - start] = total
@@ -266,10 +267,10 @@ def _attend_to(frame: int, row: int, head: int, first: int, start: int, stop: in
 @compiled
 def _clear_around(row: np.ndarray, start: int, stop: int) -> None:
     """Keep the numbers from `start` to `stop` only."""
-    for j in range(start):
-        row[j] = 0
-    for j in range(stop, row.size):
-        row[j] = 0
+    # Loops that begin at 0 become vector instructions.
+    for part in (row[:start], row[stop:]):
+        for j in range(part.size):
+            part[j] = 0
 
 
 @compiled
@@ -313,6 +314,7 @@ def _add_gradient(frame: int, row: int, head: int, key_head: int) -> None:
             own, end = segments[start + i], start + i + 1
             oldest = max(first, end - window)
             seen = scores[i, oldest - first : end - first]
+            dseen = dscores[i, oldest - first : end - first]
             _exponentials(seen, logs[start + i], segments[oldest:end], own, powers)
             # What the softmax takes off every score's gradient: sum_s weight_s * (grad . value_s).
             ours = view(out.address + 4 * i * out.stride, outer, np.float32)
@@ -320,8 +322,8 @@ def _add_gradient(frame: int, row: int, head: int, key_head: int) -> None:
             mean = _ZERO
             for j in range(outer):
                 mean += ours[j] * theirs[j]
-            for j in range(oldest - first, end - first):
-                dscores[i, j] = scores[i, j] * (dscores[i, j] - mean) * scale
+            for j in range(seen.size):
+                dseen[j] = seen[j] * (dseen[j] - mean) * scale
             for weight in (scores[i], dscores[i]):
                 _clear_around(weight, oldest - first, end - first)
         dq, dk = _matrix(dquery, row, start, head), _matrix(dkey, row, first, key_head)
