@@ -43,20 +43,22 @@ def causal_attention(
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H W"]:
     """As `operation.causal_attention`."""
-    shape = _Shape(query.shape[1], query.shape[3], value.shape[3], window or query.shape[1], scale)
+    (_, length, _, width), value_width = query.shape, value.shape[3]
+    itemsize = query.dtype.itemsize
+    shape = _Shape(length, width, value_width, itemsize, window or length, scale)
     sinks = sinks_or_default(sinks, query.shape[2])
     return _causal_attention(shape, query, key, value, sinks, segment_ids.astype(jnp.int32))
 
 
 class _Shape(NamedTuple):
-    """What the kernels of a head know of it: the sizes of its matrices, and the scores' factor.
-
-    A matrix has powers of two of columns.
+    """What the kernels of a head know of it: the sizes of its matrices and of their numbers, how
+    many tokens a query sees, and the scores' factor.
     """
 
     length: int
     width: int
     value_width: int
+    itemsize: int
     window: int
     scale: float
 
@@ -80,15 +82,15 @@ class _Shape(NamedTuple):
 
     @property
     def forward_tile(self) -> tuple[int, int]:
-        """Queries and keys of a tile of scores in the forward pass.
-
-        Shared memory holds the queries, and keys and values twice.
-        """
-        return (64, 32) if self._widest <= 256 else (32, 16)
+        """Queries and keys of a tile of scores in the forward pass: what shared memory holds."""
+        return 64, (32 if self._widest * self.itemsize <= 1024 else 16)
 
     @property
     def gradient_tile(self) -> int:
-        """Queries, and keys, of a tile of scores in the backward pass."""
+        """Queries, and keys, of a tile of scores in the backward pass.
+
+        Registers hold sums as wide as keys and values, shared memory what they are summed from.
+        """
         return 32 if self._widest <= 256 else 16
 
     @property
