@@ -138,7 +138,8 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     Raises:
         InputError: naming what does not fit together.
     """
-    model = load_model_config(local_folder(config.model, files=("config.json",)))
+    folder = local_folder(config.model, files=("config.json",))
+    model = load_model_config(folder)
     devices = ahead_of_time_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):
