@@ -252,6 +252,18 @@ def common_length(one: str, other: str) -> int:
     return bisect.bisect_left(lengths, True, key=lambda n: one[:n] != other[:n]) - 1
 
 
+def lead(prompt: str, answer: str, words: str) -> str:
+    """What a template writes between a prompt and the words of the answer to it, blanks at its ends
+    aside: the header of a channel, for one. Of a thought without words, only what ends it.
+    """
+    found = answer[common_length(prompt, answer) :].partition(words)[0].strip()
+    *_, opening, closing = [None, None, *_MARKER.finditer(found)]
+    if opening is None or closing is None or closing.end() < len(found):
+        return found
+    between = found[opening.end() : closing.start()]
+    return closing[0] if not between.strip() and _closes(opening[0], closing[0]) else found
+
+
 def _continues(rendered: Sequence[Rendered]) -> bool:
     """Whether each text begins with the one before it."""
     return all(b.text.startswith(a.text) for a, b in itertools.pairwise(rendered))

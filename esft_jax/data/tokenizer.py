@@ -19,7 +19,7 @@ from esft_jax.data.chat_template import (
     ChatTemplate,
     read_template,
 )
-from esft_jax.data.samples import Sample, common_length
+from esft_jax.data.samples import Sample, common_length, lead
 from esft_jax.data.tokenizer_files import (
     WORDS,
     call,
@@ -201,6 +201,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids, special tokens left out unless it is said otherwise."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """What a completion says to the user: what comes after its thoughts and headers, if the
+        template has some.
+        """
+        ids, before = list(ids), self._lead
+        ends = (end for end in range(len(ids), 0, -1) if ids[end - len(before) : end] == before)
+        begin = next(ends, 0) if before else 0
+        return self.decode(ids[begin:]).lstrip() if begin else self.decode(ids)
+
+    @functools.cached_property
+    def _lead(self) -> list[int]:
+        """What the template writes before the words of an answer."""
+        user, words = Message(role="user", content="a"), "zq00000xj"
+        prompt = self.render([user], add_generation_prompt=True)
+        answer = self.render([user, Message(role="assistant", content=words)])
+        return self.encode(lead(prompt, answer, words))
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None

@@ -209,7 +209,7 @@ def evaluate_task(
     new = generate_tokens(
         model, prompts, stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens, **options
     )
-    texts = [tokenizer.decode(ids) for ids in new]
+    texts = list(map(tokenizer.answer, new))
     chosen, answers = METRICS[metric], [row.accepted(tokenizer) for row in rows]
     if chosen.rubric is None:
         result = chosen.score(texts, answers)

@@ -197,6 +197,35 @@ def test_headers_are_learned(load: Load) -> None:
         )
 
 
+@pytest.mark.parametrize("stops", [None, ["<|return|>", "<|call|>"]])
+def test_turns_end_where_generation_stops(load: Load, stops: list[str] | None) -> None:
+    """Not every end of a part of a turn is one."""
+    tokenizer = load(CHANNELS, stops)
+    chat = [USER, CALLING | {"thinking": "hm"}, RESULT, BECAUSE, WHY, ANSWER | {"thinking": "hm"}]
+    found = tokenizer.encode_chat(chat, [TOOL])
+    ends = [tokenizer.decode(s.tokens[-1:], skip_special_tokens=False) for s in found]
+    assert ends == ["<|call|>", "<|return|>", "<|return|>"]
+    assert all(sample.learn[-1] and sample.tokens[-1] in tokenizer.stop_ids for sample in found)
+
+
+@pytest.mark.parametrize(
+    ("source", "completion"),
+    [
+        (CHANNELS, "<|analysis|>hm<|end|><|assistant|><|final|>yes<|return|>"),
+        (CHANNELS, "<|final|>yes<|return|>"),
+        (CHANNELS, "yes"),
+        (FORGETS, "<think>\nhm\n</think>\n\nyes<|end|>"),
+        (FORGETS, "<think>\n\n</think>\n\nyes<|end|>"),
+        (BEGINS, "hm\n</think>\n\nyes<|end|>"),
+        (ALWAYS, "<think>hm</think>\nyes<|end|>"),
+        (NEXT, "yes"),
+    ],
+)
+def test_the_answer_of_a_completion(load: Load, source: str, completion: str) -> None:
+    tokenizer = load(source)
+    assert tokenizer.answer(tokenizer.encode(completion)) == "yes"
+
+
 def test_a_template_without_thoughts_whose_prompt_begins_one(load: Load) -> None:
     tokenizer = load(NO_THOUGHTS)
     one = "<|user|>hi<|end|><|assistant|><think>\n"
