@@ -20,7 +20,11 @@ CHECKED = [
         f"esft_jax.moe.grouped_matmul.{name}"
         for name in ("bank", "groups", "operation", "single_row", "xla", "tpu", "gpu")
     ),
-    *("esft_jax.moe.weights", "esft_jax.ops.activation", "esft_jax.ops.cross_entropy"),
+    "esft_jax.moe.weights",
+    *(
+        f"esft_jax.ops.{name}"
+        for name in ("activation", "causal_convolution", "cross_entropy", "delta_rule")
+    ),
     *(f"esft_jax.ops.attention.{name}" for name in ("operation", "xla", "tpu", "gpu")),
     *(f"esft_jax.training.{name}" for name in ("step", "state", "optimizer")),
 ]
