@@ -225,7 +225,41 @@ class GroupedAttentionConfig:
         return self.heads * self.head, self.key_heads * self.head
 
 
-AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
+@dataclass(frozen=True)
+class DeltaAttentionConfig:
+    """Attention by the gated delta rule (arXiv 2412.06464).
+
+    Attributes:
+        key_heads: heads of queries and keys.
+        heads: of values; a multiple of `key_heads`.
+        key: features of every query and key head.
+        value: of every value head.
+        taps: tokens that the convolution before it sees, a token's own included.
+        by_key_head: the projections lie in two matrices, each ordered by key head, then by what is
+            projected to; else in four, each ordered by what is projected to, then by head.
+    """
+
+    key_heads: int
+    heads: int
+    key: int
+    value: int
+    taps: int
+    by_key_head: bool
+
+    @property
+    def mixed(self) -> int:
+        """Width of queries, keys and values of all heads together."""
+        return 2 * self.key_heads * self.key + self.heads * self.value
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Widths of its projections, but for the hidden size, and for the few numbers of beta and
+        steps: a low-rank update may have a higher rank than these.
+        """
+        return self.mixed, self.heads * self.value
+
+
+AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig | DeltaAttentionConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Parameter creation: values, roles, names of axes, and the leading layer axis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 
 import jax
@@ -48,7 +48,11 @@ class ParamFactory:
 
     def stacked(self, layers: int) -> "ParamFactory":
         """The same factory for `layers` layers at once."""
-        return ParamFactory(self.rngs, self.dtype, self.std, layers)
+        return replace(self, layers=layers)
+
+    def wide(self) -> "ParamFactory":
+        """The same factory for parameters that are float32, whatever the others are."""
+        return replace(self, dtype=jnp.float32)
 
     def _full(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...]

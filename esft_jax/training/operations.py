@@ -6,7 +6,12 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import trained_roles
 from esft_jax.families import tensor_table
-from esft_jax.model.config import AttentionConfig, GroupedAttentionConfig, ModelConfig
+from esft_jax.model.config import (
+    AttentionConfig,
+    DeltaAttentionConfig,
+    GroupedAttentionConfig,
+    ModelConfig,
+)
 from esft_jax.model.params import Role
 
 
@@ -88,7 +93,12 @@ def _operations(
 
 
 def _of_attention(kind: AttentionConfig, size: int, length: int) -> tuple[float, float]:
-    """Weights of the projections, and products of scores and values per token."""
+    """Weights of the projections, and per token products of scores and values, or with a state."""
+    if isinstance(kind, DeltaAttentionConfig):
+        # The state meets the key twice, to be read and to be corrected, and the query.
+        values, products = kind.heads * kind.value, 3 * kind.heads * kind.key * kind.value
+        inputs = kind.mixed + values + 2 * kind.heads
+        return size * (inputs + values) + kind.taps * kind.mixed, products
     window = kind.window if isinstance(kind, GroupedAttentionConfig) else None
     window = min(window or length, length)
     seen = window - window**2 / (2 * length)  # a row's first tokens see less than a window
