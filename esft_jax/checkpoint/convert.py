@@ -37,6 +37,7 @@ from esft_jax.checkpoint.source import HuggingFaceSource, combine_digests
 from esft_jax.checkpoint.streaming import in_order, share
 from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, common_dtype, is_finite
 from esft_jax.errors import InputError
+from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath
 from esft_jax.files import (
     check_no_links,
@@ -191,6 +192,8 @@ def _finish(
         "dtypes": sorted({DTYPE_NAMES[dtype] for dtype in dtypes.values()}),
         "carried": sorted(source.carried),
     }
+    if source.fused and not tensor_table(source.config).experts.stored_fused:
+        manifest["fused"] = True
     write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     for path in _journals(folder):
         path.unlink()

@@ -46,6 +46,7 @@ class _Manifest:
         fingerprint: of all weights.
         dtypes: names of the types of the arrays, as in safetensors.
         carried: names of the tensors that the model does not use.
+        fused: experts were fused in its files, unlike in most of the family.
     """
 
     format: str
@@ -53,6 +54,7 @@ class _Manifest:
     fingerprint: str
     dtypes: list[Literal["BF16", "F16", "F32"]]
     carried: list[str] = dataclasses.field(default_factory=list)
+    fused: bool = False
 
 
 def is_converted(folder: Path) -> bool:
@@ -81,7 +83,9 @@ class ConvertedSource:
         manifest = checked(_Manifest, content, str(path))
         self._fingerprint = manifest.fingerprint
         self.config = load_model_config(self.folder)
-        self.placements = tensor_table(self.config).places
+        table = tensor_table(self.config)
+        self.placements = table.places
+        self.fused = manifest.fused or table.experts.stored_fused
         types = [DTYPES[name] for name in manifest.dtypes]
         self.carried = TensorFiles(self.folder, {})
         if manifest.carried:

@@ -69,11 +69,13 @@ def export_model(
             type that is written; there is no new folder then.
     """
     target, source = Path(target), open_source(base)
+    table = tensor_table(source.config)
+    places = table.places
     make_way(target)
     stored = {name: source.dtype(name) for name in source.placements}
     wanted = dict(stored)
     if source.config.quantised is not None:  # bfloat16 is what models computed in before it
-        wanted = dict.fromkeys(stored, np.dtype(jnp.bfloat16))
+        wanted |= {name: np.dtype(jnp.bfloat16) for name in stored if not places[name].wide}
     loaded, changed, chats = None, set[str](), run_chat_format(adapter)
     if adapter is not None:
         loaded = load_adapter(adapter)
@@ -91,10 +93,11 @@ def export_model(
             stored |= dict.fromkeys(changed, np.dtype(np.float32))  # the sums
         else:
             stored |= {name: wanted[name] for name in changed}
-    table = tensor_table(source.config)
-    weights = {n: k for n, k in wanted.items() if table.places[n].role is not Role.SELECTION_BIAS}
+    own = {n for n, p in places.items() if p.wide or p.role is Role.SELECTION_BIAS}
+    weights = {name: kind for name, kind in wanted.items() if name not in own}
     common = common_dtype(weights.values()) if dtype is None else jnp.dtype(dtype)
-    specs, parts = stored_specs(table, common), stored_parts(table)
+    parts = stored_parts(table, fused=source.fused)
+    specs = stored_specs(table, parts, common, wanted)
     carried = source.carried
     specs |= {name: TensorSpec(carried.dtype(name), info.shape) for name, info in carried.items()}
 
@@ -137,6 +140,8 @@ def save_model(
     dtype: DTypeLike | None = None,
     carried: TensorFiles | None = None,
     chat_format: ChatFormat | None = None,
+    *,
+    fused: bool | None = None,
 ) -> None:
     """Write all weights of a model as a Hugging Face folder; an older one there is replaced.
 
@@ -148,6 +153,8 @@ def save_model(
         dtype: type of the weights; the model's own by default.
         carried: tensors of the base that the model does not use (`Source.carried`).
         chat_format: what of the template and the stop tokens is to be other than there.
+        fused: write the experts of a layer in fused tensors (`Source.fused`); None: as most files
+            of the family have them.
 
     Raises:
         InputError: another template, type or place than a model can be saved with.
@@ -158,7 +165,8 @@ def save_model(
     table, template = tensor_table(model.config), Path(template_folder)
     if load_model_config(template) != model.config:
         raise InputError(f"{template / 'config.json'}: describes another model than the one saved")
-    specs, parts = stored_specs(table, dtype), stored_parts(table)
+    parts = stored_parts(table, fused=table.experts.stored_fused if fused is None else fused)
+    specs = stored_specs(table, parts, dtype)
     read = ModelTensors(model).tensor
     made = ((name, stored_tensor(table, name, specs, parts, read)) for name in parts)
     kept = TensorFiles(template, {}) if carried is None else carried

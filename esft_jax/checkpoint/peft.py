@@ -228,8 +228,9 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
     """
     table = tensor_table(model)
     # Names within a layer, in the order of the model.
+    layers = f"{model.prefix}layers."
     within = {
-        name.split(".", 3)[3]: place.role
+        name.removeprefix(layers).partition(".")[2]: place.role
         for name, place in table.places.items()
         if place.is_matrix and place.role in lora.roles
     }
@@ -261,7 +262,7 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "target_modules": rf"model\.layers\.({'|'.join(modules)})" if modules else [],
+        "target_modules": rf"{re.escape(layers)}({'|'.join(modules)})" if modules else [],
         "target_parameters": parameters or None,
         **_PLAIN,
     }

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from esft_jax.blocks import Box, assign_transposed, box_shape, intersect, within
+from esft_jax.blocks import Box, box_shape, intersect, within
 from esft_jax.checkpoint.fp8 import Fp8Files
 from esft_jax.checkpoint.mxfp4 import Mxfp4Files
 from esft_jax.checkpoint.streaming import in_order, share
@@ -41,8 +41,10 @@ class Source(Protocol):
         config: the model's shape.
         placements: the model's tensors and their places.
         carried: tensors that the model does not use, and that exports keep.
+        fused: experts lie in tensors that hold all of a layer, and exports write them so.
     """
 
+    fused: bool
     carried: TensorFiles
     folder: Path
     config: ModelConfig
@@ -77,6 +79,7 @@ class HuggingFaceSource:
         self.files = _open(self.folder, self.config)
         fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
         self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
+        self.fused = bool(fused) or table.experts.stored_fused
         expected = fused | {
             name: place.shape for name, place in self.placements.items() if name not in self._fused
         }
@@ -196,13 +199,7 @@ class HuggingFaceSource:
         """Copy a part of a tensor, by its place in the parameter."""
         place = self.placements[name]
         part = within(box, place.box)[len(place.index) :]
-        target = target[(0,) * len(place.index)]
-        if place.transposed:
-            assign_transposed(target, self.tensor(name, part[::-1]))
-        elif place.stored_shape == place.shape:
-            target[...] = self.tensor(name, part)
-        else:  # a single row, which the parameter holds as a vector
-            target[...] = self.tensor(name)[0][part]
+        place.copy_part(partial(self.tensor, name), part, target[(0,) * len(place.index)])
 
 
 def _open(folder: Path, config: ModelConfig) -> TensorFiles:

@@ -5,7 +5,7 @@ gate and up side by side, with layers and experts stacked in front. A family fil
 only place that knows both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from esft_jax.blocks import Box, assign_transposed
 from esft_jax.model.config import (
+    DeltaAttentionConfig,
     GroupedAttentionConfig,
     LatentAttentionConfig,
     ModelConfig,
@@ -35,6 +36,7 @@ class Placement:
         transposed: whether the parameter holds the transpose.
         shape: the tensor's shape in the Hugging Face checkpoint.
         role: of the parameter.
+        wide: the parameter is float32, whatever others are, and exports keep the tensor's type.
     """
 
     path: LeafPath
@@ -43,6 +45,7 @@ class Placement:
     transposed: bool
     shape: tuple[int, ...]
     role: Role
+    wide: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -50,11 +53,17 @@ class Placement:
         return len(self.shape) == 2 and self.shape[0] > 1
 
     @property
+    def _squeezed(self) -> bool:
+        """Whether the parameter lacks the last axis but one, of size 1: that of a single row, or of
+        the inputs of a convolution of each feature.
+        """
+        return len(self.shape) == 3 or (self.shape[:-1] == (1,) and not self.transposed)
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor as the parameter holds it; a vector, if it is a single row."""
-        if self.transposed:
-            return self.shape[::-1]
-        return self.shape[1:] if len(self.shape) == 2 and self.shape[0] == 1 else self.shape
+        """Shape of the tensor as the parameter holds it."""
+        shape = (*self.shape[:-2], self.shape[-1]) if self._squeezed else self.shape
+        return shape[::-1] if self.transposed else shape
 
     @property
     def box(self) -> Box:
@@ -66,13 +75,30 @@ class Placement:
 
     def to_block(self, tensor: np.ndarray) -> np.ndarray:
         """The tensor as the block that its box selects."""
+        tensor = tensor[..., 0, :] if self._squeezed else tensor
         stored = _transposed(tensor) if self.transposed else tensor
         return stored.reshape((1,) * len(self.index) + self.stored_shape)
 
     def from_block(self, block: np.ndarray) -> np.ndarray:
         """The tensor, from the block that its box selects."""
         stored = block.reshape(self.stored_shape)
-        return _transposed(stored) if self.transposed else stored.reshape(self.shape)
+        return (_transposed(stored) if self.transposed else stored).reshape(self.shape)
+
+    def copy_part(self, read: Callable[[Box], np.ndarray], part: Box, target: np.ndarray) -> None:
+        """Copy a part of the block, without its leading indices.
+
+        Args:
+            read: a part of the tensor.
+        """
+        index = part[::-1] if self.transposed else part
+        if self._squeezed:
+            found = read((*index[:-1], slice(0, 1), index[-1]))[..., 0, :]
+        else:
+            found = read(index)
+        if self.transposed:
+            assign_transposed(target, found)
+        else:
+            target[...] = found
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
@@ -126,7 +152,7 @@ class ExpertNames(NamedTuple):
         fused_biases: of their biases.
         transposed: the fused matrices are `[E, in, out]`, not `[E, out, in]`.
         interleaved: outputs of gate and up take turns in the fused tensors; else gate comes first.
-        stored_fused: the family's files have the fused tensors, and no others.
+        stored_fused: the family's files have the fused tensors, and no others; else either.
     """
 
     prefix: str = "mlp.experts"
@@ -184,9 +210,10 @@ class Table:
         columns: tuple[int, int] | None = None,
         *,
         transposed: bool = False,
+        wide: bool = False,
     ) -> None:
         """Place one tensor."""
-        self.places[name] = Placement(path, index, columns, transposed, shape, role)
+        self.places[name] = Placement(path, index, columns, transposed, shape, role, wide)
 
     @property
     def embedding(self) -> str:
@@ -250,6 +277,8 @@ class Layer(NamedTuple):
         role: Role,
         columns: tuple[int, int] | None = None,
         expert: tuple[int, ...] = (),
+        *,
+        wide: bool = False,
     ) -> None:
         stack, row = "moe_blocks" if self.moe else "dense_blocks", self.row
         if path[0] == "attention":
@@ -261,16 +290,19 @@ class Layer(NamedTuple):
             role,
             (row, *expert),
             columns,
-            transposed=len(shape) == 2,
+            transposed=len(shape) > 1,
+            wide=wide,
         )
 
-    def vector(self, name: str, path: LeafPath, size: int, role: Role) -> None:
+    def vector(
+        self, name: str, path: LeafPath, size: int, role: Role, *, wide: bool = False
+    ) -> None:
         """A vector."""
-        self._add(name, path, (size,), role)
+        self._add(name, path, (size,), role, wide=wide)
 
-    def norm(self, name: str, path: LeafPath, width: int) -> None:
+    def norm(self, name: str, path: LeafPath, width: int, *, wide: bool = False) -> None:
         """The scale of a norm."""
-        self._add(f"{name}.weight", (*path, "scale"), (width,), Role.NORM)
+        self._add(f"{name}.weight", (*path, "scale"), (width,), Role.NORM, wide=wide)
 
     def linear(self, name: str, path: LeafPath, shape: tuple[int, int], *, bias: bool) -> None:
         """A projection `[out, in]` of attention, and its bias."""
@@ -361,6 +393,31 @@ class Layer(NamedTuple):
             for name, leaf in zip(norms, "qk", strict=True):
                 width = config.head * (widths[leaf] if config.norm == "whole" else 1)
                 self.norm(name, ("attention", f"{leaf}_norm"), width)
+
+    def delta_attention(self) -> None:
+        """The gated delta rule; its projections joined as `DeltaAttentionConfig` says."""
+        config, size = self.table.config.attentions[self.kind][0], self.table.config.hidden_size
+        assert isinstance(config, DeltaAttentionConfig)
+        heads, values = config.heads, config.heads * config.value
+        parts = {
+            "in_proj_qkv": ("mixed", config.mixed),
+            "in_proj_z": ("gate", values),
+            "in_proj_b": ("beta", heads),
+            "in_proj_a": ("step", heads),
+        }
+        if config.by_key_head:
+            parts = {
+                "in_proj_qkvz": ("mixed_gate", config.mixed + values),
+                "in_proj_ba": ("beta_step", 2 * heads),
+            }
+        for name, (leaf, width) in parts.items():
+            self.linear(f"linear_attn.{name}", ("attention", leaf), (width, size), bias=False)
+        self.linear("linear_attn.out_proj", ("attention", "out"), (size, values), bias=False)
+        convolution, role = ("attention", "convolution"), Role.ATTENTION
+        self._add("linear_attn.conv1d.weight", convolution, (config.mixed, 1, config.taps), role)
+        self.vector("linear_attn.A_log", ("attention", "log_rate"), heads, role, wide=True)
+        self.vector("linear_attn.dt_bias", ("attention", "step_offset"), heads, role)
+        self.norm("linear_attn.norm", ("attention", "norm"), config.value, wide=True)
 
     def feed_forward(
         self,

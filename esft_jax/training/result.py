@@ -73,12 +73,13 @@ def write_result(setup: Setup, trained: Trained, model: Transformer, outcome: Ou
     folder = setup.run
     if trained is None:
         base = setup.base
-        carried = None if base.source is None else base.source.carried
+        source = base.source
         save_model(
             model,
             folder.model,
             base.folder,
-            carried=carried,
+            carried=None if source is None else source.carried,
+            fused=None if source is None else source.fused,
             chat_format=setup.tokenizer.chat_format,
         )
         return folder.model

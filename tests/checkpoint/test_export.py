@@ -11,7 +11,7 @@ from esft_jax.checkpoint import export as export_module
 from esft_jax.checkpoint.adapter import apply_adapter, load_adapter, model_tensors, save_adapter
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model, exported_config, save_model
-from esft_jax.checkpoint.load import load_base, load_model
+from esft_jax.checkpoint.load import load_base, load_model, open_source
 from esft_jax.checkpoint.model_tensors import ModelTensors
 from esft_jax.checkpoint.source import HuggingFaceSource
 from esft_jax.checkpoint.tensor_files import TensorFiles
@@ -28,6 +28,28 @@ from tests.checkpoint.checkpoints import (
 )
 from tests.checkpoint.test_adapter import EXPERTS, NAMES, save_trained
 from tests.yardstick import torch
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_experts_are_fused_where_the_base_has_them_fused(tiny, tmp_path, converted):
+    model, folder = tiny
+    experts = {n: t for n, t in model.state_dict().items() if ".mlp.experts." in n}
+
+    def fuse(tensors):
+        return {n: t for n, t in tensors.items() if ".mlp.experts." not in n} | experts
+
+    base = rewrite(folder, tmp_path / "fused", fuse)
+    expected = TensorFiles(base)
+    if converted:
+        base = tmp_path / "converted"
+        convert_checkpoint(tmp_path / "fused", base)
+    export_model(base, None, tmp_path / "export")
+    found = TensorFiles(tmp_path / "export")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+    save_model(load_model(base), tmp_path / "model", base, fused=open_source(base).fused)
+    assert TensorFiles(tmp_path / "model").keys() == expected.keys()
 
 
 @pytest.fixture(scope="module")
