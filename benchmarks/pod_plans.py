@@ -48,6 +48,8 @@ PODS = {
     "olmoe-1b-7b-h100x1": "h100:1",
     "mixtral-8x7b-h100x8": "h100:8",
     "gemma-4-26b-a4b-v6e-4": "v6e:2x2",
+    "qwen3.6-35b-a3b-h100x8": "h100:8",
+    "qwen3-next-80b-a3b-h100x8": "h100:8",
 }
 TRANSPORTS = ("all_gather", "ragged_all_to_all")  # of `mesh.transport`
 # Models of `fits`, with the experts per layer that are assumed; None is a tenth of them.
@@ -57,6 +59,7 @@ MODELS = {
     "glm-4.7-flash": None,
     "moonlight-16b-a3b": None,
     "olmoe-1b-7b": None,
+    "qwen3.6-35b-a3b": None,
 }
 METHODS = ("esft", "full")
 SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:8": 8}  # and devices

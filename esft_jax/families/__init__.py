@@ -26,7 +26,9 @@ from esft_jax.families import (
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     sarvam_mla,
 )
 from esft_jax.families.quantization import read_quantization
@@ -67,7 +69,10 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral,
     "olmoe": olmoe,
     "qwen2_moe": qwen2_moe,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "sarvam_mla": sarvam_mla,
 }
 

@@ -36,6 +36,10 @@ def test_names_and_shapes_are_those_of_a_saved_checkpoint(tmp_path, changes):
         ("glm-4.7-flash", 29.94339392),
         ("glm-4.5-air", 106.852251264),
         ("qwen3-30b-a3b", 30.532122624),
+        # Without layers for multi-token prediction (1.650471424, 0.844640768) and vision
+        # (0.446571248): 81.32486272 and 35.951822704 with them.
+        ("qwen3-next-80b-a3b", 79.674391296),
+        ("qwen3.6-35b-a3b", 34.660610688),
         ("olmoe-1b-7b", 6.919161856),
         ("mixtral-8x7b", 46.702792704),
         ("gemma-4-26b-a4b", 25.23314179),  # its text part

@@ -37,7 +37,7 @@ def test_an_absent_key_means_what_it_does_to_transformers_or_is_refused_by_name(
             refused.add(key)
         else:
             assert dataclasses.asdict(found) == dataclasses.asdict(expected), key
-    assert {"vocab_size", "hidden_size"} <= refused
+    assert ({"text_config"} if "text_config" in raw else {"vocab_size", "hidden_size"}) <= refused
     assert len(refused) < 15
 
 
@@ -46,6 +46,46 @@ def test_null_is_no_rank_of_queries(family):
     attention = read_model_config(full(family) | {"q_lora_rank": None}).attention
     assert isinstance(attention, LatentAttentionConfig)
     assert attention.query_rank is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layer_types", ["full_attention"], "expected num_hidden_layers = "),
+        ("layer_types", "full", "expected num_hidden_layers = "),
+        ("linear_num_value_heads", 17, "is no multiple of linear_num_key_heads = 16"),
+        ("attn_output_gate", False, "is not supported; expected True"),
+        ("output_gate_type", "sigmoid", "is not supported; expected 'swish'"),
+        ("hidden_act", "gelu", "is not supported; expected 'silu'"),
+    ],
+)
+def test_what_linear_attention_does_not_know_is_refused(family, key, value, message):
+    with pytest.raises(InputError, match=f"{key}: .*{message}"):
+        read_model_config(full(family) | {key: value})
+
+
+def test_layers_are_spelled_in_two_ways():
+    raw = full("qwen3_next") | {"full_attention_interval": 3}
+    spaced = read_model_config({k: v for k, v in raw.items() if k != "layer_types"})
+    assert spaced.second.layers == tuple(range(2, 48, 3))
+    assert read_model_config(raw).second.layers == tuple(range(3, 48, 4))
+    alike = read_model_config(raw | {"layer_types": ["full_attention"] * 48})
+    assert alike.second is None
+    assert alike.attention == spaced.second.attention
+
+
+def test_text_of_qwen3_5_turns_as_without_sections_of_positions():
+    raw = full("qwen3_5_moe_text")
+    sections = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    given = raw | {"rope_parameters": raw["rope_parameters"] | sections}
+    assert read_model_config(given) == read_model_config(raw)
+    whole = full("qwen3_5_moe")
+    beside = read_model_config(whole)
+    assert beside.fingerprint == read_model_config(raw).fingerprint
+    assert beside.carried == ("mtp.", "model.visual.")
+    with pytest.raises(InputError, match="tie_word_embeddings: says something else"):
+        read_model_config(whole | {"tie_word_embeddings": True})
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])

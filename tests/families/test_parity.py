@@ -75,6 +75,16 @@ GEMMA4 = {
         },
     },
 }
+# Heads of queries and keys, fewer than those of values, in layers of linear attention.
+DELTA = QWEN | {
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 28,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+}
+FULL_FIRST = "full", "linear", "linear", "full", "linear"
 VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 8,
@@ -188,6 +198,39 @@ CASES = {
         GEMMA4 | {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 3},
     ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": 3, "head_dim": 12}),
+    "qwen3_next": ("qwen3_next", DELTA | {"num_hidden_layers": 4}),
+    "qwen3_next, dense between": (
+        "qwen3_next",
+        DELTA
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": [f"{kind}_attention" for kind in FULL_FIRST],
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "linear_num_key_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {
+            "text_config": DELTA | {"num_hidden_layers": 4},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 12,
+                "num_heads": 2,
+                "out_hidden_size": 40,
+                "num_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        DELTA | {"full_attention_interval": 2, "tie_word_embeddings": True},
+    ),
     "gpt_oss": (
         "gpt_oss",
         LOCAL
@@ -224,13 +267,19 @@ def pair(request, tmp_path_factory):
         keys = changes | {"text_config": SHAPE | changes["text_config"]}
     config = transformers.AutoConfig.for_model(family, **keys)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = transformers.AutoModelForCausalLM
+    if family == "qwen3_5_moe":  # of which that would be the text part alone
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "e_score_correction_bias" in name:
                 tensor.normal_(-0.5, 0.3)
+            elif "A_log" in name:  # of states that last for a few tokens
+                tensor.normal_(-1.5, 0.5)
             elif "inv_freq" not in name and (tensor.ndim == 1 or "bias" in name):  # norms, too
-                tensor.normal_(1, 0.3)
+                # Those that multiply by 1 + w are made as zeros.
+                tensor.normal_(0 if "norm" in name and not tensor.any() else 1, 0.3)
             elif name.endswith(ROUTERS):
                 tensor.normal_(0, 0.5)
     folder = tmp_path_factory.mktemp(family) / "model"
@@ -314,9 +363,9 @@ def test_decoding_is_that_of_transformers(pair, theirs):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("pair", ["gpt_oss"], indirect=True)
+@pytest.mark.parametrize("pair", ["gpt_oss", "qwen3_next"], indirect=True)
 def test_documents_in_one_row_are_as_alone(pair):
-    """They are a token shorter than the window, as long, and a token longer."""
+    """They are a token shorter than the window of one, as long, and a token longer."""
     tokens = np.random.default_rng(3).integers(0, SHAPE["vocab_size"], (4, 18))
     lengths = [4, 5, 6]
     segments = np.where(np.arange(18) < np.array([*lengths, 0])[:, None], 1, 0)
