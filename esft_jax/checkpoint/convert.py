@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -185,7 +185,7 @@ def _finish(
     write_text_atomic(folder / PARAMS / "_METADATA", orbax_metadata(leaf_shapes(source.placements)))
     digests = _digests(source, _journals(folder))
     assert digests.keys() == source.placements.keys()
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "source": origin,
         "fingerprint": combine_digests(digests),

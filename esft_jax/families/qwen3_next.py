@@ -7,6 +7,7 @@ from esft_jax.families.keys import (
     Raw,
     flag,
     integer,
+    layers_of,
     number,
     read_grouped_attention,
     read_rope,
@@ -110,12 +111,7 @@ def _by_layer(
     if kinds is None:
         step = integer(raw, "full_attention_interval", 4)
         kinds = [_KINDS[(layer + 1) % step == 0] for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {*_KINDS}:
-        raise InputError(
-            f"layer_types: {kinds!r}; expected num_hidden_layers = {layers} of {_KINDS[0]!r} or "
-            f"{_KINDS[1]!r}"
-        )
-    in_full = tuple(layer for layer, kind in enumerate(kinds) if kind == _KINDS[1])
+    in_full = layers_of(kinds, layers, *reversed(_KINDS))
     if len(in_full) == layers:
         return full, None
     return delta, SecondAttention(in_full, full) if in_full else None
