@@ -98,11 +98,11 @@ def load(folder: Path, kind: str, method: str) -> PreTrainedModel:
 
 
 def make_optimizer(model: nn.Module, config: dict[str, float]) -> torch.optim.Optimizer:
-    """AdamW in one fused pass; the scales of norms are not decayed."""
+    """AdamW in one fused pass; vectors, as the scales of norms, are not decayed."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            groups["norm" not in name].append(parameter)
+            groups[parameter.ndim > 1].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": groups[decayed], "weight_decay": config["weight_decay"] if decayed else 0.0}

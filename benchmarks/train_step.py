@@ -150,8 +150,30 @@ def _olmoe(size: Size) -> dict[str, Any]:
     }
 
 
+def _qwen3_5_moe_text(size: Size) -> dict[str, Any]:
+    """Linear attention in three of four layers, half as many key heads as value heads."""
+    return _common(size) | {
+        "model_type": "qwen3_5_moe_text",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "moe_intermediate_size": size.expert_width,
+        "shared_expert_intermediate_size": size.expert_width,
+        "num_experts": size.experts,
+        "num_key_value_heads": size.key_heads,
+        "head_dim": size.head,
+        "linear_num_key_heads": size.heads // 2,
+        "linear_num_value_heads": size.heads,
+        "linear_key_head_dim": size.head,
+        "linear_value_head_dim": size.head,
+    }
+
+
 # `config.json` of a model, by its `model_type`.
-FAMILIES = {"deepseek_v2": _deepseek_v2, "qwen3_moe": _qwen3_moe, "olmoe": _olmoe}
+FAMILIES = {
+    "deepseek_v2": _deepseek_v2,
+    "qwen3_moe": _qwen3_moe,
+    "olmoe": _olmoe,
+    "qwen3_5_moe_text": _qwen3_5_moe_text,
+}
 
 Results = dict[str, dict[str, list[Measured]]]  # by method and contender, one per round
 

@@ -211,7 +211,7 @@ def _inverse(lower: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     """Of the identity plus a strictly lower triangular matrix whose size is a power of two.
 
     Blocks on the diagonal are inverted row by row, and merged two by two. Powers of the matrix
-    would need no rows, but grow beyond float32 where keys are alike.
+    would need no rows, but where keys are alike they grow until their sum has no digits left.
     """
     size = lower.shape[-1]
     block = min(size, _SMALLEST_BLOCK)

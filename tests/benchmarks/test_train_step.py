@@ -49,6 +49,8 @@ def folders(tmp_path_factory):
         ("qwen3_moe", "esft-10"),
         ("qwen3_moe", "full"),
         ("olmoe", "full"),
+        ("qwen3_5_moe_text", "esft-10"),
+        ("qwen3_5_moe_text", "full"),
     ],
 )
 def test_contenders_compute_the_same(benchmark, script, monkeypatch, folders, family, method):
