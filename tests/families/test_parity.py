@@ -1,5 +1,7 @@
 """Every family against transformers: logits, gradients, decoding, and files written back."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_model
 from esft_jax.families import FAMILIES, load_model_config, tensor_table
 from esft_jax.model.transformer import Transformer
+from tests.model.parity import run
 from tests.yardstick import torch
 
 # No two widths are equal, and none is twice another one.
@@ -378,6 +381,27 @@ def test_documents_in_one_row_are_as_alone(pair):
     for row, length in enumerate(lengths):
         packed = logits[3, begins[row] : begins[row] + length]
         np.testing.assert_allclose(packed, logits[row, :length], atol=1e-5)
+
+
+STATEFUL = "gemma4", "gpt_oss", "qwen3_next", "qwen3_5"  # or with windows
+
+
+@pytest.mark.parametrize(
+    "pair", [case for case in CASES if case.startswith(STATEFUL)], indirect=True
+)
+def test_a_packed_row_is_its_documents(pair):
+    ends, length = (0, 9, 20), 24
+    tokens, segments = (np.zeros((3, length), np.int32) for _ in range(2))
+    rng = np.random.default_rng(1)
+    for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
+        tokens[0, begin:end] = rng.integers(3, SHAPE["vocab_size"], end - begin)
+        segments[0, begin:end] = number
+        tokens[number, : end - begin] = tokens[0, begin:end]
+        segments[number, : end - begin] = 1
+    logits = run(load_model(pair[1]), tokens, segments).logits
+    for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
+        alone = logits[number, : end - begin]
+        np.testing.assert_allclose(logits[0, begin:end], alone, atol=1e-5)
 
 
 def test_an_export_has_the_same_files(pair, tmp_path):
