@@ -76,9 +76,9 @@ def test_any_part_is_that_of_the_whole(folder, experts, inputs, outputs, monkeyp
     whole, pairs, touched = files.read(NAME), mxfp4._pairs(), []
 
     class Spy:
-        def __getitem__(self, codes):
-            touched.append(codes[1].shape)
-            return pairs[codes]
+        def take(self, codes, **options):
+            touched.append(codes.shape)
+            return pairs.take(codes, **options)
 
     monkeypatch.setattr(mxfp4, "_pairs", Spy)
     np.testing.assert_array_equal(files.read(NAME, index), whole[index])
