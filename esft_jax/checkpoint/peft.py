@@ -227,12 +227,17 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
     pattern that is true of fused experts (where their index is missing) if it means all of them.
     """
     table = tensor_table(model)
+    # Of models whose files fuse experts, `peft` knows no single ones: it would leave them out and
+    # say nothing. It refuses an adapter of which it finds no module at all.
+    roles = lora.roles
+    if table.experts.stored_fused and lora.experts.num_experts_selected:
+        roles = frozenset()
     # Names within a layer, in the order of the model.
     layers = f"{model.prefix}layers."
     within = {
         name.removeprefix(layers).partition(".")[2]: place.role
         for name, place in table.places.items()
-        if place.is_matrix and place.role in lora.roles
+        if place.is_matrix and place.role in roles
     }
     attention = [name for name, role in within.items() if role is Role.ATTENTION]
     parameters = [name for name, role in within.items() if role is not Role.ATTENTION]

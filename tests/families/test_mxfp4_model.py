@@ -16,8 +16,9 @@ from esft_jax.checkpoint.adapter import apply_adapter, load_adapter, save_adapte
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_base, load_model
+from esft_jax.checkpoint.peft import save_lora
 from esft_jax.sharding import make_mesh
-from tests.checkpoint.checkpoints import assert_same, logits
+from tests.checkpoint.checkpoints import assert_same, logits, with_factors
 from tests.yardstick import torch
 
 RELEASED = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.embed_tokens"]}
@@ -128,6 +129,25 @@ def test_a_trained_adapter_is_merged_into_the_export(released, tokens, tmp_path)
     wide = load_base(released, jnp.float32)
     apply_adapter(wide.model, load_adapter(tmp_path / "adapter"), wide.fingerprint)
     np.testing.assert_allclose(logits(wide.model, tokens), expected, atol=1e-4)
+
+
+def test_peft_refuses_updates_of_experts_that_it_would_leave_out(released, tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    for targets in (("attention",), ("attention", "experts")):
+        base = load_base(released, jnp.float32)
+        (graph, tuned, frozen), lora = with_factors(base, targets)
+        model = nnx.merge(graph, tuned, frozen)
+        manifest = {"base_fingerprint": base.fingerprint, "base_model": str(released)}
+        save_lora(tmp_path / targets[-1], model, lora, manifest)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(released, dtype=torch.float32)
+        if "experts" in targets:
+            with pytest.raises(ValueError, match="not found in the base model"):
+                peft.PeftModel.from_pretrained(theirs, tmp_path / targets[-1])
+        else:
+            both = peft.PeftModel.from_pretrained(theirs, tmp_path / targets[-1])
+            with torch.no_grad():
+                expected = both(torch.tensor(tokens)).logits.numpy()
+            np.testing.assert_allclose(logits(model, tokens), expected, atol=1e-4)
 
 
 def test_some_layers_may_be_left_in_bfloat16(released, tmp_path):
