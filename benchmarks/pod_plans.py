@@ -50,6 +50,7 @@ PODS = {
     "gemma-4-26b-a4b-v6e-4": "v6e:2x2",
     "qwen3.6-35b-a3b-h100x8": "h100:8",
     "qwen3-next-80b-a3b-h100x8": "h100:8",
+    "gpt-oss-20b-v6e-4": "v6e:2x2",
 }
 TRANSPORTS = ("all_gather", "ragged_all_to_all")  # of `mesh.transport`
 # Models of `fits`, with the experts per layer that are assumed; None is a tenth of them.
@@ -60,6 +61,7 @@ MODELS = {
     "moonlight-16b-a3b": None,
     "olmoe-1b-7b": None,
     "qwen3.6-35b-a3b": None,
+    "gpt-oss-20b": None,
 }
 METHODS = ("esft", "full")
 SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:8": 8}  # and devices
