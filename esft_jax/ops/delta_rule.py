@@ -28,8 +28,8 @@ from esft_jax.ops.attention.operation import KEPT
 
 # Tokens per chunk: more of them means more work within chunks, fewer means more steps.
 CHUNK = 64
-# Chunks per stretch. The backward pass is given the state at the beginning of each stretch, and
-# makes those of its chunks again, for one stretch at a time.
+# Chunks per stretch, at most. The backward pass is given the state at the beginning of each stretch,
+# and makes those of its chunks again, for one stretch at a time.
 STRETCH = 16
 
 # Added to the squared length of keys and queries, before the root.
@@ -85,7 +85,8 @@ def gated_delta_rule(
     beta = jnp.where(real[..., None], beta.astype(jnp.float32), 0)
     grouped = state.reshape(rows, key_heads, -1, width, value.shape[3])
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
-    stretch = min(STRETCH, -(-length // chunk))
+    chunks = -(-length // chunk)
+    stretch = -(-chunks // -(-chunks // STRETCH))  # as even as can be, for there is padding behind
     padding = -length % (chunk * stretch)
     tokens = _Tokens(query, key, value, decay, beta)
     out, grouped = _delta_rule(
@@ -329,22 +330,24 @@ def _stretch_gradients(
     def correct(state: Array, chunk: _Chunks) -> tuple[Array, tuple]:
         said = _product("bgcr,bgjrw->bgjcw", chunk.key, state)
         after, corrections = _correct(state, chunk, said)
-        return after, (state, after, corrections)
+        return after, (state, corrections)
 
-    _, (states, after, corrections) = jax.lax.scan(correct, state, chunks)
+    _, (states, corrections) = jax.lax.scan(correct, state, chunks)
     weights = chunks.query_key[:, :, :, None] * chunks.fading
     dcorrections = _product("nbgjcd,nbgjcw->nbgjdw", weights, dout)
     dread = chunks.entering[..., None] * dout
 
     def back(dstate: Array, part: tuple) -> tuple[Array, tuple]:
-        chunk, after, corrections, dcorrections, dread = part
-        leaving = chunk.leaving[..., None]
-        dcorrections += leaving * _product("bgcr,bgjrw->bgjcw", chunk.key, dstate)
+        chunk, state, corrections, dcorrections, dread = part
+        leaving, through = chunk.leaving[..., None], chunk.through[..., None, None]
+        dleft = leaving * _product("bgcr,bgjrw->bgjcw", chunk.key, dstate)
+        at_end = jnp.sum(dleft * corrections, axis=(-2, -1))
+        at_end += jnp.sum(through * state * dstate, axis=(-2, -1))
+        dcorrections += dleft
         dwrong = _product("bgjdc,bgjdw->bgjcw", chunk.solve, dcorrections)
         dsaid = -(chunk.beta * chunk.entering)[..., None] * dwrong
         dkey = _product("bgjcw,bgjrw->bgcr", leaving * corrections, dstate)
-        at_end = jnp.sum(after * dstate, axis=(-2, -1))
-        dstate = chunk.through[..., None, None] * dstate + _product(
+        dstate = through * dstate + _product(
             "bgcr,bgjcw->bgjrw",
             jnp.concatenate([chunk.key, chunk.query], axis=2),
             jnp.concatenate([dsaid, dread], axis=3),
@@ -352,7 +355,7 @@ def _stretch_gradients(
         return dstate, (dwrong, dkey, at_end)
 
     dstate, (dwrong, dkey, at_end) = jax.lax.scan(
-        back, dstate, (chunks, after, corrections, dcorrections, dread), reverse=True
+        back, dstate, (chunks, states, corrections, dcorrections, dread), reverse=True
     )
     query, key, value, beta = chunks.query, chunks.key, chunks.value, chunks.beta
     # Of each value head for now: both are needed by key heads and by value heads.

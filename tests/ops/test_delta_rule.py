@@ -9,7 +9,7 @@ import pytest
 
 from esft_jax.ops.causal_convolution import causal_convolution
 from esft_jax.ops.delta_rule import CHUNK, STRETCH, gated_delta_rule
-from esft_jax.planning.operations import Routing, count_operations
+from esft_jax.planning.operations import KernelRows, count_operations
 
 
 def make_inputs(rows, length, key_heads, shared, width, value_width, fading=0.3):
@@ -85,6 +85,7 @@ def results(rule, inputs, segments):
         (2, 1, 1, 2, 6, 4),
         (2, 5, 2, 1, 6, 4),
         (2, CHUNK * 3 + 9, 2, 3, 12, 10),
+        (1, CHUNK * (STRETCH + 1) - 3, 1, 1, 8, 6),
         (1, 4096, 1, 2, 24, 16, 0.01),
     ],
     ids=str,
@@ -185,7 +186,7 @@ def test_operations_are_those_of_the_algorithm(backward):
         return gated_delta_rule(*tokens, jnp.ones((rows, length), jnp.int32))[0]
 
     traced = jax.jit(gradients if backward else forward).trace(*long_row())
-    found = count_operations(traced.jaxpr.jaxpr, Routing(np.array([1]), 0), 1).products
+    found = count_operations(traced.jaxpr.jaxpr, KernelRows(np.array([1]), 0), 1).products
     assert found < 1.3 * algorithm
 
 
