@@ -28,8 +28,8 @@ from esft_jax.ops.attention.operation import KEPT
 
 # Tokens per chunk: more of them means more work within chunks, fewer means more steps.
 CHUNK = 64
-# Chunks per stretch, at most. The backward pass is given the state at the beginning of each stretch,
-# and makes those of its chunks again, for one stretch at a time.
+# Chunks per stretch, at most. The backward pass is given the state at the beginning of each
+# stretch, and makes those of its chunks again, for one stretch at a time.
 STRETCH = 16
 
 # Added to the squared length of keys and queries, before the root.
