@@ -227,10 +227,10 @@ def _peft_config(model: ModelConfig, lora: LoRA, base_model: str) -> dict[str, A
     pattern that is true of fused experts (where their index is missing) if it means all of them.
     """
     table = tensor_table(model)
-    # Of models whose files fuse experts, `peft` knows no single ones: it would leave them out and
-    # say nothing. It refuses an adapter of which it finds no module at all.
+    # Experts that `peft` does not find it would leave out, and say nothing. It refuses an adapter
+    # of which it finds no module at all.
     roles = lora.roles
-    if table.experts.stored_fused and lora.experts.num_experts_selected:
+    if lora.experts.num_experts_selected and not table.experts.known_to_peft:
         roles = frozenset()
     # Names within a layer, in the order of the model.
     layers = f"{model.prefix}layers."

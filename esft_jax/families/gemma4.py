@@ -26,9 +26,8 @@ from esft_jax.model.config import (
 from esft_jax.model.params import Role
 from esft_jax.ops.activation import Activation
 
-_EXPERTS = ExpertNames(
-    prefix="experts", fused=("experts.gate_up_proj", "experts.down_proj"), stored_fused=True
-)
+_FUSED = "experts.gate_up_proj", "experts.down_proj"
+_EXPERTS = ExpertNames("experts", fused=_FUSED, stored_fused=True, known_to_peft=False)
 _PARTS = "vision_tower", "embed_vision", "audio_tower", "embed_audio"
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _ROPE = {

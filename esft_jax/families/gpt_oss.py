@@ -17,7 +17,7 @@ from esft_jax.families.tensors import ExpertNames, Table
 from esft_jax.model.config import ModelConfig, RouterConfig
 from esft_jax.ops.activation import Activation
 
-_EXPERTS = ExpertNames(transposed=True, interleaved=True, stored_fused=True)
+_EXPERTS = ExpertNames(transposed=True, interleaved=True, stored_fused=True, known_to_peft=False)
 # Where neither spelling says anything.
 _ROPE = {
     "rope_type": "yarn",

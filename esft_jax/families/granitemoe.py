@@ -16,6 +16,7 @@ _EXPERTS = ExpertNames(
     prefix="block_sparse_moe.experts",
     fused=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
     stored_fused=True,
+    known_to_peft=False,
 )
 
 

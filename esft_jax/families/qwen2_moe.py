@@ -13,7 +13,7 @@ from esft_jax.families.keys import (
     sparse_layers,
     windowed_layers,
 )
-from esft_jax.families.tensors import Table
+from esft_jax.families.tensors import ExpertNames, Table
 from esft_jax.model.config import ModelConfig, RouterConfig
 
 
@@ -54,7 +54,7 @@ def read_config(raw: Raw) -> ModelConfig:
 
 def names(config: ModelConfig) -> Table:
     """See `esft_jax.families`."""
-    table = Table(config)
+    table = Table(config, ExpertNames(known_to_peft=False))
     for layer in table.layers():
         layer.grouped_attention()
         layer.norms()

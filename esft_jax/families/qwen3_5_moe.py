@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from esft_jax.errors import InputError
+from esft_jax.families import qwen3_next
 from esft_jax.families.keys import Raw, flag, integer, require, text_part
-from esft_jax.families.qwen3_next import names, read_decoder
+from esft_jax.families.qwen3_next import read_decoder
+from esft_jax.families.tensors import ExpertNames, Table
 from esft_jax.model.config import ModelConfig, RouterConfig
-
-__all__ = ["names", "read_config"]
 
 
 def read_config(raw: Raw) -> ModelConfig:
@@ -40,3 +40,8 @@ def _read_text(raw: Raw) -> ModelConfig:
         for key, value in raw.items()
     }
     return read_decoder(plain, layers, tuple(range(layers)), 0, router, by_key_head=False)
+
+
+def names(config: ModelConfig) -> Table:
+    """See `esft_jax.families`."""
+    return qwen3_next.names(config, ExpertNames(known_to_peft=False))

@@ -14,7 +14,7 @@ from esft_jax.families.keys import (
     require,
     sparse_layers,
 )
-from esft_jax.families.tensors import Table
+from esft_jax.families.tensors import PER_EXPERT, ExpertNames, Table
 from esft_jax.model.config import (
     AttentionConfig,
     DeltaAttentionConfig,
@@ -117,9 +117,9 @@ def _by_layer(
     return delta, SecondAttention(in_full, full) if in_full else None
 
 
-def names(config: ModelConfig) -> Table:
+def names(config: ModelConfig, experts: ExpertNames = PER_EXPERT) -> Table:
     """See `esft_jax.families`."""
-    table = Table(config)
+    table = Table(config, experts)
     for layer in table.layers():
         if isinstance(config.attentions[layer.kind][0], DeltaAttentionConfig):
             layer.delta_attention()

@@ -153,6 +153,7 @@ class ExpertNames(NamedTuple):
         transposed: the fused matrices are `[E, in, out]`, not `[E, out, in]`.
         interleaved: outputs of gate and up take turns in the fused tensors; else gate comes first.
         stored_fused: the family's files have the fused tensors, and no others; else either.
+        known_to_peft: `peft` finds experts by these names in what transformers makes of the model.
     """
 
     prefix: str = "mlp.experts"
@@ -167,6 +168,7 @@ class ExpertNames(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
     stored_fused: bool = False
+    known_to_peft: bool = True
 
 
 # The names that most families have.

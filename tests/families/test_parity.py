@@ -415,6 +415,15 @@ def test_an_export_has_the_same_files(pair, tmp_path):
         np.testing.assert_array_equal(found[name], tensor, name)
 
 
+def test_whose_experts_peft_finds(pair):
+    """Others it would leave out without a word, as long as it finds attention."""
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    config = load_model_config(pair[1])
+    like = conversion._MODEL_TO_CONVERSION_PATTERN.get(config.family)
+    known = like in conversion._MOE_TARGET_MODULE_MAPPING
+    assert tensor_table(config).experts.known_to_peft == known
+
+
 def test_names_and_roles_fit_the_parameters(pair):
     config = load_model_config(pair[1])
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
