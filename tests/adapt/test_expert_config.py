@@ -136,7 +136,7 @@ def test_many_ids_are_refused_at_once(tmp_path):
     path = tmp_path / "expert_cfg.json"
     ids = [*range(100_000), 99_999]
     path.write_text(json.dumps({"experts": {"1": ids}}))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(InputError, match=r"experts.1: expert 99999 is listed twice"):
         ExpertConfig.load(path)
     path.write_text(json.dumps({"experts": {"1": [str(ids), *ids]}}))
@@ -145,4 +145,4 @@ def test_many_ids_are_refused_at_once(tmp_path):
     assert len(str(error.value)) < 500
     one = ExpertConfig({1: tuple(range(100_000))})
     assert combine_experts([one, one], "intersection") == one
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
