@@ -24,6 +24,8 @@ from esft_jax.sharding import param_shardings
 
 # What a hub download fetches: never pickled weights, never code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# The same model again, as other programs take it.
+_NOT_FROM_HUB = ("*/*.json", "*/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def local_folder(path: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     if isinstance(path, Path) or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        left = list(_NOT_FROM_HUB)
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=left))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: neither a folder nor found on the hub: {reason}") from None

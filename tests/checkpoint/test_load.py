@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 
-from esft_jax.checkpoint.load import load_base, load_model
+from esft_jax.checkpoint.load import load_base, load_model, local_folder
 from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
@@ -327,3 +328,16 @@ def test_no_weights_are_ever_initialised(tiny, monkeypatch):
 
     monkeypatch.setattr(jax.random, "normal", normal)
     assert isinstance(load_model(tiny[1]), Transformer)
+
+
+def test_folders_in_a_hub_repository_are_left_there(tmp_path, monkeypatch):
+    """Some hold the same weights again, in the layout of another program."""
+    kept, fetched = ["config.json", "model.safetensors", "additional_chat_templates/a.jinja"], []
+
+    def download(name, **patterns):
+        fetched.extend(filter_repo_objects([*kept, "original/model.safetensors"], **patterns))
+        return tmp_path
+
+    monkeypatch.setattr("esft_jax.checkpoint.load.snapshot_download", download)
+    local_folder("owner/name")
+    assert fetched == kept

@@ -264,7 +264,7 @@ def test_shipped_configurations_fit_their_models(path) -> None:
 def test_a_hub_name_costs_no_weights(make_config, monkeypatch) -> None:
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((name, allow_patterns))
         raise OSError("offline")
 
