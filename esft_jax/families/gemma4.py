@@ -48,12 +48,13 @@ def read_config(raw: Raw) -> ModelConfig:
 
 def _read_text(raw: Raw) -> ModelConfig:
     require(raw, "hidden_activation", "gelu_pytorch_tanh")
-    require(raw, "enable_moe_block", True)
-    require(raw, "hidden_size_per_layer_input", 0, None)
+    if not flag(raw, "enable_moe_block", False):
+        raise InputError(f"enable_moe_block: {raw.get('enable_moe_block')}; expected true")
+    integer(raw, "hidden_size_per_layer_input", least=0)
+    require(raw, "hidden_size_per_layer_input", 0)
     require(raw, "num_kv_shared_layers", 0)
-    # Images alone are seen in both directions.
-    require(raw, "use_bidirectional_attention", None, "vision")
-    size, layers = integer(raw, "hidden_size", 2304), integer(raw, "num_hidden_layers", 30)
+    require(raw, "use_bidirectional_attention", None, "vision")  # only images are seen so
+    size, layers = integer(raw, "hidden_size"), integer(raw, "num_hidden_layers", 30)
     dense, cap = integer(raw, "intermediate_size", 9216), raw.get("final_logit_softcapping")
     kinds = raw.get("layer_types") or [_GLOBAL if n % 6 == 5 else _LOCAL for n in range(layers)]
     # The last layer has no window, whatever it says.
@@ -65,7 +66,7 @@ def _read_text(raw: Raw) -> ModelConfig:
         attention, rope = _attention(raw, _LOCAL, {})
         attention = replace(attention, window=integer(raw, "sliding_window", 512))
     return ModelConfig(
-        vocab_size=integer(raw, "vocab_size", 262144),
+        vocab_size=integer(raw, "vocab_size"),
         hidden_size=size,
         num_layers=layers,
         moe_layers=tuple(range(layers)),
@@ -103,13 +104,15 @@ def _global_shape(raw: Raw, whole: tuple[int, ...]) -> Raw:
         shape = {"head_dim": integer(raw, "global_head_dim", 512)}
         shared = heads is not None and flag(raw, "attention_k_eq_v", False)
         return shape | ({"num_key_value_heads": heads} if shared else {})
-    first = given.get(str(whole[0])) if isinstance(given, dict) else None
-    expected = {str(layer): first for layer in whole}
-    known = {"head_dim", "num_key_value_heads"}
-    if not isinstance(first, dict) or given != expected or first.keys() - known:
+    # Numbers of layers are filled up with zeros to one length.
+    numbered = isinstance(given, dict) and all(str(key).isdecimal() for key in given)
+    shapes = {int(key): shape for key, shape in given.items()} if numbered else {}
+    first = shapes.get(whole[0])
+    alike = isinstance(first, dict) and shapes == dict.fromkeys(whole, first)
+    if first is None or not alike or first.keys() - {"head_dim", "num_key_value_heads"}:
         raise InputError(
             f"per_layer_config: {given!r}; expected the same head_dim and num_key_value_heads for "
-            f"the layers {list(whole)}, which have no window"
+            f"{list(whole)}, without windows"
         )
     require(raw, "global_head_dim", first.get("head_dim"))
     return first

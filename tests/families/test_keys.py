@@ -9,10 +9,19 @@ from esft_jax.errors import InputError
 from esft_jax.families import FAMILIES, read_model_config
 from esft_jax.model.config import LatentAttentionConfig
 
+GEMMA4 = {
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+    "hidden_size_per_layer_input": 0,
+}
 # Where the defaults of a class of transformers describe no whole model.
 MORE = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": None},
+    "gemma4": {"text_config": GEMMA4, "vision_config": None, "audio_config": None},
+    "gemma4_text": GEMMA4,
     "glm4_moe": {"num_attention_heads": 32},
 }
 FAMILY_NAMES = sorted(FAMILIES.keys() - {"kimi_k2"})  # which is deepseek_v3 by another name
@@ -52,8 +61,8 @@ def test_null_is_no_rank_of_queries(family):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("layer_types", ["full_attention"], "expected num_hidden_layers = "),
-        ("layer_types", "full", "expected num_hidden_layers = "),
+        ("layer_types", ["full_attention"], "for each of num_hidden_layers = "),
+        ("layer_types", "full", "for each of num_hidden_layers = "),
         ("linear_num_value_heads", 17, "is no multiple of linear_num_key_heads = 16"),
         ("attn_output_gate", False, "is not supported; expected True"),
         ("output_gate_type", "sigmoid", "is not supported; expected 'swish'"),
