@@ -19,7 +19,6 @@ from esft_jax.checkpoint.load import load_model
 from esft_jax.families import load_model_config
 from esft_jax.model.transformer import Transformer
 from tests.families.test_verbs import EMBEDDED, MODELS
-from tests.yardstick import torch
 
 VISION = {
     "depth": 1,
@@ -89,6 +88,8 @@ def test_exports_keep_every_type(base, tmp_path, converted):
 
 
 def test_transformers_loads_an_export_whole_and_the_text_alone(base, tmp_path):
+    from tests.yardstick import torch
+
     export_model(base, None, tmp_path / "export", jnp.float32)
     tokens = np.random.default_rng(1).integers(0, 4096, (2, 20))
     ours = load_model(tmp_path / "export")(tokens).logits

@@ -1,13 +1,13 @@
 """Attention by the gated delta rule, against modules of transformers in both layouts."""
 
+from importlib import import_module
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 from flax import nnx
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from esft_jax.model.attention.delta import DeltaAttention
 from esft_jax.model.config import DeltaAttentionConfig, NormConfig
@@ -25,7 +25,7 @@ SHAPE = {
     "linear_conv_kernel_dim": TAPS,
     "num_hidden_layers": 4,
 }
-CASES = {"qwen3_next": Qwen3NextGatedDeltaNet, "qwen3_5_moe_text": Qwen3_5MoeGatedDeltaNet}
+CASES = {"qwen3_next": "Qwen3NextGatedDeltaNet", "qwen3_5_moe": "Qwen3_5MoeGatedDeltaNet"}
 LEAVES = {
     "in_proj_qkvz.weight": "mixed_gate",
     "in_proj_ba.weight": "beta_step",
@@ -44,9 +44,10 @@ LEAVES = {
 def pair(request):
     """A module of transformers with random weights, and ours with the same."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(request.param, **SHAPE)
-    theirs = CASES[request.param](config, 0).eval()
-    by_key_head = request.param == "qwen3_next"
+    name, by_key_head = request.param, request.param == "qwen3_next"
+    config = transformers.AutoConfig.for_model(name if by_key_head else f"{name}_text", **SHAPE)
+    modules = import_module(f"transformers.models.{name}.modeling_{name}")  # it needs torch
+    theirs = getattr(modules, CASES[name])(config, 0).eval()
     ours = DeltaAttention(
         SIZE,
         DeltaAttentionConfig(KEY_HEADS, HEADS, KEY, VALUE, TAPS, by_key_head),
