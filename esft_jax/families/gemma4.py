@@ -144,8 +144,7 @@ def names(config: ModelConfig) -> Table:
         layer.norm("post_feedforward_layernorm_2", ("moe", "output_norm"), size)
         layer.feed_forward(router="router.proj", shared="mlp")
         layer.vector("router.scale", ("moe", "router", "input_scale"), size, Role.ROUTER)
-        experts = config.router.num_experts
-        scale = ("moe", "router", "expert_scale")
+        scale, experts = ("moe", "router", "expert_scale"), config.router.num_experts
         layer.vector("router.per_expert_scale", scale, experts, Role.ROUTER)
         layer.vector("layer_scalar", ("scale",), 1, Role.LAYER_SCALE)
     return table
