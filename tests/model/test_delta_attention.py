@@ -1,5 +1,6 @@
 """Attention by the gated delta rule, against modules of transformers in both layouts."""
 
+from functools import partial
 from importlib import import_module
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from esft_jax.model.attention.delta import DeltaAttention
 from esft_jax.model.config import DeltaAttentionConfig, NormConfig
 from esft_jax.model.params import ParamFactory, Role
+from esft_jax.sharding import RULES, make_mesh
 from tests.model.parity import normal, run
 from tests.yardstick import torch
 
@@ -141,3 +144,24 @@ def test_roles_and_matrices(pair):
     assert {p.role for p in params.values()} == {Role.ATTENTION}
     matrices = {n for n, p in params.items() if p.get_value().ndim == 2}
     assert matrices - {"convolution"} == set(ours.matrices)
+
+
+def test_devices_compute_rows_of_their_own(pair):
+    _, ours = pair
+    x, segments = normal(8, LENGTH, SIZE), np.ones((8, LENGTH), np.int32)
+    segments[3, 40:] = 2
+    mesh = make_mesh(data=2, expert=4)
+    graph, params = nnx.split(ours)
+    places = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(RULES.batch))
+
+    @partial(jax.jit, in_shardings=places, out_shardings=places[1])
+    def call(params, x):
+        angle = unused(8, LENGTH)
+        return nnx.merge(graph, params)(x, angle, angle, jnp.asarray(segments), mesh)
+
+    compiled = call.lower(params, jnp.asarray(x)).compile()
+    moved = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    assert not any(name in compiled.as_text() for name in moved)
+    found = compiled(*jax.device_put((params, jnp.asarray(x)), places))
+    wanted = run(ours, x, unused(8, LENGTH), unused(8, LENGTH), segments)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
