@@ -62,9 +62,11 @@ MODELS = {
     "olmoe-1b-7b": None,
     "qwen3.6-35b-a3b": None,
     "gpt-oss-20b": None,
+    "gemma-4-26b-a4b": None,
 }
 METHODS = ("esft", "full")
-SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:8": 8}  # and devices
+# And their devices.
+SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:2": 2, "h100:8": 8}
 KINDS = (
     "all-gather",
     "reduce-scatter",
