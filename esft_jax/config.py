@@ -33,7 +33,6 @@ from esft_jax.adapt.parts import (
     merge_flags,
     ordered,
 )
-from esft_jax.data.chat_template import ChatFormat
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
 from esft_jax.values import (
@@ -145,14 +144,6 @@ class DataConfig:
     mix: Annotated[dict[Name, SourceConfig], AfterValidator(distinct_names)] = field(
         default_factory=dict
     )
-
-    def chat_format(self) -> ChatFormat:
-        """How chats are rendered, where it differs from the model's folder.
-
-        Raises:
-            InputError: the file of the template cannot be read, or is empty.
-        """
-        return ChatFormat.read(self.chat_template, self.template_arguments, self.stop_token)
 
     @property
     def source_names(self) -> tuple[str, ...]:

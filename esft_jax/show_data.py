@@ -12,6 +12,7 @@ from rich.text import Text
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
 from esft_jax.config import load_config
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -39,8 +40,10 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = load_config(*named_config(args))
     folder = local_folder(config.model, _FILES)
-    tokenizer = Tokenizer.load(folder, config.data.chat_format())
-    task_set, train_set, valid_sets = read_rows(config.data, tokenizer, config.seed)
+    data = config.data
+    chats = ChatFormat.read(data.chat_template, data.template_arguments, data.stop_token)
+    tokenizer = Tokenizer.load(folder, chats)
+    task_set, train_set, valid_sets = read_rows(data, tokenizer, config.seed)
     console = Terminal()
     for number in range(min(args.show, len(task_set.documents.lines))):
         _show(console, task_set, tokenizer, number)

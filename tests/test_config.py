@@ -112,7 +112,11 @@ def test_saved_file_loads_back_equal_and_holds_every_key(file: Path, tmp_path: P
 
 
 def test_how_chats_are_rendered(file: Path, tmp_path: Path) -> None:
-    assert load_config(file).data.chat_format() == ChatFormat()
+    def chat_format(config: RunConfig) -> ChatFormat:
+        data = config.data
+        return ChatFormat.read(data.chat_template, data.template_arguments, data.stop_token)
+
+    assert chat_format(load_config(file)) == ChatFormat()
     template = tmp_path / "own.jinja"
     given = [
         f"data.chat_template={template}",
@@ -121,13 +125,13 @@ def test_how_chats_are_rendered(file: Path, tmp_path: Path) -> None:
     ]
     config = load_config(file, given)
     with pytest.raises(InputError, match=r"own\.jinja: cannot be read: No such file"):
-        config.data.chat_format()
+        chat_format(config)
     template.write_text("")
     with pytest.raises(InputError, match=r"own\.jinja: is empty; expected a chat template"):
-        config.data.chat_format()
+        chat_format(config)
     template.write_text("mine")
     arguments = {"enable_thinking": False, "levels": [1, {"a": None}]}
-    assert config.data.chat_format() == ChatFormat("mine", arguments, "<|end|>")
+    assert chat_format(config) == ChatFormat("mine", arguments, "<|end|>")
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 

@@ -165,14 +165,16 @@ def check_evaluation(config: RunConfig) -> EvaluationInputs:
     run.check_way()
     folder = local_folder(config.model)
     shape = load_model_config(folder)
-    tokenizer = Tokenizer.load(folder, config.data.chat_format())
+    data = config.data
+    chats = ChatFormat.read(data.chat_template, data.template_arguments, data.stop_token)
+    tokenizer = Tokenizer.load(folder, chats)
     tokenizer.check_vocabulary(shape.vocab_size)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
     named: list[EvaluationConfig | OtherConfig] = [evaluation, *evaluation.others.values()]
     judged = any(METRICS[task.metric].rubric for task in named if task.data is not None)
     judge = Judge.from_environment(run.evaluation / "judge") if judged else None
     limit = shape.max_positions
-    tasks = dict(_tasks(evaluation, config.data, config.seed, limit, tokenizer, judge))
+    tasks = dict(_tasks(evaluation, data, config.seed, limit, tokenizer, judge))
     return EvaluationInputs(tokenizer, mesh, tasks, judge)
 
 

@@ -16,6 +16,7 @@ from esft_jax.adapt.parts import check_rates
 from esft_jax.checkpoint.identity import chat_record, tokenizer_fingerprint
 from esft_jax.checkpoint.load import local_folder, open_source
 from esft_jax.config import RunConfig
+from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import Dataset, PackedDataset
 from esft_jax.data.tokenizer import Tokenizer
@@ -154,7 +155,9 @@ def check_setup(config: RunConfig) -> Checked:
     some = experts or ExpertConfig({base.config.moe_layers[0]: (0,)}, config.select.also)
     trained = trained_by(config.method, config.lora, base.config, some)
     check_rates(config.optimizer.rates, trained_roles(trained, base.config))
-    tokenizer = Tokenizer.load(base.folder, config.data.chat_format())
+    data = config.data
+    chats = ChatFormat.read(data.chat_template, data.template_arguments, data.stop_token)
+    tokenizer = Tokenizer.load(base.folder, chats)
     tokenizer.check_vocabulary(base.config.vocab_size)
     return Checked(config, run, base, mesh, experts, tokenizer)
 
