@@ -307,7 +307,7 @@ def theirs(pair):
         (layer, name.rsplit(".", 1)[-1].replace("_proj", "")): weight
         for layer, block in enumerate(model.get_decoder().layers)
         for name, weight in block.named_parameters()
-        if ".experts." in name and ("bias" in name or weight.ndim == 3)
+        if ".experts." in f".{name}" and ("bias" in name or weight.ndim == 3)
     }
     grads = torch.autograd.grad((logits * torch.tensor(cotangent)).sum(), [*experts.values()])
     found = {key: grad.numpy() for key, grad in zip(experts, grads, strict=True)}
