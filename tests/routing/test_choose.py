@@ -11,7 +11,7 @@ from esft_jax.config import SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.params import Role
+from esft_jax.model.params import CONSTANTS, Role
 from esft_jax.routing.choose import check_select, choose_experts, describe
 from esft_jax.routing.scores import ExpertScores
 
@@ -105,8 +105,8 @@ def test_parts_that_a_model_does_not_have(model):
     check_select(SelectConfig(also=("non_expert_modules",)), tied, "float32")
 
 
-def test_every_parameter_belongs_to_a_part_but_for_selection_biases():
-    assert roles_of(RATE_PARTS) == set(Role) - {Role.SELECTION_BIAS}
+def test_every_parameter_belongs_to_a_part_but_for_constants():
+    assert roles_of(RATE_PARTS) == set(Role) - CONSTANTS
     assert part_of(Role.ROUTER, {"non_expert_modules", "router"}) == "router"
     assert part_of(Role.SELECTION_BIAS, RATE_PARTS) is None
 
