@@ -53,6 +53,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Compiled programs are let go before they use up the memory maps that Linux grants a process,
+    65,530 by default: one that gets none ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Annotations are not checked: for what a function refuses by itself."""
