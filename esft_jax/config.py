@@ -35,6 +35,7 @@ from esft_jax.adapt.parts import (
 )
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
+from esft_jax.model.quantised import Quantisation
 from esft_jax.values import (
     Count,
     CountOrZero,
@@ -313,6 +314,29 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class QuantiseConfig:
+    """How frozen weights are kept in memory. What is trained never begins with a rounded weight.
+
+    Attributes:
+        experts: Scheme of routed experts: `int8`, `int4`, or `mxfp4`, which keeps what is published
+            so as it is; `none` keeps them in the run's `dtype`.
+        rest: The same of attention, dense MLPs and shared experts, unless they are trained.
+        group_size: Inputs of a matrix that share a scale; those of MXFP4 are always 32.
+    """
+
+    experts: Literal["none", "int8", "int4", "mxfp4"] = "none"
+    rest: Literal["none", "int8"] = "none"
+    group_size: Annotated[int, Field(strict=True, ge=16, le=1024)] = 64
+
+    @property
+    def chosen(self) -> Quantisation | None:
+        """What is quantised, if anything."""
+        experts = None if self.experts == "none" else self.experts
+        rest = None if self.rest == "none" else self.rest
+        return Quantisation(experts, rest, self.group_size) if experts or rest else None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
     """AdamW and its learning rate schedule.
 
@@ -416,6 +440,7 @@ class RunConfig:
         score: How expert relevance is measured.
         select: Which experts are trained.
         lora: Low-rank updates; only with `method: lora`.
+        quantise: How frozen weights are kept in memory; not with `method: full`.
         train: The training loop.
         optimizer: AdamW and its schedule.
         evaluation: Completions of task prompts, and how they are judged.
@@ -433,6 +458,7 @@ class RunConfig:
     score: ScoreConfig = ScoreConfig()
     select: SelectConfig = SelectConfig()
     lora: LoRAConfig = LoRAConfig()
+    quantise: QuantiseConfig = QuantiseConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -462,6 +488,10 @@ class RunConfig:
                 "train.balance_loss: the router is frozen with method esft, or trained without it; "
                 "expected 0"
             )
+        elif self.method == "full" and self.quantise.chosen:
+            problem = "quantise: method full freezes nothing; expected neither experts nor rest"
+        elif self.quantise.chosen is None and self.quantise != QuantiseConfig():
+            problem = "quantise.group_size: nothing is quantised; expected experts or rest"
         elif self.method == "full" and train.verify_frozen:
             problem = "train.verify_frozen: method full freezes nothing; expected false"
         elif empty := [n for n, o in self.evaluation.others.items() if not (o.data or o.valid)]:

@@ -12,7 +12,7 @@ import jax
 from rich.table import Table
 
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
-from esft_jax.config import LoRAConfig, RunConfig, load_config
+from esft_jax.config import LoRAConfig, QuantiseConfig, RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
@@ -70,7 +70,13 @@ def _full(config: RunConfig) -> RunConfig:
     train = dataclasses.replace(config.train, verify_frozen=False)
     select = dataclasses.replace(config.select, also=())
     return dataclasses.replace(
-        config, method="full", expert_cfg=None, select=select, lora=LoRAConfig(), train=train
+        config,
+        method="full",
+        expert_cfg=None,
+        select=select,
+        lora=LoRAConfig(),
+        train=train,
+        quantise=QuantiseConfig(),
     )
 
 

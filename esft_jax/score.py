@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
 from esft_jax.errors import InputError
@@ -53,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _score(setup: Setup, folder: Path) -> None:
     config = setup.config
-    dtype, transport = jnp.dtype(config.dtype), config.mesh.transport
-    model = setup.base.load(dtype, setup.mesh, transport, config.seed)
-    scores = measure_scores(setup, model)
+    scores = measure_scores(setup, setup.load_base())
     if jax.process_index() == 0:
         scores.save(folder)
         # Of these scores, whatever the configuration will train on.

@@ -173,9 +173,12 @@ def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
 
     def sharding(param: nnx.Variable) -> Any:
         if mesh is None:
-            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            return jax.tree.map(lambda _: place, param.get_value())
         value = param.get_value()  # not `param[...]`: the parameter may be abstract
-        return NamedSharding(mesh, RULES.spec(param.axes, value.shape, mesh))
+        return jax.tree.map(  # codes and scales of quantised weights have the same axes
+            lambda leaf: NamedSharding(mesh, RULES.spec(param.axes, leaf.shape, mesh)), value
+        )
 
     return jax.tree.map(
         lambda p: p.replace(sharding(p)), params, is_leaf=lambda p: isinstance(p, nnx.Variable)

@@ -16,6 +16,7 @@ from esft_jax.evaluation.run import (
     EvaluationInputs,
     EvaluationReport,
     check_evaluation,
+    evaluate_in_full_precision,
     evaluate_result,
     run_evaluation,
 )
@@ -72,7 +73,8 @@ def _run(setup: Setup, inputs: EvaluationInputs | None, console: Terminal) -> No
         return
     if inputs is not None:
         after = evaluate_result(config, result.result, inputs)
-        print_measures(console, after, before)
+        full = evaluate_in_full_precision(config, result.result, inputs, console.say)
+        print_measures(console, after, before, full)
         if before is not None:
             _write_comparison(console, after, before)
     _print_summary(console, result)

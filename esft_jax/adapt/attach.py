@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.factors import LowRank, LowRankExperts
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import check_experts
 from esft_jax.adapt.slots import LowRankLayout, TunedLayout
-from esft_jax.adapt.tuned import TunedExperts
+from esft_jax.adapt.tuned import ReadExpert, TunedExperts
 from esft_jax.errors import InputError
 from esft_jax.model.transformer import Transformer
 from esft_jax.sharding import EXPERT, RULES
@@ -29,21 +29,25 @@ def attach(
     trained: Trained,
     seed: int,
     loads: Float[np.ndarray, "L E"] | None = None,
+    read: ReadExpert | None = None,
 ) -> None:
     """Give the model the parameters that a run adds to it.
 
     Args:
         seed: of the initialisation of low-rank factors.
-        loads: see `attach_tuned_experts`.
+        loads, read: see `attach_tuned_experts`.
     """
     if isinstance(trained, LoRA):
         attach_factors(model, trained, seed, loads)
     elif trained is not None:
-        attach_tuned_experts(model, trained, loads)
+        attach_tuned_experts(model, trained, loads, read)
 
 
 def attach_tuned_experts(
-    model: Transformer, experts: ExpertConfig, loads: Float[np.ndarray, "L E"] | None = None
+    model: Transformer,
+    experts: ExpertConfig,
+    loads: Float[np.ndarray, "L E"] | None = None,
+    read: ReadExpert | None = None,
 ) -> None:
     """Give the model a tuned bank: float32 copies of the selected experts.
 
@@ -53,6 +57,7 @@ def attach_tuned_experts(
     Args:
         loads: share of each MoE layer's tokens that each expert is expected to get. With it, base
             experts move between devices, so that all compute about as many (`placement.py`).
+        read: an expert's matrices in full precision, for a model that holds quantised ones.
     """
     check_plain(model)
     config = model.config
@@ -65,7 +70,7 @@ def attach_tuned_experts(
     )
     _move(model, layout)
     base = model.moe_blocks.moe.experts.weights
-    model.tuned_experts = TunedExperts.from_base(base, layout, model.mesh)
+    model.tuned_experts = TunedExperts.from_base(base, layout, model.mesh, read)
 
 
 def attach_factors(
@@ -128,16 +133,18 @@ def check_plain(model: Transformer) -> None:
 
 def _move(model: Transformer, layout: TunedLayout) -> None:
     """Move base experts to their places."""
+    positions = layout.placement.positions
 
     def move(param: nnx.Param) -> None:
-        param.set_value(_moved(param[...], layout.placement.positions, model.mesh))
+        value = param.get_value()
+        param.set_value(jax.tree.map(lambda stack: _moved(stack, positions, model.mesh), value))
 
     model.moe_blocks.moe.experts.params.map(move)
 
 
 def _moved(
-    stack: Float[Array, "L E *_"], positions: Sequence[Sequence[int]], mesh: Mesh | None
-) -> Float[Array, "L E *_"]:
+    stack: Shaped[Array, "L E *_"], positions: Sequence[Sequence[int]], mesh: Mesh | None
+) -> Shaped[Array, "L E *_"]:
     """Base experts at other places of their layers' stacks; the array is donated if they move."""
     order = np.argsort(np.asarray(positions), axis=1)
     if (order == np.arange(order.shape[1])).all():

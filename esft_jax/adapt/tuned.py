@@ -6,17 +6,25 @@ selected experts are copied into one flat bank, one row per selected (layer, exp
 that a run differentiates, keeps moments for, and saves.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Array, Float
 
 from esft_jax.adapt.slots import TunedLayout
 from esft_jax.model.params import Role
 from esft_jax.moe.weights import ExpertWeights
+from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import EXPERT, RULES
+
+# `gate_up` or `down` of a base expert in float32: of an index among the MoE layers, and an id.
+ReadExpert = Callable[[str, int, int], Float[np.ndarray, "in out"]]
 
 
 class TunedParam(nnx.Param):
@@ -48,7 +56,11 @@ class TunedExperts(nnx.Module):
 
     @classmethod
     def from_base(
-        cls, base: ExpertWeights, layout: TunedLayout, mesh: Mesh | None = None
+        cls,
+        base: ExpertWeights,
+        layout: TunedLayout,
+        mesh: Mesh | None = None,
+        read_expert: ReadExpert | None = None,
     ) -> "TunedExperts":
         """Float32 copies of the selected base experts, on the devices that own them.
 
@@ -56,6 +68,11 @@ class TunedExperts(nnx.Module):
 
         Args:
             base: those of all layers, `[L, E, ...]`, placed as the layout says.
+            read_expert: where matrices are read that `base` holds quantised: what is trained never
+                begins with a rounded weight.
+
+        Raises:
+            ValueError: they are quantised, and there is no `read_expert`.
         """
         # Source of each row: layer, place in its stack, and whether there is one.
         sources = np.zeros((layout.shards * layout.rows_per_shard, 3), np.int32)
@@ -94,4 +111,36 @@ class TunedExperts(nnx.Module):
                     check_vma=False,
                 )
             )
-        return cls(base.map(copy), layout)
+
+        def bank(name: str, stack: Array | Quantised | None) -> Array | None:
+            if not isinstance(stack, Quantised):
+                return None if stack is None else copy(stack)
+            if read_expert is None:
+                raise ValueError(f"{name}: is quantised; expected a way to read full precision")
+            return _read_bank(partial(read_expert, name), layout, stack.shape[2:], mesh)
+
+        found = {name: bank(name, stack) for name, stack in base._asdict().items()}
+        return cls(ExpertWeights(**found), layout)
+
+
+def _read_bank(
+    read: Callable[[int, int], Float[np.ndarray, "in out"]],
+    layout: TunedLayout,
+    shape: tuple[int, ...],
+    mesh: Mesh | None,
+) -> Float[Array, "R in out"]:
+    """A tuned bank of matrices that each device's process reads; padding rows are zero."""
+    rows = layout.by_row()
+    place: NamedSharding | SingleDeviceSharding = SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:
+        place = NamedSharding(mesh, PartitionSpec(RULES.experts))
+
+    def part(index: Any) -> np.ndarray:
+        own = rows[index[0]]
+        values = np.zeros((len(own), *shape), np.float32)
+        for value, expert in zip(values, own, strict=True):
+            if expert is not None:
+                value[...] = read(*expert)
+        return values
+
+    return jax.make_array_from_callback((len(rows), *shape), place, part)

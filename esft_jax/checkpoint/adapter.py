@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esft_jax.adapt.attach import check_plain
+from esft_jax.adapt.attach import attach_factors, attach_tuned_experts, check_plain
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import check_experts, trains
-from esft_jax.blocks import read_block, write_blocks
+from esft_jax.blocks import Box, box_shape, read_block, write_blocks
 from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
 from esft_jax.checkpoint.model_tensors import ModelTensors, model_tensors
@@ -31,7 +31,9 @@ from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.quantised import is_quantised
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantised import Quantised
 from esft_jax.processes import on_first_process
 
 EXPERT_CONFIG = "expert_cfg.json"
@@ -253,7 +255,8 @@ def apply_adapter(
 ) -> None:
     """Merge an adapter into a base model, in place; sharding and types stay.
 
-    The model's former arrays are used up.
+    The model's former arrays are used up. Quantised weights stay as they are: trained experts get a
+    bank beside them, and low-rank updates stay factors.
 
     Args:
         base_fingerprint: of the model (`LoadedBase.fingerprint`); None skips the comparison, for
@@ -266,26 +269,59 @@ def apply_adapter(
     """
     check_plain(model)
     adapter.check(model.config, base_fingerprint, tokenizer_fingerprint)
-    placements = tensor_table(model.config).places
-    by_leaf: dict[LeafPath, list[str]] = defaultdict(list)
-    for name in adapter.names:
-        by_leaf[placements[name].path].append(name)
+    names = _names_to_write(model, adapter) if is_quantised(model) else adapter.names
+    placements, place_of = tensor_table(model.config).places, ModelTensors(model).place
+    by_leaf: dict[LeafPath, list[tuple[str, Box]]] = defaultdict(list)
+    for name in names:
+        path, box = place_of(name)
+        by_leaf[path].append((name, box))
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
-    for path, names in by_leaf.items():
+    for path, boxes in by_leaf.items():
         param = params[path]
-        for name in names:
-            place = placements[name]
-            array = param.get_value()
-            tensor = adapter.merged(name, partial(_read, array, place)).astype(array.dtype)
+        for name, box in boxes:
+            place, array = placements[name], param.get_value()
+            tensor = adapter.merged(name, partial(_read, array, box, place)).astype(array.dtype)
             if not is_finite(tensor):
                 raise InputError(
                     f"{adapter.folder}: merged, tensor {name!r} has values that are no finite "
                     f"numbers in {array.dtype}"
                 )
-            param.set_value(write_blocks(array, [(place.box, place.to_block(tensor))]))
+            block = place.to_block(tensor).reshape(box_shape(box))
+            param.set_value(write_blocks(array, [(box, block)]))
     nnx.update(model, nnx.from_flat_state(params))
 
 
-def _read(leaf: jax.Array, place: Placement) -> np.ndarray:
-    return place.from_block(read_block(leaf, place.box))
+def _names_to_write(model: Transformer, adapter: Adapter | LoRAAdapter) -> list[str]:
+    """Make room beside quantised weights, which no tensor can be merged into; the names of those to
+    be written afterwards.
+    """
+    if isinstance(adapter, Adapter):
+        shapes = model.moe_blocks.moe.experts.weights
+        attach_tuned_experts(
+            model,
+            adapter.expert_cfg,
+            read=lambda name, *_: np.zeros(getattr(shapes, name).shape[2:], np.float32),
+        )
+        return adapter.names
+    places, state = tensor_table(model.config).places, nnx.state(model, nnx.Param)
+    quantised = {
+        tuple(map(str, path))
+        for path, param in nnx.to_flat_state(state)
+        if isinstance(param.get_value(), Quantised)
+    }
+    beside = [name for name in adapter.names if places[name].path in quantised]
+    attach_factors(model, adapter.as_lora(model.config, beside), seed=0)
+    tensors = ModelTensors(model)
+    for name in beside:
+        found = tensors.update(name)
+        assert found is not None, "its role is a target"
+        factors, row = found
+        for param, factor in zip((factors.a, factors.b), adapter.factors(name), strict=True):
+            box = slice(row, row + 1), *(slice(0, side) for side in factor.shape[::-1])
+            param.set_value(write_blocks(param.get_value(), [(box, factor.T[None])]))
+    return [name for name in adapter.names if name not in beside]
+
+
+def _read(leaf: jax.Array, box: Box, place: Placement) -> np.ndarray:
+    return place.from_block(read_block(leaf, box))

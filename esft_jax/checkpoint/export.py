@@ -35,6 +35,7 @@ from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import read_json
 from esft_jax.model.params import Role
+from esft_jax.model.quantised import is_quantised
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_all_processes
 
@@ -157,8 +158,14 @@ def save_model(
             of the family have them.
 
     Raises:
-        InputError: another template, type or place than a model can be saved with.
+        InputError: another template, type or place than a model can be saved with, or weights that
+            are quantised.
     """
+    if is_quantised(model):
+        raise InputError(
+            "save_model: the model holds quantised weights; expected one in full precision "
+            "(`export` merges an adapter into the checkpoint that it was trained from)"
+        )
     dtype = np.dtype(dtype or model.dtype)
     if dtype not in DTYPE_NAMES:
         raise InputError(f"dtype: {dtype}; expected {', '.join(map(str, DTYPE_NAMES))}")

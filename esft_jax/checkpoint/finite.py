@@ -14,6 +14,7 @@ from esft_jax.checkpoint.model_tensors import model_tensors
 from esft_jax.errors import Diverged, InputError
 from esft_jax.families import tensor_table
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantised import Quantised
 
 
 def check_base(model: Transformer, name: str) -> None:
@@ -60,5 +61,10 @@ def _not_finite(state: nnx.State, dtype: DTypeLike | None = None) -> list[tuple[
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _finite(leaves: list[Array], dtype: DTypeLike | None) -> list[Bool[Array, ""]]:
-    return [jnp.isfinite(leaf.astype(dtype or leaf.dtype)).all() for leaf in leaves]
+def _finite(leaves: list[Array | Quantised], dtype: DTypeLike | None) -> list[Bool[Array, ""]]:
+    def finite(leaf: Array | Quantised) -> Bool[Array, ""]:
+        # What is not finite makes the scale of its group so; codes stand for numbers.
+        values = leaf.scales if isinstance(leaf, Quantised) else leaf
+        return jnp.isfinite(values.astype(dtype or values.dtype)).all()
+
+    return list(map(finite, leaves))

@@ -4,22 +4,27 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from esft_jax.adapt.tuned import ReadExpert
 from esft_jax.blocks import bounded
-from esft_jax.checkpoint.converted import ConvertedSource, is_converted
+from esft_jax.checkpoint.converted import ConvertedSource, is_converted, leaf_shapes
 from esft_jax.checkpoint.finite import check_base
 from esft_jax.checkpoint.source import HuggingFaceSource, Source
 from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
+from esft_jax.model.quantised import Quantisation, quantise_model
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantised import Quantised, quantise
 from esft_jax.sharding import param_shardings
 
 # What a hub download fetches: never pickled weights, never code.
@@ -57,31 +62,52 @@ def open_source(path: str | Path) -> Source:
 
 
 def load_base(
-    path: str | Path, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None
+    path: str | Path,
+    dtype: DTypeLike = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    quantisation: Quantisation | None = None,
+    trained: frozenset[str] = frozenset(),
 ) -> LoadedBase:
     """Load a model and keep the link to its files; see `load_model`.
 
     All processes call it together.
+
+    Args:
+        quantisation: how frozen weights are kept; None keeps them in `dtype`.
+        trained: roles of the parameters that are not quantised (`quantise_model`).
     """
-    return load_source(open_source(path), str(path), dtype, mesh)
+    return load_source(open_source(path), str(path), dtype, mesh, quantisation, trained)
 
 
-def load_source(source: Source, name: str, dtype: DTypeLike, mesh: Mesh | None) -> LoadedBase:
+def load_source(
+    source: Source,
+    name: str,
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    quantisation: Quantisation | None = None,
+    trained: frozenset[str] = frozenset(),
+) -> LoadedBase:
     """The same of files that are open.
 
     Args:
         name: what messages call them.
     """
-    model = nnx.eval_shape(
-        lambda: Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
-    )
+
+    def make() -> Transformer:
+        model = Transformer(source.config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh)
+        if quantisation is not None:
+            quantise_model(model, quantisation, trained)
+        return model
+
+    model = nnx.eval_shape(make)
     graph, abstract = nnx.split(model)
     shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
     loaded = []
     for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         leaf = tuple(map(str, keys))
-        array = _read_leaf(source, leaf, param.get_value(), sharding.get_value())
-        loaded.append((leaf, param.replace(array)))
+        value, places = param.get_value(), sharding.get_value()
+        read = _read_quantised if isinstance(value, Quantised) else _read_leaf
+        loaded.append((leaf, param.replace(read(source, leaf, value, places))))
     base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
     check_base(base.model, name)
     return base
@@ -103,6 +129,43 @@ def _read_leaf(
         block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype)
         parts += jax.block_until_ready([jax.device_put(block, device) for device in holders])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+
+def _read_quantised(
+    source: Source, path: LeafPath, leaf: Quantised, shardings: Quantised
+) -> Quantised:
+    """A stack of matrices on their devices; each is quantised as soon as it is read."""
+    codes = np.empty(leaf.codes.shape, leaf.codes.dtype)
+    scales = np.empty(leaf.scales.shape, leaf.scales.dtype)
+    needed = np.zeros(leaf.shape[:-2], bool)
+    for sharding, part in zip(*map(jax.tree.leaves, (shardings, leaf)), strict=True):
+        for index in sharding.addressable_devices_indices_map(part.shape).values():
+            needed[bounded(index or (), part.shape)[:-2]] = True
+    for place in map(tuple, np.argwhere(needed)):
+        box = *(slice(i, i + 1) for i in place), *(slice(0, size) for size in leaf.shape[-2:])
+        matrix = source.block(path, box, np.dtype(np.float32))[(0,) * len(place)]
+        found = quantise(matrix, leaf.scheme, leaf.group_size)
+        codes[place], scales[place] = np.asarray(found.codes), np.asarray(found.scales)
+
+    def put(values: np.ndarray, place: Any) -> jax.Array:
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+
+    return Quantised(
+        put(codes, shardings.codes), put(scales, shardings.scales), leaf.scheme, leaf.group_size
+    )
+
+
+def expert_reader(source: Source) -> ReadExpert:
+    """What reads matrices of base experts in full precision; see `attach_tuned_experts`."""
+    shapes = leaf_shapes(source.placements)
+
+    def read(name: str, layer: int, expert: int) -> np.ndarray:
+        path = ("moe_blocks", "moe", "experts", name)
+        matrix = (slice(0, size) for size in shapes[path][2:])
+        box = slice(layer, layer + 1), slice(expert, expert + 1), *matrix
+        return source.block(path, box, np.dtype(np.float32))[0, 0]
+
+    return read
 
 
 def load_model(

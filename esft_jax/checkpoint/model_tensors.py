@@ -7,16 +7,18 @@ low-rank factors beside it.
 from collections.abc import Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from esft_jax.adapt.factors import LowRank, LowRankExperts
-from esft_jax.blocks import read_block
+from esft_jax.blocks import Box, read_block
 from esft_jax.families import tensor_table
-from esft_jax.families.tensors import LeafPath, Placement
+from esft_jax.families.tensors import LeafPath
 from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantised import Quantised
 
 
 class ModelTensors:
@@ -30,7 +32,7 @@ class ModelTensors:
 
     def __init__(self, model: Transformer):
         self.placements = tensor_table(model.config).places
-        self._leaves: dict[LeafPath, jax.Array] = {
+        self._leaves: dict[LeafPath, jax.Array | Quantised] = {
             tuple(map(str, path)): param.get_value()
             for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
         }
@@ -81,28 +83,38 @@ class ModelTensors:
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as the model computes with it; one with factors is merged, in float32."""
-        place = self.placements[name]
-        leaf, box = self._place(name, place)
-        tensor = place.from_block(read_block(leaf, box))
+        place, (path, box) = self.placements[name], self.place(name)
+        tensor = place.from_block(_read(self._leaves[path], box))
         if (found := self.update(name)) is None:
             return tensor
         a, b = self.factors(name)
         return tensor.astype(np.float32) + found[0].scale * (b @ a)
 
-    def _place(self, name: str, place: Placement) -> tuple[jax.Array, tuple[slice, ...]]:
-        """Where a tensor is now."""
+    def place(self, name: str) -> tuple[LeafPath, Box]:
+        """Where a tensor is now: a parameter, and the block of it."""
+        place = self.placements[name]
         if place.role is not Role.ROUTED_EXPERT or self._positions is None:
-            return self._leaves[place.path], place.box
+            return place.path, place.box
         layer, expert = place.index
         if self.is_tuned(name):
             row = self._tuned_rows[layer, expert]
-            return self._leaves["tuned_experts", place.path[-1]], (
-                slice(row, row + 1),
-                *place.box[2:],
-            )
+            return ("tuned_experts", place.path[-1]), (slice(row, row + 1), *place.box[2:])
         position = self._positions[layer][expert]
-        here = slice(position, position + 1)
-        return self._leaves[place.path], (place.box[0], here, *place.box[2:])
+        return place.path, (place.box[0], slice(position, position + 1), *place.box[2:])
+
+
+def _read(leaf: jax.Array | Quantised, box: Box) -> np.ndarray:
+    """A block of a parameter; of a quantised one, all rows of matrices."""
+    if not isinstance(leaf, Quantised):
+        return read_block(leaf, box)
+    *stack, rows, columns = box
+    assert rows == slice(0, leaf.shape[-2]), (rows, leaf.shape)
+    codes, scales = (
+        read_block(part, (*stack, slice(0, part.shape[-2]), columns))
+        for part in (leaf.codes, leaf.scales)
+    )
+    part = Quantised(jnp.asarray(codes), jnp.asarray(scales), leaf.scheme, leaf.group_size)
+    return np.asarray(part.astype(jnp.float32))
 
 
 def model_tensors(

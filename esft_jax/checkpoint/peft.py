@@ -6,6 +6,7 @@ Factors are stored under the Hugging Face name of the matrix they update, expert
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveInt
 
-from esft_jax.adapt.lora import LoRA
+from esft_jax.adapt.expert_config import ExpertConfig
+from esft_jax.adapt.lora import LoRA, Target
 from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.checkpoint.manifest import MANIFEST, check_base, read_manifest, run_dtype
 from esft_jax.checkpoint.model_tensors import ModelTensors
@@ -140,9 +142,33 @@ class LoRAAdapter:
         """Type to keep the sum of base and update in: the wider of the base's and the run's."""
         return common_dtype(filter(None, (base, self.run_dtype)))
 
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A `[rank, inputs]` and B `[outputs, rank]` of a matrix, float32."""
+        a, b = (self.files.read(factor).astype(np.float32) for factor in _factor_names(name))
+        return a, b
+
+    def as_lora(self, model: ModelConfig, names: Iterable[str]) -> LoRA:
+        """What has to be updated for some of its matrices to be."""
+        places = tensor_table(model).places
+        targets: dict[str, Target] = {
+            Role.ATTENTION: "attention",
+            Role.DENSE_MLP: "dense_mlps",
+            Role.SHARED_EXPERT: "shared_experts",
+        }
+        experts: dict[int, set[int]] = defaultdict(set)
+        found = set[Target]()
+        for place in map(places.__getitem__, names):
+            if place.role is Role.ROUTED_EXPERT:
+                layer, expert = place.index
+                experts[model.moe_layers[layer]].add(expert)
+            else:
+                found.add(targets[place.role])
+        chosen = ExpertConfig({layer: tuple(sorted(ids)) for layer, ids in experts.items()})
+        return LoRA(self.rank, self.scale * self.rank, tuple(sorted(found)), chosen)
+
     def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
         """A matrix of the base with its update, float32."""
-        a, b = (self.files.read(factor).astype(np.float32) for factor in _factor_names(name))
+        a, b = self.factors(name)
         return base().astype(np.float32) + self.scale * (b @ a)
 
 

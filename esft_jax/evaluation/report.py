@@ -54,20 +54,32 @@ def _figures(score: Score) -> Iterator[tuple[str, float]]:
 
 
 def print_measures(
-    console: Terminal, after: EvaluationReport, before: EvaluationReport | None = None
+    console: Terminal,
+    after: EvaluationReport,
+    before: EvaluationReport | None = None,
+    full: EvaluationReport | None = None,
 ) -> None:
-    """Print a table of all figures, and what a judge left out."""
+    """Print a table of all figures, and what a judge left out.
+
+    Args:
+        full: of the same adapter on the base in full precision; the others are then of the
+            quantised base.
+    """
     table = Table("", "")
-    for heading in ("value",) if before is None else ("before", "after", "change"):
+    headings = ("value",) if before is None else ("before", "after", "change")
+    for heading in headings if full is None else (*headings, "in full precision"):
         table.add_column(heading, justify="right")
+    exact = {} if full is None else {(m.name, m.measure): m.after for m in measures(full)}
     for found in measures(after, before):
         digits = 1 if found.measure.endswith("%") else 4
         cells = [f"{found.after:.{digits}f}"]
         if found.before is not None and found.change is not None:
             cells = [f"{found.before:.{digits}f}", *cells, f"{found.change:+.{digits}f}"]
+        if full is not None:
+            cells.append(f"{exact[found.name, found.measure]:.{digits}f}")
         table.add_row(found.name, found.measure, *cells)
     console.print(table)
-    for report in filter(None, (before, after)):
+    for report in filter(None, (before, after, full)):
         for name, score in report.scores.items():
             if score.failures:
                 console.say(

@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,20 @@ from jax.typing import DTypeLike
 from pydantic import NonNegativeInt
 from tqdm import tqdm
 
-from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
+from esft_jax.adapt.parts import roles_of
+from esft_jax.checkpoint.adapter import Adapter, apply_adapter, load_adapter
 from esft_jax.checkpoint.identity import tokenizer_fingerprint
 from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
 from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, read_manifest, run_chat_format
 from esft_jax.checkpoint.peft import ADAPTER_CONFIG
 from esft_jax.checkpoint.tensor_files import TensorFiles
-from esft_jax.config import DataConfig, EvaluationConfig, OtherConfig, RunConfig
+from esft_jax.config import (
+    DataConfig,
+    EvaluationConfig,
+    OtherConfig,
+    QuantiseConfig,
+    RunConfig,
+)
 from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.pipeline import PackedDataset, build_dataset
 from esft_jax.data.read import source_sha256
@@ -41,8 +48,10 @@ from esft_jax.evaluation.tasks import (
     heldout_loss,
     read_task,
 )
-from esft_jax.families import load_model_config
+from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
+from esft_jax.memory import check_fits
+from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import any_process
 from esft_jax.sharding import make_mesh
@@ -286,7 +295,14 @@ def run_evaluation(
     kept = tuple(name for name, score in scores.items() if score is not None)
     if len(kept) < len(scores):
         _check_chat_format(adapter, inputs.tokenizer.chat_format)
-        base = load_tuned(config.model, adapter, jnp.dtype(config.dtype), inputs.mesh)
+        base = load_tuned(
+            config.model,
+            adapter,
+            jnp.dtype(config.dtype),
+            inputs.mesh,
+            config.quantise.chosen,
+            roles_of(config.select.also),
+        )
         target = target or _target(config, adapter, inputs, base.fingerprint)
         names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
         for name in [name for name, score in scores.items() if score is None]:
@@ -305,6 +321,31 @@ def evaluate_result(config: RunConfig, result: Path, inputs: EvaluationInputs) -
         trained = dataclasses.replace(config, model=str(result))
         return run_evaluation(trained, None, inputs)
     return run_evaluation(config, result, inputs)
+
+
+def evaluate_in_full_precision(
+    config: RunConfig, adapter: str | Path, inputs: EvaluationInputs, say: Callable[[str], None]
+) -> EvaluationReport | None:
+    """Evaluate an adapter on the base as it was before it was quantised, which is what an export
+    gives; None if the run did not quantise it, or if it is too large for the devices.
+
+    Args:
+        say: receives a line that says so.
+
+    Raises:
+        InputError: see `run_evaluation`.
+    """
+    if config.quantise.chosen is None:
+        return None
+    shape, dtype = load_model_config(local_folder(config.model)), jnp.dtype(config.dtype)
+    numbers = sum(math.prod(p.shape) for p in tensor_table(shape).places.values())
+    needed = numbers * dtype.itemsize // inputs.mesh.size
+    try:
+        check_fits(needed, "not evaluated in full precision, which takes")
+    except InputError as error:
+        say(str(error))
+        return None
+    return run_evaluation(dataclasses.replace(config, quantise=QuantiseConfig()), adapter, inputs)
 
 
 def kept_evaluation(
@@ -351,13 +392,19 @@ def _check_chat_format(adapter: str | Path | None, chat_format: ChatFormat) -> N
 
 
 def load_tuned(
-    model: str | Path, adapter: str | Path | None, dtype: DTypeLike | None, mesh: Mesh | None
+    model: str | Path,
+    adapter: str | Path | None,
+    dtype: DTypeLike | None,
+    mesh: Mesh | None,
+    quantisation: Quantisation | None = None,
+    trained: frozenset[str] = frozenset(),
 ) -> LoadedBase:
     """A model with an adapter merged into it, if there is one.
 
     Args:
         dtype: of weights and computation; default: that of the adapter's run, else what the model's
             `config.json` names if it is float32 or bfloat16, else bfloat16.
+        quantisation, trained: see `load_base`; what the adapter trained is not quantised either.
 
     Raises:
         InputError: see `load_base` and `apply_adapter`.
@@ -371,7 +418,9 @@ def load_tuned(
             tokenizer = tokenizer_fingerprint(source.folder, read)
         opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
         dtype = dtype or opened.run_dtype
-    base = load_base(model, dtype or _named_dtype(model), mesh)
+    if isinstance(opened, Adapter):
+        trained |= roles_of(opened.expert_cfg.also)
+    base = load_base(model, dtype or _named_dtype(model), mesh, quantisation, trained)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
     return base
@@ -470,13 +519,15 @@ def _target(
     config: RunConfig, adapter: str | Path | None, inputs: EvaluationInputs, fingerprint: str
 ) -> _Target:
     run, model = RunFolder(config.output), local_folder(config.model)
-    facts = {
+    facts: dict[str, Any] = {
         "base_fingerprint": fingerprint,
         "config_fingerprint": load_model_config(model).fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(model, inputs.tokenizer),
         "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
     }
+    if config.quantise.chosen:
+        facts["quantise"] = dataclasses.asdict(config.quantise)
     weights = f"{_kind(run, config.model, adapter)}-{short_hash(facts)}"
     folder = run.evaluation / weights
     folders = {

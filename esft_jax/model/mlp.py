@@ -23,6 +23,11 @@ class MLP(nnx.Module):
         self.down = params.weight((width, size), (None, "embed"), role)
         self.lora: nnx.Dict = nnx.Dict()  # of `gate`, `up` and `down`
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the weights that rows are multiplied with."""
+        return "gate_up", "down"
+
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Apply the layer to each position."""
         both = project(x, self, "gate_up")

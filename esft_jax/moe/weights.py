@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from esft_jax.moe.carry import Carried
 from esft_jax.moe.grouped_matmul import Bank, as_rows, grouped_matmul
 from esft_jax.ops.activation import Activation
+from esft_jax.ops.quantised import Quantised
 
 
 class ExpertWeights(NamedTuple):
@@ -51,7 +52,7 @@ class ExpertWeights(NamedTuple):
     def of_layer(self, layer: Int[Array, ""] | int) -> "ExpertWeights":
         """A layer's base experts, as arrays or `Bank`s; see `BaseExperts`."""
 
-        def bank(experts: BaseExperts) -> Array | Bank:
+        def bank(experts: BaseExperts) -> Array | Quantised | Bank:
             if isinstance(experts, LearnedStack):
                 return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
             return Bank.layer_of(experts, layer) if self.stacked else experts
@@ -69,7 +70,7 @@ class LearnedStack(NamedTuple):
 
 
 # A layer's base experts: alone, or among those of all layers.
-BaseExperts = Float[Array, "..."] | LearnedStack
+BaseExperts = Float[Array, "..."] | Quantised | LearnedStack
 
 
 class TunedWindow(NamedTuple):

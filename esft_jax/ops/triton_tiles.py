@@ -15,7 +15,7 @@ class Part(NamedTuple):
 
     start: Array | int
     size: int
-    end: Array | int
+    end: Array | np.int32 | int
 
 
 # Of a matrix in an array of more axes: places in those before its rows, or in those between its

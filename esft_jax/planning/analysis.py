@@ -118,6 +118,7 @@ class Case:
             jnp.dtype(config.dtype),
             jnp.float32 if config.init == "random" else None,
             config.mesh.transport,
+            config.quantise.chosen,
         )
         return step_shapes(mesh, make_optimizer(config.optimizer, config.train.steps), parts)
 

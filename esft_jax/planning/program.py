@@ -17,10 +17,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from esft_jax.adapt.attach import attach
+from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import partition
+from esft_jax.adapt.parts import roles_of
 from esft_jax.config import DataConfig, TrainConfig
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.quantised import Quantisation, quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
 from esft_jax.sharding import param_shardings
@@ -95,12 +98,14 @@ def run_parts(
     dtype: DTypeLike,
     param_dtype: DTypeLike | None = None,
     transport: Transport = "all_gather",
+    quantisation: Quantisation | None = None,
 ) -> Parts:
     """What `train` splits its model into, for `jax.eval_shape`.
 
     Args:
         dtype: of computation and frozen weights.
         param_dtype: of all weights, as `init: random` makes them; default: `dtype`.
+        quantisation: how frozen weights are kept.
     """
     transformer = Transformer(
         model,
@@ -111,6 +116,9 @@ def run_parts(
         transport=transport,
     )
     attach(transformer, trained, seed=0)  # like that of `Rngs`, it decides on no shape
+    if quantisation is not None:
+        also = trained.also if isinstance(trained, ExpertConfig) else ()
+        quantise_model(transformer, quantisation, roles_of(also))
     return partition(transformer, trained)
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from esft_jax.checkpoint.load import load_source
 from esft_jax.checkpoint.source import Source
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
 from esft_jax.sharding import param_shardings
@@ -33,13 +34,22 @@ class Base:
     source: Source | None
     config: ModelConfig
 
-    def load(self, dtype: DTypeLike, mesh: Mesh, transport: Transport, seed: int) -> Transformer:
+    def load(
+        self,
+        dtype: DTypeLike,
+        mesh: Mesh,
+        transport: Transport,
+        seed: int,
+        quantisation: Quantisation | None = None,
+        trained: frozenset[str] = frozenset(),
+    ) -> Transformer:
         """The model on a mesh, with the weights of the source, or else with new ones.
 
         Args:
             dtype: of computation, and of the weights that are read; new ones are float32.
             transport: see `Transformer`.
             seed: of new weights.
+            quantisation, trained: of weights that are read; see `load_base`.
 
         Raises:
             InputError: damaged weights, or some that are not finite.
@@ -47,7 +57,7 @@ class Base:
         if self.source is None:
             model = _new_model(self.config, dtype, mesh, seed)
         else:
-            model = load_source(self.source, self.name, dtype, mesh).model
+            model = load_source(self.source, self.name, dtype, mesh, quantisation, trained).model
         model.transport = transport
         return model
 

@@ -1,5 +1,6 @@
 """The experts that a run trains: given ones, or the best by scores that it measures first."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -73,6 +74,7 @@ def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
     provenance = {
         "model": config.model,
         **setup.identity,
+        "quantise": dataclasses.asdict(config.quantise) if config.quantise.chosen else None,
         "data_sha256": dataset.stats.sha256,
         "sequence_length": dataset.sequence_length,
         "seed": config.seed,

@@ -21,6 +21,7 @@ from esft_jax.adapt.attach import attach
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.finite import check_result
+from esft_jax.checkpoint.load import expert_reader
 from esft_jax.config import load_config
 from esft_jax.data.pipeline import PackedDataset, eval_batches, train_iterator
 from esft_jax.errors import Diverged, InputError
@@ -103,8 +104,7 @@ def run_training(
 
 def _train(setup: Setup, caller: Caller, begin: float) -> RunResult:
     config, say = setup.config, caller.say
-    dtype, transport = jnp.dtype(config.dtype), config.mesh.transport
-    model = setup.base.load(dtype, setup.mesh, transport, config.seed)
+    model = setup.load_base()
     experts = loads = None
     if config.selects_experts:
         experts = experts_to_train(setup, model, say)
@@ -157,8 +157,9 @@ class _Run:
         self.setup, self.trains = setup, trained
         self.config, self.folder, self.mesh = setup.config, setup.run, setup.mesh
         self.train_set, self.valid_sets = setup.train_set, setup.valid_sets
-        self.total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-        attach(model, trained, self.config.seed, loads)
+        self.total = sum(param.get_value().size for _, param in nnx.to_flat_state(nnx.state(model)))
+        read = None if setup.base.source is None else expert_reader(setup.base.source)
+        attach(model, trained, self.config.seed, loads, read)
         self.graph, tuned, self.frozen = partition(model, trained)
         self.frozen_hash = hash_of(self.frozen) if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)

@@ -101,6 +101,8 @@ def _manifest(setup: Setup, outcome: Outcome) -> dict[str, Any]:
         "base_model": config.model,
         **setup.identity,
         "dtype": config.dtype,
+        # What the trained parameters were trained beside.
+        "quantise": dataclasses.asdict(config.quantise) if config.quantise.chosen else None,
         "scores_sha256": _file_hash(scores) if config.measures_scores else None,
         "data_sha256": setup.train_set.stats.sha256,
         "select": None if given else dataclasses.asdict(config.select),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import trained_roles
-from esft_jax.adapt.parts import check_rates
+from esft_jax.adapt.parts import check_rates, roles_of
 from esft_jax.checkpoint.identity import chat_record, tokenizer_fingerprint
 from esft_jax.checkpoint.load import local_folder, open_source
 from esft_jax.config import RunConfig
@@ -23,6 +23,7 @@ from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.files import seen
+from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_all_processes, on_first_process
 from esft_jax.routing.choose import given_experts
 from esft_jax.sharding import make_mesh
@@ -51,6 +52,23 @@ class Checked:
     mesh: Mesh
     experts: ExpertConfig | None
     tokenizer: Tokenizer
+
+    def load_base(self) -> Transformer:
+        """The base on the mesh, quantised as the run wants it.
+
+        Raises:
+            InputError: damaged weights, or some that are not finite.
+        """
+        config, experts = self.config, self.experts
+        also = config.select.also if experts is None else experts.also
+        return self.base.load(
+            jnp.dtype(config.dtype),
+            self.mesh,
+            config.mesh.transport,
+            config.seed,
+            config.quantise.chosen,
+            roles_of(also),  # all else that is trained are copies or factors
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ def open_setup(config: RunConfig) -> Setup:
         length = config.score.sequence_length
         score_set = score_rows(task_set, length, data, checked.tokenizer, seed)
     return Setup(
-        **vars(checked),
+        **{field.name: getattr(checked, field.name) for field in fields(checked)},
         task_set=task_set,
         train_set=train_set,
         valid_sets=valid_sets,

@@ -53,3 +53,39 @@ report(
     abstract((experts + tuned,), jnp.int32),
 )
 """
+
+# Tuned experts beside frozen ones that are quantised: the program for `COMPILE`.
+QUANTISED = """
+from esft_jax.moe.grouped_matmul import grouped_matmul
+from esft_jax.ops.quantised import quantise
+
+scheme, group_size = sys.argv[2], int(sys.argv[3])
+rows, d, f, experts, tuned = map(int, sys.argv[4:])
+
+def gradients(x, tuned, frozen, sizes):
+    def loss(x, tuned):
+        return (grouped_matmul(x, (tuned, frozen), sizes).astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1))(x, tuned)
+
+frozen = jax.eval_shape(
+    lambda: quantise(jnp.zeros((experts, d, f), jnp.bfloat16), scheme, group_size)
+)
+report(
+    gradients,
+    abstract((rows, d), jnp.bfloat16),
+    abstract((tuned, d, f), jnp.float32),
+    jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), frozen),
+    abstract((experts + tuned,), jnp.int32),
+)
+"""
+
+# Scheme, group size, and sizes as in `LAYERS`, of both products: Qwen3-30B-A3B, gpt-oss-20b and
+# DeepSeek-V2-Lite.
+QUANTISED_LAYERS = {
+    "qwen3-30b gate_up": ("int4", 64, 32_768, 2048, 1536, 128, 4),
+    "qwen3-30b down": ("int4", 64, 32_768, 768, 2048, 128, 4),
+    "gpt-oss-20b gate_up": ("mxfp4", 32, 16_384, 2880, 5760, 32, 3),
+    "gpt-oss-20b down": ("mxfp4", 32, 16_384, 2880, 2880, 32, 3),
+    "deepseek-v2-lite gate_up": ("int8", 64, 24_576, 2048, 2816, 64, 6),
+    "deepseek-v2-lite down": ("int8", 64, 24_576, 1408, 2048, 64, 6),
+}

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.ops.layers import BIASES, LAYERS, LOW_RANK, SMALL
+from tests.ops.layers import BIASES, LAYERS, LOW_RANK, QUANTISED, QUANTISED_LAYERS, SMALL
 
 COMPILE = """
 import json, sys
@@ -162,3 +162,24 @@ def test_a_small_layer():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_real_layers(dtype, layer):
     check(dtype, layer)
+
+
+def check_quantised(layer):
+    """The kernels fit, and memory holds nothing of the frozen bank's size."""
+    found = compile_for_h100(QUANTISED, "bfloat16", *layer)
+    _, _, rows, d, f, experts, tuned = layer
+    assert found["kernels"] == 3
+    # The product and its cotangent, and the tuned bank in bfloat16; a margin for indices.
+    temporary = 1.1 * 2 * (2 * rows * f + tuned * d * f) + 2**20
+    assert found["temporary"] < temporary
+    assert found["arguments"] < temporary + 4 * tuned * d * f + 1.3 * experts * d * f
+
+
+def test_a_quantised_layer():
+    check_quantised(("int4", 64, 512, 256, 384, 8, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", QUANTISED_LAYERS.values(), ids=QUANTISED_LAYERS)
+def test_real_quantised_layers(layer):
+    check_quantised(layer)

@@ -65,7 +65,7 @@ class DeltaAttention(nnx.Module):
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the weights that low-rank updates are for."""
+        """Names of the weights that rows are multiplied with."""
         if self.config.by_key_head:
             return "mixed_gate", "beta_step", "out"
         return "mixed", "gate", "beta", "step", "out"

@@ -70,7 +70,7 @@ class GroupedAttention(nnx.Module):
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the weights that low-rank updates are for."""
+        """Names of the weights that rows are multiplied with."""
         return "q", "k", *(() if self.config.shared_values else ("v",)), "out"
 
     @staticmethod

@@ -72,7 +72,7 @@ class LatentAttention(nnx.Module):
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the weights that low-rank updates are for."""
+        """Names of the weights that rows are multiplied with."""
         query = ("q",) if self.config.query_rank is None else ("q_down", "q_up")
         return (*query, "kv_down", "kv_up", "out")
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int
 
+from esft_jax.ops.quantised import Quantised
+
 
 @dataclass
 class Bank:
     """Some matrices of an array that may hold others too; cutting them out would copy them.
 
     Attributes:
-        matrices: the array.
+        matrices: the array; quantised ones are frozen.
         first: where in it they begin.
         count: how many they are.
         own: what is differentiated in their place, if anything. Its values are those of the
@@ -23,7 +25,7 @@ class Bank:
             large as all of it.
     """
 
-    matrices: Float[Array, "M *shape"]
+    matrices: Float[Array, "M *shape"] | Quantised
     first: Int[Array, ""] | int
     count: int = field(pytree_node=False)
     own: Float[Array, "count *shape"] | None = None
@@ -31,7 +33,7 @@ class Bank:
     @classmethod
     def layer_of(
         cls,
-        stack: Float[Array, "L E *shape"],
+        stack: Float[Array, "L E *shape"] | Quantised,
         layer: Int[Array, ""] | int,
         own: Float[Array, "E *shape"] | None = None,
     ) -> "Bank":

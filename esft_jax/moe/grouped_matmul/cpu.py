@@ -27,9 +27,13 @@ from esft_jax.ops.foreign import (
     result,
     view,
 )
+from esft_jax.ops.quantised import Quantised, Scheme
 
 # At most so many rows and columns of a result are one task of a thread.
 ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
+
+_SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "mxfp4")
+_INT8, _INT4 = 0, 1
 
 
 def multiply(
@@ -40,14 +44,26 @@ def multiply(
     transposed: bool,
 ) -> Float[Array, "N O"]:
     """See `xla.multiply`. Addresses follow from shapes and groups, which `operation.py` checks."""
-    arrays = [bank.matrices for bank in banks]
     foreign.register("esft_jax_multiply", _multiply_tasks, _multiply)
     out = jax.ShapeDtypeStruct((len(x), banks[0].width(transposed=transposed)), x.dtype)
     firsts = jnp.stack([bank.first for bank in banks])
     counts = jnp.array([len(bank) for bank in banks], jnp.int32)
     call = jax.ffi.ffi_call("esft_jax_multiply", out)
     starts = _if_any(groups.starts), _if_any(groups.order)
-    return call(x, groups.sizes, *starts, firsts, counts, jnp.int32(transposed), *arrays)
+    stored = [array for bank in banks for array in _stored(bank)]
+    return call(x, groups.sizes, *starts, firsts, counts, jnp.int32(transposed), *stored)
+
+
+def _stored(bank: Bank) -> tuple[Array, Array, Array]:
+    """Matrices or codes, scales if there are any, and the place of their scheme in `_SCHEMES` with
+    the size of groups.
+    """
+    matrices = bank.matrices
+    if isinstance(matrices, Quantised):
+        scheme = _SCHEMES.index(matrices.scheme)
+        kind = jnp.array([scheme, matrices.group_size], jnp.int32)
+        return matrices.codes, matrices.scales, kind
+    return matrices, jnp.zeros((0, 0, 0)), jnp.array([-1, 0], jnp.int32)
 
 
 def weight_gradient(
@@ -91,6 +107,57 @@ def _read(buffer: Buffer, first: int, rows: int, columns: int, stride: int) -> t
 
 
 @compiled
+def _dequantise(
+    codes: Buffer,
+    scales: Buffer,
+    kind: Buffer,
+    place: int,
+    row: int,
+    rows: int,
+    column: int,
+    columns: int,
+) -> tuple:
+    """Rows and columns of a quantised matrix in float32, from `row` and `column` on."""
+    scheme, size = integer(kind, 0), integer(kind, 1)
+    stored, groups, width = extent(codes, 1), extent(scales, 1), extent(codes, 2)
+    values, scale = np.empty(rows * columns, np.float32), np.empty(columns, np.float32)
+    group = -1
+    for i in range(rows):
+        target, at = i * columns, row + i
+        if at // size != group:
+            group = at // size
+            first = (place * groups + group) * width + column
+            wide, kept = _read(scales, first, 1, columns, columns)
+            taken = view(wide.address, columns, np.float32)
+            for j in range(columns):
+                scale[j] = taken[j]
+            keep(kept)
+        upper = at >= stored
+        first = codes.address + (place * stored + at - (stored if upper else 0)) * width + column
+        if scheme == _INT8:
+            whole = view(first, columns, np.int8)
+            for j in range(columns):
+                values[target + j] = np.float32(whole[j]) * scale[j]
+            continue
+        packed, shift = view(first, columns, np.uint8), np.int32(4 if upper else 0)
+        if scheme == _INT4:
+            for j in range(columns):
+                number = (np.int32(packed[j]) >> shift) & np.int32(15)
+                values[target + j] = np.float32((number ^ np.int32(8)) - np.int32(8)) * scale[j]
+            continue
+        for j in range(columns):
+            # See `ops.quantised.numbers`.
+            number = (np.int32(packed[j]) >> shift) & np.int32(15)
+            exponent, mantissa = (number >> 1) & np.int32(3), number & np.int32(1)
+            above = max(exponent - np.int32(1), np.int32(0))
+            doubled = (np.int32(2) + mantissa) << above if exponent > 0 else mantissa
+            half = scale[j] * np.float32(0.5)
+            values[target + j] = np.float32(-doubled if number > 7 else doubled) * half
+    keep(scale)
+    return Matrix(address_of(values), columns), values
+
+
+@compiled
 def _round(product: np.ndarray, out: Buffer, first: int, columns: int, stride: int) -> None:
     """Write float32 rows as bfloat16 ones, to the nearest, ties to even."""
     bits = product.view(np.uint32)
@@ -128,7 +195,8 @@ def _multiply(frame: int, index: int) -> None:
     columns = min(COLUMNS, outer - column)
     begin = group = 0
     for bank in range(extent(firsts, 0)):
-        matrices = operand(frame, 7 + bank)
+        matrices, scales = operand(frame, 7 + 3 * bank), operand(frame, 8 + 3 * bank)
+        kind = operand(frame, 9 + 3 * bank)
         for place in range(integer(counts, bank)):
             size = integer(sizes, group)
             here = _pieces(size, ROWS)
@@ -137,15 +205,30 @@ def _multiply(frame: int, index: int) -> None:
                     begin = integer(starts, group)
                 begin += piece * ROWS
                 length = min(ROWS, size - piece * ROWS)
-                first = (integer(firsts, bank) + place) * inner * outer
-                first += column * (inner if turned else 1)
-                matrix, kept = _read(
-                    matrices,
-                    first,
-                    columns if turned else inner,
-                    inner if turned else columns,
-                    inner if turned else outer,
-                )
+                index_in_bank = integer(firsts, bank) + place
+                if integer(kind, 0) >= 0:
+                    matrix, kept_values = _dequantise(
+                        matrices,
+                        scales,
+                        kind,
+                        index_in_bank,
+                        column if turned else 0,
+                        columns if turned else inner,
+                        0 if turned else column,
+                        inner if turned else columns,
+                    )
+                    kept = np.empty(0, np.uint32)
+                else:
+                    first = index_in_bank * inner * outer
+                    first += column * (inner if turned else 1)
+                    matrix, kept = _read(
+                        matrices,
+                        first,
+                        columns if turned else inner,
+                        inner if turned else columns,
+                        inner if turned else outer,
+                    )
+                    kept_values = np.empty(0, np.float32)
                 taken, kept_rows = _read(x, begin * inner, length, inner, inner)
                 target = begin * outer + column
                 narrow = out.dtype == BFLOAT16
@@ -158,6 +241,7 @@ def _multiply(frame: int, index: int) -> None:
                 if narrow:
                     _round(product, out, target, columns, outer)
                 keep(kept, kept_rows, product)
+                keep(kept_values)
                 return
             piece -= here
             begin += size

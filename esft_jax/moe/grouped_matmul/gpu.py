@@ -8,19 +8,22 @@ On CPU the same kernels run in Pallas' interpreter, for tests.
 Letters: N rows, G groups, C and O the sides of a matrix as it is multiplied, D and F as it lies.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.grouped_matmul.bank import Bank
 from esft_jax.moe.grouped_matmul.groups import Groups
-from esft_jax.ops.triton_tiles import Part, load, store
+from esft_jax.ops.quantised import Quantised, numbers, per_byte
+from esft_jax.ops.triton_tiles import Part, load, load_line, store
 
 
 class Tiles(NamedTuple):
@@ -149,7 +152,7 @@ def _multiply_kernel(
     schedule: jax.Ref,
     firsts: jax.Ref,
     x: jax.Ref,
-    *banks_and_out: jax.Ref,
+    *banks_and_out: Any,
     counts: list[int],
     tile: Tiles,
     transposed: bool,
@@ -162,31 +165,112 @@ def _multiply_kernel(
     total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     exists = columns.start < out.shape[1]
 
-    def product(bank: jax.Ref, matrix: Array) -> Array:
+    def multiply_by(bank: jax.Ref | Quantised, matrix: Array) -> None:
+        if isinstance(bank, Quantised):
+            multiply = _times_transpose if transposed else _times_quantised
+            multiply(x, bank, matrix, out, rows, column, tile)
+            return
+
         def step(i: Array, total: Array) -> Array:
             inner = Part(i * tile.step, tile.step, x.shape[1])
             left = load(x, rows, inner)
             right = load(bank, *((columns, inner) if transposed else (inner, columns)), matrix)
-            return total + jax.lax.dot_general(
-                left,
-                right.astype(left.dtype),
-                (((1,), (1 if transposed else 0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+            return total + _product(left, right.astype(left.dtype), transposed)
 
-        return jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, total)
+        store(out, jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, total), rows, columns)
 
     begin = 0
     for i, (bank, count) in enumerate(zip(banks, counts, strict=True)):
 
         @pl.when(exists & (group >= begin) & (group < begin + count))
-        def _(i: int = i, bank: jax.Ref = bank, begin: int = begin) -> None:
-            store(out, product(bank, firsts[i] + group - begin), rows, columns)
+        def _(i: int = i, bank: jax.Ref | Quantised = bank, begin: int = begin) -> None:
+            multiply_by(bank, firsts[i] + group - begin)
 
         begin += count
 
     @pl.when(exists & (group == begin))
     def _() -> None:
+        store(out, total, rows, columns)
+
+
+def _product(left: Array, right: Array, transposed: bool) -> Array:
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _times_quantised(
+    x: jax.Ref,
+    bank: Any,
+    matrix: Array,
+    out: jax.Ref,
+    rows: Part,
+    column: Array,
+    tile: Tiles,
+) -> None:
+    """A tile of rows times a quantised matrix. A step stays within a group of each half."""
+    inputs, stored = x.shape[1], bank.codes.shape[-2]
+    size = math.gcd(tile.step, bank.group_size, stored)
+    columns = Part(column * tile.columns, tile.columns, out.shape[1])
+
+    def step(i: Array, total: Array) -> Array:
+        codes = load(bank.codes, Part(i * size, size, stored), columns, matrix)
+        for half, values in enumerate(numbers(codes, bank.scheme)):
+            start = half * stored + i * size
+            left = load(x, rows, Part(start, size, inputs))
+            scale = load_line(bank.scales, columns, matrix, start // bank.group_size)
+            right = (values * scale.astype(jnp.float32)[None]).astype(left.dtype)
+            total += _product(left, right, transposed=False)
+        return total
+
+    total = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    store(out, jax.lax.fori_loop(0, stored // size, step, total), rows, columns)
+
+
+def _times_transpose(
+    x: jax.Ref,
+    bank: Any,
+    matrix: Array,
+    out: jax.Ref,
+    rows: Part,
+    column: Array,
+    tile: Tiles,
+) -> None:
+    """The same with its transpose: columns of the result are inputs of the matrix, as many of each
+    half as codes hold, in parts that have one scale each.
+    """
+    stored, halves = bank.codes.shape[-2], per_byte(bank.scheme)
+    held = tile.columns // halves
+    size = math.gcd(held, bank.group_size, stored)
+    # Where programs hold more than there is, the parts behind the end must be masked.
+    ends: list[Any] = [half * stored for half in (1, 2)]
+    if stored % held:
+        ends = [np.int32(end) for end in ends]
+    parts = [
+        (half, Part(column * held + place, size, ends[0]))
+        for half in range(halves)
+        for place in range(0, held, size)
+    ]
+
+    def step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        inner = Part(i * tile.step, tile.step, x.shape[1])
+        left, sums = load(x, rows, inner), []
+        for (half, part), total in zip(parts, totals, strict=True):
+            codes = load(bank.codes, part, inner, matrix)
+            group = jnp.minimum((half * stored + part.start) // bank.group_size, groups - 1)
+            scale = load_line(bank.scales, inner, matrix, group).astype(jnp.float32)
+            right = numbers(codes, bank.scheme)[half] * scale[None]
+            sums.append(total + _product(left, right.astype(left.dtype), transposed=True))
+        return tuple(sums)
+
+    groups = bank.scales.shape[-2]
+    totals = tuple(jnp.zeros((tile.rows, size), jnp.float32) for _ in parts)
+    totals = jax.lax.fori_loop(0, pl.cdiv(x.shape[1], tile.step), step, totals)
+    for (half, part), total in zip(parts, totals, strict=True):
+        columns = Part(half * stored + part.start, size, ends[half])
         store(out, total, rows, columns)
 
 

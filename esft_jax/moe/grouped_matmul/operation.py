@@ -23,6 +23,7 @@ from esft_jax.moe.grouped_matmul import single_row
 from esft_jax.moe.grouped_matmul.bank import Bank
 from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.ops.platform import fastest_implementation
+from esft_jax.ops.quantised import Quantised
 
 # Modules of this package, imported when used: kernel languages are slow to import.
 Implementation = Literal["cpu", "gpu", "tpu", "xla"]
@@ -30,7 +31,7 @@ Implementation = Literal["cpu", "gpu", "tpu", "xla"]
 
 def grouped_matmul(
     x: Float[Array | np.ndarray, "N D"],
-    banks: Sequence[Float[Array | np.ndarray, "_ D F"] | Bank],
+    banks: Sequence[Float[Array | np.ndarray, "_ D F"] | Quantised | Bank],
     group_sizes: Int[Array | np.ndarray, " G"] | Sequence[int],
     group_starts: Int[Array | np.ndarray, " G"] | Sequence[int] | None = None,
     *,
@@ -44,8 +45,8 @@ def grouped_matmul(
             would need a scale.
         banks: matrices of the groups in order, split over one or more arrays, or parts of arrays
             (`Bank`), that are neither concatenated nor copied. Matrices of a narrower type than `x`
-            are widened as they are read; those of a wider one (float32 masters) are converted
-            before.
+            are widened, and quantised ones dequantised, as they are read; those of a wider type
+            (float32 masters) are converted before.
         group_sizes: rows per group, integers; G is the total number of matrices.
         group_starts: first row of each group, integers, in any order; there may be padding between
             groups. None if the groups follow one another from row 0 on. Sizes and starts that are
@@ -59,13 +60,14 @@ def grouped_matmul(
 
     Raises:
         ValueError: `implementation` is unknown, another type, shapes that do not fit together, or
-            sizes and starts known by now that are negative, past the rows, or share rows.
+            sizes and starts known by now that are negative, past the rows, or share rows; or
+            quantised matrices are differentiated.
 
     The weight gradient is computed only for the banks that are differentiated, in the bank's own
     type: with tuned and frozen experts in two banks, frozen ones cost nothing.
     """
     x = jnp.asarray(x)
-    all_banks = [b if isinstance(b, Bank) else _whole(jnp.asarray(b)) for b in banks]
+    all_banks = [b if isinstance(b, Bank) else _whole(b) for b in banks]
     _check_operands(x, all_banks)
     _check_groups(len(x), sum(map(len, all_banks)), group_sizes, group_starts)
     if implementation is None:
@@ -81,7 +83,9 @@ def grouped_matmul(
     return _grouped_matmul(implementation, x, filled, groups)
 
 
-def _whole(matrices: Array) -> Bank:
+def _whole(matrices: Array | np.ndarray | Quantised) -> Bank:
+    if not isinstance(matrices, Quantised):
+        matrices = jnp.asarray(matrices)
     return Bank(matrices, 0, len(matrices) if matrices.ndim else 0)
 
 
@@ -95,7 +99,8 @@ def _check_operands(x: Array, banks: Sequence[Bank]) -> None:
     for i, bank in enumerate(banks):
         name, shape = f"banks[{i}]", bank.matrices.shape
         expected = (bank.count, *shape[1:])
-        _check_type(name, bank.matrices)
+        if not isinstance(bank.matrices, Quantised):
+            _check_type(name, bank.matrices)
         if len(shape) != 3 or shape[1] != x.shape[1] or shape[2] != banks[0].matrices.shape[2]:
             of_first = f" and the width of banks[0], {banks[0].matrices.shape}" if i else ""
             raise ValueError(
@@ -112,7 +117,11 @@ def _check_operands(x: Array, banks: Sequence[Bank]) -> None:
                 f"grouped_matmul: {name} begins at {bank.first} and has {bank.count} matrices, of "
                 f"{shape[0]}"
             )
-        if bank.own is not None and (bank.own.shape, bank.own.dtype) != (
+        if bank.own is None:
+            continue
+        if isinstance(bank.matrices, Quantised):
+            raise ValueError(f"grouped_matmul: {name}.own: quantised matrices are not trained")
+        if (bank.own.shape, bank.own.dtype) != (
             expected,
             bank.matrices.dtype,
         ):
@@ -193,7 +202,7 @@ def _multiply(
     transposed: bool,
 ) -> Array:
     def read(bank: Bank) -> Bank:
-        if bank.matrices.dtype.itemsize <= x.dtype.itemsize:
+        if isinstance(bank.matrices, Quantised) or bank.matrices.dtype.itemsize <= x.dtype.itemsize:
             return bank
         # XLA converts while it cuts out; a kernel would read, and convert, a block many times.
         cut = jax.lax.dynamic_slice_in_dim(bank.matrices, bank.first, bank.count)
@@ -223,13 +232,19 @@ def _forward(
     # Here the leaves of operands are `CustomVJPPrimal`s. Whether one is differentiated is known
     # while tracing, so what nobody asked for is neither computed nor, for `x`, kept.
     def learned(bank: Any) -> str | None:
+        if isinstance(bank.matrices, Quantised):
+            scales: Any = bank.matrices.scales
+            if scales.perturbed:
+                raise ValueError("grouped_matmul: quantised matrices have no gradient")
+            return None
         names = ("matrices",) if bank.own is None else ("own", "matrices")
         return next((name for name in names if getattr(bank, name).perturbed), None)
 
     needed = _Needed(x.perturbed, tuple(map(learned, banks)))
-    read = tuple(Bank(b.matrices.value, b.first.value, b.count) for b in banks)
-    values = jax.tree.map(
-        lambda leaf: leaf.value, groups, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    read, values = jax.tree.map(
+        lambda leaf: leaf.value,
+        (tuple(replace(bank, own=None) for bank in banks), groups),
+        is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal),
     )
     out = _grouped_matmul(implementation, x.value, read, values)
     kept = x.value if any(needed.banks) else None

@@ -6,6 +6,8 @@ part of whatever comes next.
 Letters: N rows, F width of a matrix.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,8 +28,10 @@ def multiply(
 
 def _row_of_each(count: int, banks: tuple[Bank, ...], groups: Groups) -> Float[Array, "N F"]:
     """The matrix that each of N = `count` rows meets; zeros for padding."""
+    arrays: list[Any] = [bank.matrices for bank in banks]  # vectors are not quantised
     cuts = [
-        jax.lax.dynamic_slice_in_dim(bank.matrices, bank.first, bank.count)[:, 0] for bank in banks
+        jax.lax.dynamic_slice_in_dim(array, bank.first, bank.count)[:, 0]
+        for array, bank in zip(arrays, banks, strict=True)
     ]
     table = jnp.concatenate([*cuts, jnp.zeros_like(cuts[0][:1])])
     _, ends, of_stretch = groups.stretches(count)

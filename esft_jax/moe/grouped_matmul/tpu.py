@@ -28,6 +28,7 @@ from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.moe.grouped_matmul.tpu_tiles import (
     PIECES,
     Fetches,
+    Stored,
     gradient_widths,
     multiply_widths,
     piece_rows,
@@ -35,6 +36,7 @@ from esft_jax.moe.grouped_matmul.tpu_tiles import (
     plan_visits,
     vmem_limit,
 )
+from esft_jax.ops.quantised import Quantised
 
 # What kernels and their index maps get: `Visits`, and `Fetches` or an array, with references in the
 # place of arrays.
@@ -72,9 +74,10 @@ def multiply(
         in_width,
         out_width,
         x.dtype,
-        [bank.matrices.dtype for bank in banks],
+        [Stored.of(bank.matrices) for bank in banks],
+        transposed=transposed,
     )
-    parts = in_width // inner
+    parts = pl.cdiv(in_width, inner)
 
     # A visit that has no use for an operand asks for the block that is there already or is needed
     # next, which costs no transfer. Groups in order need only the last tile that any of them has.
@@ -105,16 +108,34 @@ def multiply(
             row = jnp.clip(row, 0, count - 1)
         return firsts[bank] + row, *((o, c) if transposed else (c, o))
 
-    matrix = (None, *((outer, inner) if transposed else (inner, outer)))
+    depth, width = (outer, inner) if transposed else (inner, outer)
+
+    def bank_specs(i: int, bank: Bank) -> Any:
+        # Of quantised matrices a block holds all inputs, so codes and scales have the same place.
+        return jax.tree.map(
+            lambda leaf: pl.BlockSpec(
+                (None, leaf.shape[1] if isinstance(bank.matrices, Quantised) else depth, width),
+                partial(bank_block, i),
+            ),
+            bank.matrices,
+        )
+
     out = pl.pallas_call(
-        partial(_multiply_kernel, ranges=ranges, nobody=nobody, piece=piece, transposed=transposed),
+        partial(
+            _multiply_kernel,
+            ranges=ranges,
+            nobody=nobody,
+            piece=piece,
+            transposed=transposed,
+            last=in_width - (parts - 1) * inner,
+        ),
         out_shape=jax.ShapeDtypeStruct((rows, out_width), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(pl.cdiv(out_width, outer), num_visits, parts),
             in_specs=[
                 pl.BlockSpec((tile, inner), rows_block),
-                *(pl.BlockSpec(matrix, partial(bank_block, bank)) for bank in range(len(banks))),
+                *(bank_specs(i, bank) for i, bank in enumerate(banks)),
             ],
             out_specs=pl.BlockSpec((tile, outer), lambda o, v, c, visits, *_: (visits.tile[v], o)),
             scratch_shapes=[pltpu.VMEM((tile, outer), jnp.float32)] * (parts > 1),
@@ -130,12 +151,18 @@ def _multiply_kernel(
     _fetched: FetchRefs,
     _firsts: jax.Ref,
     x: jax.Ref,
-    *refs: jax.Ref,
+    *refs: Any,
     ranges: list[tuple[int, int]],
     nobody: int,
     piece: int,
     transposed: bool,
+    last: int,
 ) -> None:
+    """Visits of a column of blocks of the result.
+
+    Args:
+        last: inner width of the last blocks that counts; what is behind it is not defined.
+    """
     banks, (out, *sums) = refs[: len(ranges)], refs[len(ranges) :]
     visit, part = pl.program_id(1), pl.program_id(2)
     is_last = part == pl.num_programs(2) - 1
@@ -153,11 +180,14 @@ def _multiply_kernel(
     def _zeros() -> None:
         store(0, out.shape[0], 0.0)
 
-    def multiply(rows: int, bank: jax.Ref) -> None:
+    def multiply(rows: int, bank: jax.Ref | Quantised) -> None:
         window = pl.ds(begin, rows)
+        left, right = x[window, :], bank[...]
+        if last < x.shape[1]:
+            left, right = (_cut(a, last, is_last) for a in (left, right.astype(jnp.float32)))
         product = jax.lax.dot_general(
-            x[window, :],
-            bank[...].astype(x.dtype),
+            left.astype(x.dtype),
+            right.astype(x.dtype),
             (((1,), (1 if transposed else 0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -184,6 +214,12 @@ def _multiply_kernel(
             pl.when(here & (visits.pieces[visit] == pieces))(
                 partial(multiply, pieces * piece, bank)
             )
+
+
+def _cut(values: Array, last: int, is_last: Array) -> Float[Array, "_ inner"]:
+    """Zeros for the columns of a last block that do not count."""
+    column = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    return jnp.where((column < last) | ~is_last, values.astype(jnp.float32), 0)
 
 
 def weight_gradient(

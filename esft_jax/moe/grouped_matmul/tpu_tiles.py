@@ -18,6 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from esft_jax.ops.quantised import Quantised
+
 PIECES = 4
 # A group wastes one piece on average, half of it at either end: about an eighth of the work, if a
 # piece is an eighth of the mean group. Smaller pieces would waste less arithmetic, but load a
@@ -130,6 +132,24 @@ def vmem_limit() -> int:
     return min(capacity, max(16 * MIB, capacity // 2))
 
 
+class Stored(NamedTuple):
+    """How a bank's matrices lie in memory.
+
+    Attributes:
+        size: bytes of a number, of its share of a scale too.
+        quantised: whether they must be dequantised; a block then holds all inputs of a matrix.
+    """
+
+    size: float
+    quantised: bool
+
+    @classmethod
+    def of(cls, matrices: Array | Quantised) -> "Stored":
+        """That of an array."""
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(matrices))
+        return cls(held / matrices.size, isinstance(matrices, Quantised))
+
+
 def multiply_widths(
     visits: int,
     groups: int,
@@ -137,16 +157,23 @@ def multiply_widths(
     in_width: int,
     out_width: int,
     dtype: DTypeLike,
-    bank_dtypes: Sequence[DTypeLike],
+    banks: Sequence[Stored],
+    *,
+    transposed: bool,
 ) -> Widths:
-    """Blocks for rows times matrices. The grid is (outer blocks, visits, inner blocks)."""
-    size, bank_sizes = jnp.dtype(dtype).itemsize, [jnp.dtype(d).itemsize for d in bank_dtypes]
+    """Blocks for rows times matrices, or times their transposes. The grid is (outer blocks, visits,
+    inner blocks).
+    """
+    size, bank_sizes = jnp.dtype(dtype).itemsize, [bank.size for bank in banks]
+    quantised = any(bank.quantised for bank in banks)
 
-    def held(w: Widths) -> int:
+    def held(w: Widths) -> float:
         rows_in, matrix, rows_out = tile * w.inner, w.inner * w.outer, tile * w.outer
         # Operands and result in two buffers each: one in use, one in transfer.
         buffers = 2 * (rows_in * size + matrix * sum(bank_sizes) + rows_out * size)
         converted = matrix * size if min(bank_sizes) < size else 0
+        # Numbers and repeated scales, in float32.
+        converted += 2 * 4 * matrix if quantised else 0
         # In float32: the product, what it replaces, and the sums kept from block to block.
         return buffers + converted + 4 * rows_out * (3 if w.inner < in_width else 2)
 
@@ -155,12 +182,16 @@ def multiply_widths(
         fetched = groups if w.inner == in_width else visits
         traffic = fetched * in_width * w.outer * max(bank_sizes)
         traffic += visits * tile * (in_width + w.outer) * size
-        steps = visits * (in_width // w.inner)
+        steps = visits * pl.cdiv(in_width, w.inner)
         passes = _per_core(pl.cdiv(out_width, w.outer))
         return passes * _seconds(visits * tile * in_width * w.outer, traffic, steps)
 
-    inner = [width for width in _cuts(in_width) if in_width % width == 0]
-    return _fastest(inner, _cuts(out_width), held, seconds)
+    if quantised:
+        inner, outer = _cuts(in_width), _cuts(out_width)
+        inner, outer = (inner, [out_width]) if transposed else ([in_width], outer)
+    else:
+        inner, outer = [w for w in _cuts(in_width) if in_width % w == 0], _cuts(out_width)
+    return _fastest(inner, outer, held, seconds)
 
 
 def gradient_widths(
@@ -195,7 +226,7 @@ def _per_core(blocks: int) -> int:
     return pl.cdiv(blocks, pltpu.get_tpu_info().num_cores)
 
 
-def _seconds(multiply_adds: int, traffic: int, steps: int) -> float:
+def _seconds(multiply_adds: int, traffic: float, steps: int) -> float:
     chip = pltpu.get_tpu_info()
     arithmetic = 2 * multiply_adds / chip.bf16_ops_per_second
     return arithmetic + traffic / chip.mem_bw_bytes_per_second + steps * STEP_SECONDS
@@ -204,7 +235,7 @@ def _seconds(multiply_adds: int, traffic: int, steps: int) -> float:
 def _fastest(
     inner: list[int],
     outer: list[int],
-    held: Callable[[Widths], int],
+    held: Callable[[Widths], float],
     seconds: Callable[[Widths], float],
 ) -> Widths:
     widths = [Widths(i, o) for i in inner for o in outer]
