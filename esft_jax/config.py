@@ -294,6 +294,7 @@ class TrainConfig:
         balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
         remat: What is rematerialised in the backward pass, from nothing (`none`) to whole layers
             (`full`); between them, memory falls from `dots` over `experts` to `attention`.
+            `offload` is `full` with the inputs of layers kept in the memory of the host.
         profile_step: First update of a profiler trace; 0 makes none.
         profile_steps: Updates in a trace, of this one and of those asked for by SIGUSR1.
         verify_frozen: Check after training that every frozen weight kept its bits.
@@ -307,7 +308,7 @@ class TrainConfig:
     log_every: Count = 10
     max_skipped: CountOrZero = 10
     balance_loss: NonNegative = 0.0
-    remat: Literal["none", "dots", "experts", "attention", "full"] = "none"
+    remat: Literal["none", "dots", "experts", "attention", "full", "offload"] = "none"
     profile_step: CountOrZero = 0
     profile_steps: Count = 3
     verify_frozen: Flag = False

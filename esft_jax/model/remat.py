@@ -9,7 +9,10 @@ import jax
 from esft_jax.moe.experts import GATE_UP
 from esft_jax.ops.attention.operation import KEPT
 
-Remat = Literal["none", "dots", "experts", "attention", "full"]
+Remat = Literal["none", "dots", "experts", "attention", "full", "offload"]
+
+# Name of what enters a block.
+BLOCK_INPUT = "block_input"
 
 _policies = jax.checkpoint_policies
 
@@ -26,4 +29,14 @@ REMAT: dict[Remat, Callable[[Callable], Callable]] = {
     "attention": partial(jax.checkpoint, policy=_policies.save_only_these_names(KEPT)),
     # Keep what enters a block.
     "full": jax.checkpoint,
+    # Keep what enters a block in the memory of the host.
+    "offload": partial(
+        jax.checkpoint,
+        policy=_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -23,7 +24,7 @@ from esft_jax.model.mlp import MLP
 from esft_jax.model.moe import MoE
 from esft_jax.model.norm import RMSNorm
 from esft_jax.model.params import ParamFactory, Role
-from esft_jax.model.remat import Remat
+from esft_jax.model.remat import BLOCK_INPUT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.scan import LayerOutput, scan_layers
@@ -180,7 +181,8 @@ class Transformer(nnx.Module):
         keep = segment_ids > 0
 
         def attend(block: Block, kind: int, x: Array) -> Array:
-            x, attention = constrain_batch(x, self.mesh), block.attentions[kind]
+            x = checkpoint_name(constrain_batch(x, self.mesh), BLOCK_INPUT)
+            attention = block.attentions[kind]
             assert attention is not None, "a layer of this kind has it"
             out = attention(block.attention_norm(x), *rotations[kind], segment_ids, self.mesh)
             return block.add_attention(x, out)

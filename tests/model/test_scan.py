@@ -139,7 +139,8 @@ def test_decoding_keeps_a_cache_of_each_kind(model, output):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), output.logits, atol=2e-5)
 
 
-def test_gradients_of_tuned_experts_are_those_of_all_experts(model):
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_gradients_of_tuned_experts_are_those_of_all_experts(model, remat):
     layers = model.config.moe_layers[1], model.config.moe_layers[-1]
     experts = ExpertConfig({layers[0]: (1,), layers[1]: (0, 3)})
     graph, params = nnx.split(model)
@@ -151,7 +152,7 @@ def test_gradients_of_tuned_experts_are_those_of_all_experts(model):
 
     every = jax.jit(jax.grad(loss))(params)["moe_blocks"]["moe"]["experts"]
     tuned_model = nnx.merge(graph, params)
-    tuned_model.remat = "full"
+    tuned_model.remat = remat
     attach_tuned_experts(tuned_model, experts)
     tuned_graph, tuned, frozen = partition(tuned_model, experts)
 
