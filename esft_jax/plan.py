@@ -11,13 +11,16 @@ from collections.abc import Sequence
 import jax
 from rich.table import Table
 
+from esft_jax.accelerators import GPUS
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
 from esft_jax.config import LoRAConfig, QuantiseConfig, RunConfig, load_config
 from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
+from esft_jax.planning.gpu_memory import FRACTION, memory_fraction
 from esft_jax.planning.suggest import suggestions
 from esft_jax.terminal import Terminal
+from esft_jax.topology import TOPOLOGIES, hardware
 from esft_jax.values import Count, LocalPath
 
 
@@ -29,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--topology",
         required=True,
-        help="a TPU slice such as v5e:4x4 (v4, v5e, v5p, v6e, tpu7x), h100:COUNT, or cpu:COUNT",
+        help=TOPOLOGIES,
     )
     parser.add_argument(
         "--experts-per-layer",
@@ -94,6 +97,13 @@ def _table(plans: Sequence[Plan]) -> Table:
     return table
 
 
+def _available(plan: Plan) -> str:
+    gpu = GPUS.get(hardware(plan.topology))
+    if gpu is None:
+        return "available, GB"
+    return f"available, GB: {memory_fraction():.2f} of {_gigabytes(gpu.memory)} ({FRACTION})"
+
+
 _NETWORK = "received from other devices, GB per step"
 _BETWEEN = "received from other slices, GB per step; not in the roofline"
 
@@ -108,8 +118,9 @@ def _rows(plan: Plan) -> dict[str, str]:
         "moments, GB": _gigabytes(memory.moments),
         "activations and other temporaries, GB": _gigabytes(memory.temporary),
         "needed, by the compiler, GB": _gigabytes(needed),
-        "available, GB": _gigabytes(memory.available),
+        _available(plan): _gigabytes(memory.available),
         "headroom, GB": _gigabytes(left),
+        "in the memory of the host, GB": _gigabytes(memory.host),
         "fits": "yes" if memory.fits else "no",
         "tokens per step": f"{plan.tokens:,}",
     }

@@ -5,6 +5,8 @@ from typing import Literal
 
 import jax
 
+from esft_jax.accelerators import GPUS, gpu_of
+
 # The `cpu` extra.
 _CPU_EXTRA = ("numba", "threadpoolctl")
 
@@ -15,6 +17,21 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def block_shared_memory() -> int:
+    """Bytes of shared memory that a program may take on the GPU compiled for, which is found as in
+    `target_platform`; of a GPU that is not known by its name, by the compute capability of the one
+    that is here, or else what all have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    gpu = gpu_of((device or jax.devices()[0]).device_kind)
+    if gpu is not None:
+        return gpu.architecture.block_shared_memory
+    known = {gpu.architecture.capability: gpu.architecture for gpu in GPUS.values()}
+    least = min(known.values(), key=lambda architecture: architecture.block_shared_memory)
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return known.get(capability, least).block_shared_memory
 
 
 def fastest_implementation() -> Literal["cpu", "gpu", "tpu", "xla"]:

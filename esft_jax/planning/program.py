@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from esft_jax.accelerators import gpu_of
 from esft_jax.adapt.attach import attach
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import Trained
@@ -26,6 +27,7 @@ from esft_jax.model.config import ModelConfig
 from esft_jax.model.quantised import Quantisation, quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
+from esft_jax.planning.gpu_memory import granted, memory_fraction
 from esft_jax.sharding import param_shardings
 from esft_jax.topology import lowering_platform
 from esft_jax.training.program import known_refusals, trace_step
@@ -64,7 +66,9 @@ class StepMemory:
             where it refused or was not asked.
         needed: all together, by the compiler; None where it was not asked, for weights and moments
             alone exceed what there is.
-        available: what the device has; None where it is unknown, as for a CPU.
+        available: what the device grants; None where it is unknown, as for a CPU.
+        host: bytes beside these in the memory of the device's host, for activations that are
+            offloaded; None where the compiler refused or was not asked.
     """
 
     frozen: int
@@ -73,6 +77,7 @@ class StepMemory:
     temporary: int | None
     needed: int | None
     available: int | None
+    host: int | None
 
     @property
     def state(self) -> int:
@@ -166,8 +171,12 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
         temporary=None,
         needed=None,
         available=device_memory(device),
+        host=None,
     )
-    if not before.fits:
+    gpu = gpu_of(device.device_kind)
+    # How much of a GPU may be taken is for the user to say.
+    most = before.available if gpu is None else granted(gpu, 1.0)
+    if most is not None and before.state > most:
         return before, None
     lowered = traced.lower(lowering_platforms=(lowering_platform([device]),))
     try:
@@ -183,8 +192,13 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    temporary = memory.temp_size_in_bytes
-    return dataclasses.replace(before, temporary=temporary, needed=needed), text
+    found = dataclasses.replace(
+        before,
+        temporary=memory.temp_size_in_bytes,
+        needed=needed,
+        host=memory.host_temp_size_in_bytes,
+    )
+    return found, text
 
 
 def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
@@ -204,7 +218,7 @@ def device_memory(device: jax.Device) -> int | None:
     """Bytes of a device that a program may take; None for a CPU.
 
     A TPU keeps a part of its memory for itself, and only its compiler says how much: by refusing a
-    program that no chip holds.
+    program that no chip holds. Of a GPU, JAX takes a share.
     """
     match device.platform:
         case "tpu":
@@ -216,7 +230,8 @@ def device_memory(device: jax.Device) -> int | None:
             except jax.errors.JaxRuntimeError as error:
                 return _refusal(error)[1]
         case "gpu":
-            return 80 * 2**30  # an H100, the only one that can be compiled for
+            gpu = gpu_of(device.device_kind)
+            return None if gpu is None else granted(gpu, memory_fraction())
     return None
 
 

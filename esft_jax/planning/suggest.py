@@ -5,8 +5,11 @@ import math
 
 import jax.numpy as jnp
 
+from esft_jax.accelerators import GPUS
 from esft_jax.planning.analysis import Case, Plan, what_is_trained
+from esft_jax.planning.gpu_memory import FRACTION, fraction_for, memory_fraction
 from esft_jax.sharding import EXPERT, REPLICA, count_slices, make_mesh
+from esft_jax.topology import hardware
 
 
 def suggestions(case: Case, plan: Plan) -> list[str]:
@@ -19,6 +22,7 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
         _expert_axis(case, plan),
         _micro_batches(case, plan),
         _remat(case),
+        _memory_fraction(case, plan),
         _larger_slice(case, plan),
     )
     return [text for text in found if text]
@@ -68,14 +72,35 @@ def _micro_batches(case: Case, plan: Plan) -> str | None:
 
 
 def _remat(case: Case) -> str | None:
-    if case.config.train.remat == "full":
-        return None
     model, config = case.model, case.config
     tokens = _rows(case) * config.data.sequence_length
-    kept = model.num_layers * tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
+    size = model.num_layers * tokens * model.hidden_size * jnp.dtype(config.dtype).itemsize
+    kept = f"{_gigabytes(size)} per device for all of them"
+    match config.train.remat:
+        case "offload":
+            return None
+        case "full":
+            return (
+                f"train.remat=offload instead of full: the inputs of layers, {kept}, wait for the "
+                "backward pass in the memory of the host"
+            )
     return (
         f"train.remat=full instead of {config.train.remat}: of a layer, only its input outlives "
-        f"the forward pass, {_gigabytes(kept)} per device for all of them"
+        f"the forward pass, {kept}; with train.remat=offload, in the memory of the host"
+    )
+
+
+def _memory_fraction(case: Case, plan: Plan) -> str | None:
+    """JAX leaves a part of a GPU alone unless it is told otherwise."""
+    gpu, needed = GPUS.get(hardware(case.topology)), plan.memory.needed
+    if gpu is None or needed is None:
+        return None
+    fraction = fraction_for(gpu, needed)
+    if fraction is None:
+        return None
+    return (
+        f"{FRACTION}={fraction:.2f} in the environment: JAX takes as much of the "
+        f"{_gigabytes(gpu.memory)} of a device, and {memory_fraction():.2f} now"
     )
 
 

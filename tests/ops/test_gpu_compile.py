@@ -1,4 +1,4 @@
-"""GPU programs, compiled for an H100 that is not at hand by the compiler in JAX's CUDA plugin.
+"""GPU programs, compiled for GPUs that are not at hand by the compiler in JAX's CUDA plugin.
 
 A process of its own compiles them, so that the plugin does not disturb other tests.
 """
@@ -11,15 +11,16 @@ import sys
 
 import pytest
 
+from esft_jax.accelerators import GPUS
 from tests.ops.layers import BIASES, LAYERS, LOW_RANK, QUANTISED, QUANTISED_LAYERS, SMALL
 
 COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from esft_jax.topology import h100_devices
+from esft_jax.topology import gpu_devices
 
-mesh, spec = Mesh(np.array(h100_devices(1)), ("x",)), PartitionSpec()
+mesh, spec = Mesh(np.array(gpu_devices(sys.argv.pop(1), 1)), ("x",)), PartitionSpec()
 
 def abstract(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -79,10 +80,10 @@ report(
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def compile_for_h100(program, dtype, *sizes):
+def compile_for(gpu, program, dtype, *sizes):
     if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
         pytest.skip("JAX's CUDA compiler is not installed: pip install 'esft-jax[cuda]'")
-    command = [sys.executable, "-c", COMPILE + program, dtype, *map(str, sizes)]
+    command = [sys.executable, "-c", COMPILE + program, gpu, dtype, *map(str, sizes)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=900, check=False
@@ -91,9 +92,9 @@ def compile_for_h100(program, dtype, *sizes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(dtype, layer):
+def check(dtype, layer, gpu="h100"):
     """The kernels fit, and memory holds rows and a tuned bank but no frozen one."""
-    found = compile_for_h100(LAYER, dtype, *layer)
+    found = compile_for(gpu, LAYER, dtype, *layer)
     rows, d, f, experts, tuned = layer
     width = BYTES[dtype]
     assert found["kernels"] == 3  # products, gradient of the rows, gradient of the tuned bank
@@ -102,10 +103,10 @@ def check(dtype, layer):
     assert found["temporary"] < 1.1 * width * (2 * rows * f + tuned * d * f) + 2**20
 
 
-def check_attention(dtype, length, heads, key_heads, width, value_width, window):
+def check_attention(dtype, length, heads, key_heads, width, value_width, window, gpu="h100"):
     """The kernels fit, and memory is linear in the length of a row."""
     sizes = (length, heads, key_heads, width, value_width, window)
-    found = compile_for_h100(ATTENTION, dtype, *sizes)
+    found = compile_for(gpu, ATTENTION, dtype, *sizes)
     assert found["kernels"] == 3  # the forward pass, gradients of queries, of keys and values
     # The result, and two numbers per query.
     assert found["temporary"] < length * heads * (value_width * BYTES[dtype] + 8) + 2**20
@@ -143,18 +144,50 @@ def test_attention_of_few_heads_of_keys_in_float32(heads):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 8, 16, 64])
 def test_low_rank_updates_of_deepseek_v2_lite(rank):
-    found = compile_for_h100(LOW_RANK, "bfloat16", 24_576, 2048, rank, 2816, 9)
+    found = compile_for("h100", LOW_RANK, "bfloat16", 24_576, 2048, rank, 2816, 9)
     assert found["kernels"] == 6  # both products, their gradients with respect to either side
 
 
 def test_biases():
-    found = compile_for_h100(BIASES, "bfloat16", 16_384, 2880, 32, 3)
+    found = compile_for("h100", BIASES, "bfloat16", 16_384, 2880, 32, 3)
     assert found["kernels"] == 1  # the gradient of the tuned ones; look-ups need none
     assert found["temporary"] < 2 * 2 * 16_384 * 2880 + 2**20  # two arrays of rows
 
 
-def test_a_small_layer():
-    check("bfloat16", SMALL)
+# One GPU of each architecture: others differ in their number of multiprocessors.
+ARCHITECTURES = {gpu.architecture: name for name, gpu in GPUS.items()}.values()
+
+
+@pytest.mark.parametrize("gpu", ARCHITECTURES)
+def test_a_small_layer_on(gpu):
+    check("bfloat16", SMALL, gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ARCHITECTURES)
+def test_a_small_layer_in_float32_on(gpu):
+    check("float32", SMALL, gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ARCHITECTURES)
+def test_attention_of_wide_heads_on(gpu):
+    """Tiles are what the shared memory of a GPU holds."""
+    for dtype, *sizes in WIDE:
+        check_attention(dtype, 4096, *sizes, gpu)
+
+
+# Heads of queries and of keys, widths of keys and of values, and the window.
+WIDE = [
+    ("bfloat16", 16, 2, 512, 512, 0),
+    ("float32", 16, 16, 192, 128, 0),
+    ("float32", 16, 8, 256, 256, 1024),
+]
+
+
+def test_attention_that_no_tiles_make_fit():
+    with pytest.raises(AssertionError, match="InputError: dtype: float32: attention with"):
+        check_attention("float32", 4096, 16, 2, 512, 512, 0, gpu="l40s")
 
 
 @pytest.mark.slow

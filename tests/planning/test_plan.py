@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from esft_jax import plan
+from esft_jax.accelerators import GPUS
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.errors import InputError
@@ -167,6 +169,8 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     assert expert.startswith("mesh.data=-1 mesh.expert=8:") and f"{split / 1e9:.2f} GB" in expert
     assert rows.startswith("train.micro_batches=2: one row per device at a time instead of 2")
     assert remat.startswith("train.remat=full instead of dots")
+    kept = f"{4 * 2 * 64 * 32 * 2 / 1e9:.2f} GB per device"
+    assert kept in remat and "with train.remat=offload" in remat
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
     assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
     # Replicas share nothing: an expert group lies within one.
@@ -236,6 +240,43 @@ def test_a_gpu_updates_masters_and_moments_in_place(make_config, tmp_path) -> No
     memory = found["memory"]
     # Gradients, and the rest. A second state takes three times as much beside them.
     assert memory["tuned"] < memory["temporary"] < 3 * memory["tuned"]
+
+
+@pytest.mark.parametrize(
+    "gpu", ["rtx4090", *(pytest.param(n, marks=pytest.mark.slow) for n in GPUS if n != "rtx4090")]
+)
+def test_a_step_on_a_gpu(gpu, make_config, tmp_path) -> None:
+    """Inputs of layers that are offloaded are the host's, and the rest fits what JAX takes."""
+    if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
+        pytest.skip("JAX's CUDA compiler is not installed: pip install 'esft-jax[cuda]'")
+    path, output = tmp_path / "run.yaml", tmp_path / "plan.json"
+    save_config(make_config(train={"batch_size": 16, "remat": "offload"}), path)
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", f"{gpu}:8", "--json", output]
+    done = subprocess.run(
+        [*command, "--config", path],
+        env=os.environ | {"XLA_CLIENT_MEM_FRACTION": "0.5"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"0.50 of {GPUS[gpu].memory / 1e9:.2f} (XLA_CLIENT_MEM_FRACTION)" in done.stdout
+    (found,) = json.loads(output.read_text())
+    assert found["memory"]["available"] == GPUS[gpu].memory // 2
+    # Two rows of a device, 64 tokens and 32 features in bfloat16, of the three layers from the
+    # lowest tuned one.
+    assert found["memory"]["host"] == 3 * 2 * 64 * 32 * 2
+    assert found["roofline"]["network"] > 0
+
+
+def test_a_model_that_no_gpu_of_24_gb_holds(tmp_path) -> None:
+    if not any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13)):
+        pytest.skip("JAX's CUDA compiler is not installed: pip install 'esft-jax[cuda]'")
+    config, model = ROOT / "configs" / "olmoe-1b-7b.yaml", ROOT / "models" / "olmoe-1b-7b"
+    command = [sys.executable, "-m", "esft_jax.plan", "--topology", "rtx4090:1", "--config", config]
+    command += [f"model={model}", "mesh.expert=1", "method=full", "train.micro_batches=32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "It does not fit" in done.stdout and "XLA_CLIENT_MEM_FRACTION=" not in done.stdout
 
 
 CONFIGS = ROOT / "configs"

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from esft_jax.moe.grouped_matmul.bank import Bank
 from esft_jax.moe.grouped_matmul.groups import Groups
+from esft_jax.ops.platform import block_shared_memory
 from esft_jax.ops.quantised import Quantised, numbers, per_byte
 from esft_jax.ops.triton_tiles import Part, load, load_line, store
 
@@ -44,6 +45,10 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def bytes(self, dtype: jnp.dtype) -> int:
+        """Of shared memory, for all loads under way."""
+        return self.stages * self.step * (self.rows + self.columns) * dtype.itemsize
+
     @property
     def compiler_params(self) -> triton.CompilerParams:
         """The last two, as Pallas takes them."""
@@ -55,15 +60,10 @@ _INTERPRETED = Tiles(rows=16, columns=16, step=8, panel=1, warps=1, stages=1)
 
 
 def _compiled(dtype: jnp.dtype) -> Tiles:
-    """What suits the local GPU, or else (ahead-of-time compilation) an H100."""
+    """What suits the GPU compiled for."""
     tile = Tiles(rows=128, columns=128, step=128 // dtype.itemsize, panel=16, warps=8, stages=3)
-    try:
-        capability = jax.local_devices(backend="gpu")[0].compute_capability
-    except RuntimeError:
-        capability = "9.0"
-    # Data centre chips have 160 KiB of shared memory for a program, others 99 KiB.
-    large = capability in ("8.0", "9.0", "10.0", "10.3")
-    return tile._replace(columns=256) if large and dtype.itemsize == 2 else tile
+    wide = tile._replace(columns=256)
+    return wide if dtype.itemsize == 2 and wide.bytes(dtype) <= block_shared_memory() else tile
 
 
 def multiply(

@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
+from esft_jax.errors import InputError
 from esft_jax.ops.attention.operation import KEPT, sinks_gradient, sinks_or_default
-from esft_jax.ops.platform import target_platform
+from esft_jax.ops.platform import block_shared_memory, target_platform
 from esft_jax.ops.triton_tiles import Part, load, load_line, store, store_line
 
 OWN = np.int32(0)  # the place of the only head of a matrix that a program sees
@@ -42,17 +43,29 @@ def causal_attention(
     window: int | None = None,
     sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B S H W"]:
-    """As `operation.causal_attention`."""
+    """As `operation.causal_attention`.
+
+    Raises:
+        InputError: the smallest tiles of heads so wide are more than the GPU's shared memory.
+    """
     (_, length, _, width), value_width = query.shape, value.shape[3]
     itemsize = query.dtype.itemsize
-    shape = _Shape(length, width, value_width, itemsize, window or length, scale)
+    shared_memory = block_shared_memory()
+    shape = _Shape(length, width, value_width, itemsize, window or length, scale, shared_memory)
+    needed = shape.gradient_bytes(shape.gradient_tile)
+    if target_platform() == "gpu" and needed > shared_memory:
+        raise InputError(
+            f"dtype: {query.dtype}: attention with heads {width} wide takes {needed:,} bytes of "
+            f"the GPU's shared memory, which has {shared_memory:,}; expected bfloat16"
+        )
     sinks = sinks_or_default(sinks, query.shape[2])
     return _causal_attention(shape, query, key, value, sinks, segment_ids.astype(jnp.int32))
 
 
 class _Shape(NamedTuple):
     """What the kernels of a head know of it: the sizes of its matrices and of their numbers, how
-    many tokens a query sees, and the scores' factor.
+    many tokens a query sees, and the scores' factor; and of the GPU, the bytes of shared memory
+    that a program may take.
     """
 
     length: int
@@ -61,6 +74,7 @@ class _Shape(NamedTuple):
     itemsize: int
     window: int
     scale: float
+    shared_memory: int
 
     def tokens(self, block: Array | int, size: int) -> Part:
         """A block of tokens. The last one may go past the row."""
@@ -82,8 +96,19 @@ class _Shape(NamedTuple):
 
     @property
     def forward_tile(self) -> tuple[int, int]:
-        """Queries and keys of a tile of scores in the forward pass: what shared memory holds."""
-        return 64, (32 if self._widest * self.itemsize <= 1024 else 16)
+        """Queries and keys of a tile of scores in the forward pass: what shared memory holds, and
+        of the widest heads what Blackwell's tensor memory does.
+        """
+
+        def held(queries: int, keys: int) -> int:
+            numbers = queries * self.columns.size + queries * keys
+            numbers += keys * (self.columns.size + self.value_columns.size)
+            return self.itemsize * numbers + 4 * keys  # the segments, too
+
+        tiles = [(64, 32), (64, 16), (32, 16), (16, 16)]
+        if self._widest * self.itemsize > 1024:
+            tiles = tiles[2:]
+        return next((tile for tile in tiles if held(*tile) <= self.shared_memory), tiles[-1])
 
     @property
     def gradient_tile(self) -> int:
@@ -91,7 +116,15 @@ class _Shape(NamedTuple):
 
         Registers hold sums as wide as keys and values, shared memory what they are summed from.
         """
-        return 32 if self._widest <= 256 else 16
+        large = self._widest <= 256 and self.gradient_bytes(32) <= self.shared_memory
+        return 32 if large else 16
+
+    def gradient_bytes(self, tile: int) -> int:
+        """Of shared memory, in the backward pass; at most. Triton may hold a third tile as wide as
+        values.
+        """
+        width = 2 * self.columns.size + 3 * self.value_columns.size
+        return tile * (self.itemsize * width + 12)
 
     @property
     def _widest(self) -> int:
