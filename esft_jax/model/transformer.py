@@ -28,7 +28,7 @@ from esft_jax.model.remat import BLOCK_INPUT, Remat
 from esft_jax.model.rope import rotation
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.scan import LayerOutput, scan_layers
-from esft_jax.moe.carry import Carried, carry_banks
+from esft_jax.moe.carry import Carried, begin_gradient, carry_banks
 from esft_jax.moe.transport import Transport
 from esft_jax.moe.weights import Adapted
 from esft_jax.ops.cross_entropy import soft_cap
@@ -169,10 +169,14 @@ class Transformer(nnx.Module):
         tokens: Int[Array | np.ndarray, "B S"],
         segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         positions: Int[Array | np.ndarray, "B S"] | None = None,
+        earlier: Any = None,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
         """What the head reads, and the router outputs; no logits.
 
-        Arguments are those of `__call__`.
+        Args:
+            tokens, segment_ids, positions: those of `__call__`.
+            earlier: a gradient of the banks of tuned experts, a tree of arrays `[R, ...]` as they
+                are; theirs here is added to it. Only for one expert group.
         """
         tokens = jnp.asarray(tokens)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
@@ -234,6 +238,8 @@ class Transformer(nnx.Module):
             )
             routers += [router] if router else []
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routers)
+        if earlier is not None:
+            x = begin_gradient(x, carried, jax.tree.map(lambda bank: bank[None], earlier))
         return self._head_input(x), stacked
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:

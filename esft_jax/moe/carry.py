@@ -17,6 +17,11 @@ from esft_jax.sharding import DATA, REPLICA, RULES
 Carried = Any
 
 
+def count_copies(mesh: Mesh | None) -> int:
+    """Devices along `data`, over all replicas: expert groups."""
+    return 1 if mesh is None else mesh.shape[REPLICA] * mesh.shape[DATA]
+
+
 def carry_banks(banks: Any, mesh: Mesh | None) -> Carried:
     """What a scan over layers carries along so that their gradients add up in place.
 
@@ -28,7 +33,7 @@ def carry_banks(banks: Any, mesh: Mesh | None) -> Carried:
     Args:
         banks: a tree of arrays `[R, ...]`.
     """
-    copies = 1 if mesh is None else mesh.shape[REPLICA] * mesh.shape[DATA]
+    copies = count_copies(mesh)
 
     def carry(bank: Array) -> Array:
         carried = jnp.broadcast_to(bank, (copies, *bank.shape))
@@ -38,6 +43,30 @@ def carry_banks(banks: Any, mesh: Mesh | None) -> Carried:
         return jax.lax.with_sharding_constraint(carried, place)
 
     return jax.tree.map(carry, banks)
+
+
+@jax.custom_vjp
+def begin_gradient(
+    x: Float[Array, "*_"], carried: Carried, earlier: Carried
+) -> Float[Array, "*_"]:
+    """`x`, unchanged. Going backwards, what is carried begins with an earlier gradient, not with
+    zeros: gradients of several batches add up in place, too.
+
+    Args:
+        earlier: a tree of arrays as `carried` has them.
+    """
+    return x
+
+
+def _begin_forward(x: Array, carried: Carried, earlier: Carried) -> tuple[Array, Carried]:
+    return x, earlier
+
+
+def _begin_backward(earlier: Carried, grad: Array) -> tuple[Array, Carried, None]:
+    return grad, earlier, None
+
+
+begin_gradient.defvjp(_begin_forward, _begin_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

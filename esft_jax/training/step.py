@@ -17,6 +17,7 @@ from esft_jax.model.params import Role
 from esft_jax.model.remat import Remat
 from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
+from esft_jax.moe.carry import count_copies
 from esft_jax.ops.cross_entropy import cross_entropy_sums
 from esft_jax.training.state import TrainState, tuned_only
 
@@ -33,12 +34,17 @@ def token_loss(model: Transformer, batch: Batch) -> tuple[Float[Array, ""], Floa
 
 
 def loss_sums(
-    model: Transformer, batch: Batch
+    model: Transformer, batch: Batch, earlier: Any = None
 ) -> tuple[Float[Array, ""], Float[Array, " B"], RouterOutput]:
     """The sum over tokens of weight times loss in nats; that of each row, which cannot be
     differentiated; and the router outputs.
+
+    Args:
+        earlier: see `Transformer.hidden_states`.
     """
-    hidden, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, router = model.hidden_states(
+        batch["tokens"], batch["segment_ids"], batch["positions"], earlier
+    )
     total, rows = cross_entropy_sums(
         hidden,
         model.head_weight(),
@@ -123,14 +129,14 @@ def make_train_step(
         )
 
     def objective(
-        tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array
+        tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array, earlier: Any = None
     ) -> tuple[Array, tuple[Array, Array, tuple | None]]:
         model = nnx.merge(graph, tuned, frozen)
         model.remat, model.experts_learn = remat, _base_experts_learn(tuned)
         if own_loss:
             total, weight = _two_scalars(loss(model, batch))
             return total, (total, weight, None)
-        nll, rows, router = loss_sums(model, batch)
+        nll, rows, router = loss_sums(model, batch, earlier)
         mean = nll / total_weight
         by_source = sums_by_source(rows, batch, len(sources)) if sources else None
         if not balance_weight:
@@ -146,9 +152,20 @@ def make_train_step(
         gradient = jax.grad(objective, has_aux=True)
 
         def accumulate(totals: tuple, micro: Batch) -> tuple[tuple, None]:
-            return jax.tree.map(
-                jnp.add, totals, gradient(state.tuned, frozen, micro, total_weight)
-            ), None
+            before, others = totals
+            # Banks are most of what is trained: a gradient beside the sum of those before it would
+            # take as much memory again. An own loss may go through the model more than once.
+            model = nnx.merge(graph, before, frozen)
+            banks = model.tuned_experts.banks if model.tuned_experts else None
+            in_place = banks is not None and not own_loss and count_copies(model.mesh) == 1
+            earlier = banks if in_place else None
+            grads, found = gradient(state.tuned, frozen, micro, total_weight, earlier)
+
+            def add(total: nnx.Variable, grad: nnx.Variable) -> nnx.Variable:
+                return grad if in_place and in_bank(total) else jax.tree.map(jnp.add, total, grad)
+
+            grads = jax.tree.map(add, before, grads, is_leaf=lambda x: isinstance(x, nnx.Variable))
+            return (grads, jax.tree.map(jnp.add, others, found)), None
 
         if micro_batches == 1:
             grads, (mean, other, by_source) = gradient(state.tuned, frozen, batch, total_weight)
