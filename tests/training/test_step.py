@@ -4,6 +4,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -162,6 +163,27 @@ def test_compiled_step_needs_a_fraction_of_full_training(base, batch) -> None:
                 there = any(f"f32[{count},{sides}]" in line for line in weight_gradients)
                 assert there == (name == method)
     assert bytes_used["esft"] < 0.5 * bytes_used["full"]
+
+
+def test_gradients_of_micro_batches_add_up_in_place(base, batch) -> None:
+    """No gradient of the tuned experts lies beside the sum of those before it."""
+    experts = ExpertConfig(dict.fromkeys((1, 2, 3), tuple(range(60))), also=("router",))
+    model = Transformer(many_experts(base), rngs=nnx.Rngs(0))
+    attach_tuned_experts(model, experts)
+    graph, tuned, frozen = partition(model, experts)
+    state = init_state(optax.sgd(1.0), tuned, frozen)
+    updated, temporaries = [], []
+    # A loss that may go through the model twice is added up beside.
+    for loss in (token_loss, lambda *given: token_loss(*given)):
+        step = jax.jit(make_train_step(graph, optax.sgd(1.0), loss=loss, micro_batches=4))
+        compiled = step.lower(state, frozen, batch).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        updated.append(compiled(state, frozen, batch)[0].tuned)
+    banks = sum(leaf.nbytes for leaf in jax.tree.leaves(tuned["tuned_experts"]))
+    assert temporaries[0] + 0.9 * banks < temporaries[1]
+    for before, *after in zip(*map(jax.tree.leaves, (tuned, *updated)), strict=True):
+        np.testing.assert_allclose(*after, atol=1e-6)
+        assert jnp.abs(after[0] - before).max() > 1e-4
 
 
 @pytest.mark.parametrize(
