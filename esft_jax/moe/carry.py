@@ -46,9 +46,7 @@ def carry_banks(banks: Any, mesh: Mesh | None) -> Carried:
 
 
 @jax.custom_vjp
-def begin_gradient(
-    x: Float[Array, "*_"], carried: Carried, earlier: Carried
-) -> Float[Array, "*_"]:
+def begin_gradient(x: Float[Array, "*_"], carried: Carried, earlier: Carried) -> Float[Array, "*_"]:
     """`x`, unchanged. Going backwards, what is carried begins with an earlier gradient, not with
     zeros: gradients of several batches add up in place, too.
 
