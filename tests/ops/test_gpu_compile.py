@@ -197,9 +197,9 @@ def test_real_layers(dtype, layer):
     check(dtype, layer)
 
 
-def check_quantised(layer):
+def check_quantised(layer, gpu="h100"):
     """The kernels fit, and memory holds nothing of the frozen bank's size."""
-    found = compile_for_h100(QUANTISED, "bfloat16", *layer)
+    found = compile_for(gpu, QUANTISED, "bfloat16", *layer)
     _, _, rows, d, f, experts, tuned = layer
     assert found["kernels"] == 3
     # The product and its cotangent, and the tuned bank in bfloat16; a margin for indices.
@@ -214,5 +214,6 @@ def test_a_quantised_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", QUANTISED_LAYERS.values(), ids=QUANTISED_LAYERS)
-def test_real_quantised_layers(layer):
-    check_quantised(layer)
+@pytest.mark.parametrize("gpu", ["h100", "rtx4090"])
+def test_real_quantised_layers(gpu, layer):
+    check_quantised(layer, gpu)
