@@ -314,6 +314,17 @@ class TrainConfig:
     verify_frozen: Flag = False
 
 
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+# What each optimizer reads besides what all do, and its own defaults.
+OPTIMIZER_KEYS: dict[OptimizerName, dict[str, float]] = {
+    "adamw": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8},
+    "adafactor": {},
+    "lion": {"beta1": 0.9, "beta2": 0.99},
+    "muon": {"momentum": 0.95, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8},
+    "sgd": {"momentum": 0.9},
+}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class QuantiseConfig:
     """How frozen weights are kept in memory. What is trained never begins with a rounded weight.
@@ -339,22 +350,34 @@ class QuantiseConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
-    """AdamW and its learning rate schedule.
+    """The optimizer, what it keeps, and its learning rate schedule.
+
+    Of `beta1`, `beta2`, `epsilon` and `momentum`, those that the optimizer does not read are None;
+    the others have defaults of its own (`OPTIMIZER_KEYS`).
 
     Attributes:
+        name: AdamW, Adafactor (without a first moment), Lion, Muon (AdamW for vectors, embedding
+            and head), or SGD.
+        moments: Type that moments are kept in between updates; computed in float32, and rounded to
+            bfloat16 stochastically.
+        masters: Type that tuned matrices are kept in; rounded likewise.
         learning_rate: Peak learning rate.
         rates: Peak learning rates of parts that have their own: the names of `select.also`, and
             `experts`. Where two name a parameter, the narrower one counts.
         schedule: What follows the warm-up: `constant`, or `cosine` decay to the last step.
         warmup_steps: Updates over which the learning rate rises linearly from 0.
         final_lr_fraction: Learning rate after the cosine decay, as a fraction of the peak.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
+        beta1: Decay of the first moment; of Lion, in the update.
+        beta2: Decay of the second moment; of Lion, of the only one.
         epsilon: Added to the root of the second moment.
+        momentum: Decay of the only moment, of SGD and of Muon's matrices; of SGD, 0 keeps none.
         weight_decay: Decoupled weight decay, multiplied by the learning rate.
         clip_norm: Largest global norm of the gradients of all trained parameters.
     """
 
+    name: OptimizerName = "adamw"
+    moments: Literal["float32", "bfloat16"] = "float32"
+    masters: Literal["float32", "bfloat16"] = "float32"
     learning_rate: Positive = 1e-5
     rates: dict[Annotated[RatePart, BeforeValidator(_known_rate)], Positive] = field(
         default_factory=dict
@@ -362,11 +385,36 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
     final_lr_fraction: Fraction = 0.1
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    epsilon: Positive = 1e-8
+    beta1: Decay | None = None
+    beta2: Decay | None = None
+    epsilon: Positive | None = None
+    momentum: Decay | None = None
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Give what the optimizer reads, and is not said, its default."""
+        given = values.kwargs or {} if isinstance(values, ArgsKwargs) else values
+        if not isinstance(given, dict):
+            return values
+        named = given.get("name", "adamw")  # checked later
+        defaults = next((keys for name, keys in OPTIMIZER_KEYS.items() if name == named), {})
+        absent = {key: value for key, value in defaults.items() if given.get(key) is None}
+        filled = given | absent
+        return ArgsKwargs(values.args, filled) if isinstance(values, ArgsKwargs) else filled
+
+    def problem(self) -> str | None:
+        """What does not fit together, starting with the key to change."""
+        read = OPTIMIZER_KEYS[self.name]
+        for key in ("beta1", "beta2", "epsilon", "momentum"):
+            if getattr(self, key) is not None and key not in read:
+                others = ", ".join(name for name, keys in OPTIMIZER_KEYS.items() if key in keys)
+                return f"{key}: {self.name} reads none; expected no such key (of {others})"
+        if self.name == "sgd" and not self.momentum and self.moments != "float32":
+            return f"moments: sgd without momentum has none to keep in {self.moments}"
+        return None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -435,7 +483,7 @@ class RunConfig:
         method: `esft` trains selected experts, `full` every parameter, `lora` low-rank updates.
         init: Start from the weights in `model`, or from random ones (`method: full` only).
         expert_cfg: File of the experts to train; none scores and selects first.
-        dtype: Data type of computation and frozen weights; trained masters are always float32.
+        dtype: Data type of computation and frozen weights; of masters, see `optimizer`.
         seed: Seed of initialisation, shuffling and sampling.
         mesh: Devices per mesh axis.
         score: How expert relevance is measured.
@@ -443,7 +491,7 @@ class RunConfig:
         lora: Low-rank updates; only with `method: lora`.
         quantise: How frozen weights are kept in memory; not with `method: full`.
         train: The training loop.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimizer and its schedule.
         evaluation: Completions of task prompts, and how they are judged.
     """
 
@@ -504,6 +552,8 @@ class RunConfig:
                 f"train.micro_batches: {train.micro_batches} equal parts do not make up a batch;"
                 f" expected a divisor of train.batch_size = {train.batch_size}"
             )
+        elif mistake := optimizer.problem():
+            problem = f"optimizer.{mistake}"
         elif optimizer.warmup_steps > train.steps:
             problem = (
                 f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than train.steps"

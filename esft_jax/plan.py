@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> int:
         type=option(Count),
         help="experts to assume where none are chosen yet (default: a tenth of them)",
     )
-    parser.add_argument(
-        "--compare", choices=["full"], help="add a column for full fine-tuning, float32 states"
-    )
+    parser.add_argument("--compare", choices=["full"], help="add a column for full fine-tuning")
     parser.add_argument(
         "--json", metavar="FILE", type=option(LocalPath), help="write the figures, too"
     )
@@ -114,7 +112,7 @@ def _rows(plan: Plan) -> dict[str, str]:
     left = None if needed is None or memory.available is None else memory.available - needed
     rows = {
         "frozen weights, GB": _gigabytes(memory.frozen),
-        "tuned weights, float32, GB": _gigabytes(memory.tuned),
+        "tuned weights (masters), GB": _gigabytes(memory.tuned),
         "moments, GB": _gigabytes(memory.moments),
         "activations and other temporaries, GB": _gigabytes(memory.temporary),
         "needed, by the compiler, GB": _gigabytes(needed),

@@ -115,6 +115,7 @@ class ShardingRules:
         vocab: the words of the head. They are split over an expert group, as experts are; each
             part is fully sharded over `data`, like `embed`.
         layers: the stacking axis; never split.
+        taps: of a convolution; never split.
     """
 
     batch: tuple[str, ...] = (REPLICA, DATA, EXPERT)
@@ -122,6 +123,7 @@ class ShardingRules:
     embed: tuple[str, ...] = (DATA, EXPERT)
     vocab: tuple[str, ...] = (EXPERT, DATA)
     layers: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ()
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         """Partition of an array with these logical axes.

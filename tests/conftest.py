@@ -26,7 +26,10 @@ CHECKED = [
         for name in ("activation", "causal_convolution", "cross_entropy", "delta_rule")
     ),
     *(f"esft_jax.ops.attention.{name}" for name in ("operation", "xla", "tpu", "gpu")),
-    *(f"esft_jax.training.{name}" for name in ("step", "state", "optimizer")),
+    *(
+        f"esft_jax.training.{name}"
+        for name in ("step", "state", "optimizer", "factored", "muon", "rounding", "hashing")
+    ),
 ]
 
 # Shapes and types are what their annotations say, in every call. Not in `pytest_configure`: the

@@ -27,8 +27,8 @@ class LowRank(nnx.Module):
     """The factors of one matrix in every layer, or of one in every row of a bank.
 
     Attributes:
-        a: `[L, in, r]`, float32.
-        b: `[L, r, out]`, float32.
+        a: `[L, in, r]`.
+        b: `[L, r, out]`.
         scale: factor on their product.
     """
 
@@ -63,7 +63,8 @@ class LowRank(nnx.Module):
 
     def product(self) -> Float[Array, "in out"]:
         """The update of the matrix itself, float32."""
-        return self.scale * (self.a[...] @ self.b[...])
+        a, b = (factor[...].astype(jnp.float32) for factor in (self.a, self.b))
+        return self.scale * (a @ b)
 
 
 class LowRankExperts(nnx.Module):
@@ -94,10 +95,7 @@ class LowRankExperts(nnx.Module):
         Args:
             size, width: D and F.
         """
-        held = [
-            -1 if row is None else row[0] * layout.num_experts + row[1] for row in layout.by_row()
-        ]
-        ids, axes = jnp.asarray(held), ("experts", None, None)
+        ids, axes = jnp.asarray(layout.held), ("experts", None, None)
 
         def draw(key: jax.Array, width: int) -> Array:
             rows = jax.vmap(lambda i: _uniform(jax.random.fold_in(key, i), (1, width, rank))[0])(
@@ -106,9 +104,9 @@ class LowRankExperts(nnx.Module):
             return jnp.where((ids >= 0)[:, None, None], rows, 0)
 
         def factors(key: jax.Array, side_in: int, side_out: int) -> LowRank:
-            shape = (len(held), side_in, rank)
+            shape = (len(ids), side_in, rank)
             a = _made(lambda: draw(key, side_in), axes, Role.ROUTED_EXPERT, shape, mesh)
-            shape = (len(held), rank, side_out)
+            shape = (len(ids), rank, side_out)
             b = _made(lambda: jnp.zeros(shape), axes, Role.ROUTED_EXPERT, shape, mesh)
             return LowRank(a, b, scale)
 
@@ -119,9 +117,10 @@ class LowRankExperts(nnx.Module):
 
     @property
     def banks(self) -> tuple[Float[Array, "R _ _"], ...]:
-        """A and scaled B of gate, up and down."""
+        """A and scaled B of gate, up and down, float32."""
         pairs = (
-            (each.a[...], each.scale * each.b[...]) for each in (self.gate, self.up, self.down)
+            (each.a[...].astype(jnp.float32), each.scale * each.b[...].astype(jnp.float32))
+            for each in (self.gate, self.up, self.down)
         )
         return tuple(factor for pair in pairs for factor in pair)
 

@@ -1,8 +1,8 @@
 """Which parameters are trained: the tuned partition, and the frozen rest."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
@@ -51,18 +51,28 @@ def _is_trained(param: nnx.Variable, trained: Trained) -> bool:
     return isinstance(param, TunedParam) or trains(trained, param.role)
 
 
-def partition(model: Transformer, trained: Trained) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Split a model into structure, tuned parameters (float32 masters) and frozen ones."""
+def partition(
+    model: Transformer, trained: Trained, masters: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Split a model into structure, tuned parameters (masters) and frozen ones.
+
+    Args:
+        masters: type of tuned matrices; those of vectors are always float32.
+    """
     graph, tuned, *rest = nnx.split(model, lambda _, param: _is_trained(param, trained), ...)
-    return graph, jax.tree.map(lambda p: p.astype(jnp.float32), tuned), rest[0]
+
+    def master(param: nnx.Variable) -> nnx.Variable:
+        value = param.get_value()
+        return param.replace(value.astype(masters if is_matrix(param) else jnp.float32))
+
+    return graph, nnx.map_state(lambda _, param: master(param), tuned), rest[0]
+
+
+def is_matrix(param: nnx.Variable) -> bool:
+    """Whether a parameter is a stack of matrices; if not, of vectors: scales of norms, biases."""
+    return len([axis for axis in param.axes if axis not in ("layers", "experts")]) > 1
 
 
 def decays(state: nnx.State) -> nnx.State:
-    """The same state with, for each value, whether weight decay falls on it: not on vectors, which
-    are the scales of norms, and biases.
-    """
-
-    def is_matrix(param: nnx.Variable) -> bool:
-        return len([axis for axis in param.axes if axis not in ("layers", "experts")]) > 1
-
+    """The same state with, for each value, whether weight decay falls on it: on matrices alone."""
     return nnx.map_state(lambda _, param: param.replace(is_matrix(param)), state)

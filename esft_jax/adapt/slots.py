@@ -134,6 +134,14 @@ class TunedLayout:
             held[row] = layer, expert
         return held
 
+    @cached_property
+    def held(self) -> np.ndarray:
+        """The same as one number for each row: int32 `[R]`, -1 for padding."""
+        return np.array(
+            [-1 if row is None else row[0] * self.num_experts + row[1] for row in self.by_row()],
+            np.int32,
+        )
+
     def layer_window(
         self,
         banks: Any,

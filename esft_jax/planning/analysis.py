@@ -119,8 +119,10 @@ class Case:
             jnp.float32 if config.init == "random" else None,
             config.mesh.transport,
             config.quantise.chosen,
+            jnp.dtype(config.optimizer.masters),
         )
-        return step_shapes(mesh, make_optimizer(config.optimizer, config.train.steps), parts)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, mesh)
+        return step_shapes(mesh, optimizer, parts, config.optimizer.moments)
 
     def state_bytes(self, mesh: Mesh) -> int:
         """Weights and moments of one device on another mesh."""

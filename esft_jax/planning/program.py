@@ -60,7 +60,7 @@ class StepMemory:
 
     Attributes:
         frozen: weights that are not trained.
-        tuned: float32 masters of those that are.
+        tuned: masters of those that are.
         moments: the optimizer's state.
         temporary: activations, gradients and gathered weights, as the compiler lays them out; None
             where it refused or was not asked.
@@ -104,6 +104,7 @@ def run_parts(
     param_dtype: DTypeLike | None = None,
     transport: Transport = "all_gather",
     quantisation: Quantisation | None = None,
+    masters: DTypeLike = jnp.float32,
 ) -> Parts:
     """What `train` splits its model into, for `jax.eval_shape`.
 
@@ -111,6 +112,7 @@ def run_parts(
         dtype: of computation and frozen weights.
         param_dtype: of all weights, as `init: random` makes them; default: `dtype`.
         quantisation: how frozen weights are kept.
+        masters: of tuned matrices.
     """
     transformer = Transformer(
         model,
@@ -124,23 +126,27 @@ def run_parts(
     if quantisation is not None:
         also = trained.also if isinstance(trained, ExpertConfig) else ()
         quantise_model(transformer, quantisation, roles_of(also))
-    return partition(transformer, trained)
+    return partition(transformer, trained, masters)
 
 
 def step_shapes(
-    mesh: Mesh, optimizer: optax.GradientTransformation, parts: Callable[[], Parts]
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    parts: Callable[[], Parts],
+    moments: DTypeLike = jnp.float32,
 ) -> StepShapes:
     """The state of a run and its frozen weights; nothing is allocated.
 
     Args:
         parts: makes the model, such as `run_parts`.
+        moments: see `init_state`.
     """
     graph: Any = None
 
     def build() -> tuple[TrainState, nnx.State]:
         nonlocal graph
         graph, tuned, frozen = parts()
-        return init_state(optimizer, tuned, frozen), frozen
+        return init_state(optimizer, tuned, frozen, moments), frozen
 
     def place(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from esft_jax.training.hashing import ODD, mixed, positions
+
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -30,16 +32,7 @@ def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
 
 def _checksum(array: Array) -> UInt32[Array, ""]:
     words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(jnp.uint32)
-    position, stride = jnp.zeros(array.shape, jnp.uint32), 1
-    for axis in reversed(range(array.ndim)):
-        steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        position += steps * jnp.uint32(stride % 2**32)
-        stride *= array.shape[axis]
-    # The finaliser of MurmurHash3 (public domain), a permutation of 32-bit numbers.
-    mixed = words + position * jnp.uint32(0x9E3779B1)
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    return jnp.sum(mixed(words + positions(array.shape) * ODD), dtype=jnp.uint32)
 
 
 def json_checksum(value: Any) -> int:

@@ -95,7 +95,7 @@ def run_training(
     for line in setup.describe():
         say(line)
     if optimizer is not None:
-        say("optimizer: the caller's own; the section `optimizer` is not used")
+        say("optimizer: the caller's own; the section says `moments` and `masters` alone")
     if caller.own_loss and setup.config.data.mix:
         say("loss: the caller's own; training losses are not logged by source")
     with own_run(setup):
@@ -160,7 +160,8 @@ class _Run:
         self.total = sum(param.get_value().size for _, param in nnx.to_flat_state(nnx.state(model)))
         read = None if setup.base.source is None else expert_reader(setup.base.source)
         attach(model, trained, self.config.seed, loads, read)
-        self.graph, tuned, self.frozen = partition(model, trained)
+        self.graph, tuned, self.frozen = partition(model, trained, self.config.optimizer.masters)
+        nnx.update(model, tuned)  # so that it keeps no other copy of them
         self.frozen_hash = hash_of(self.frozen) if self.config.train.verify_frozen else None
         self.trained = trained_parameters(model, tuned)
         self.token_flops = model_operations(model.config, trained, self.train_set.sequence_length)
@@ -177,8 +178,9 @@ class _Run:
     def _compile(self, tuned: nnx.State) -> None:
         optimizer = self.caller.optimizer
         if optimizer is None:
-            optimizer = make_optimizer(self.config.optimizer, self.config.train.steps)
-        self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh)
+            optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, self.mesh)
+        moments = self.config.optimizer.moments
+        self.state, self.shardings = place_state(optimizer, tuned, self.frozen, self.mesh, moments)
         begin = time.perf_counter()
         traced = trace_step(
             self.config.train,
@@ -189,6 +191,7 @@ class _Run:
             self.frozen,
             self.mesh,
             self.caller.loss,
+            self.config.seed,
         )
         with known_refusals():
             self.train_step = traced.lower().compile()

@@ -1,13 +1,18 @@
-"""AdamW for the tuned partition, nothing for the frozen one."""
+"""The optimizer of a configuration, for the tuned partition; nothing for the frozen one."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from esft_jax.adapt.partition import FROZEN, TUNED, decays
 from esft_jax.adapt.parts import RatePart, check_rates, part_of
 from esft_jax.config import OptimizerConfig
+from esft_jax.training.factored import scale_by_factored_rms
+from esft_jax.training.muon import orthogonalises, scale_by_muon
 from esft_jax.training.state import tuned_only
 
 _OTHER = "other"  # what has no rate of its own
@@ -70,14 +75,40 @@ def _parts(tuned: nnx.State, config: OptimizerConfig) -> nnx.State:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
+    """What an optimizer makes of gradients, before weight decay and the learning rate."""
+    match config.name:
+        case "adafactor":
+            return scale_by_factored_rms()
+        case "lion":
+            return optax.scale_by_lion(config.beta1, config.beta2)
+        case "sgd":
+            return optax.trace(config.momentum) if config.momentum else optax.identity()
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name == "adamw":
+        return adam
+    assert config.momentum is not None
+
+    def labels(params: dict[str, Any]) -> dict[str, Any]:
+        tuned = nnx.map_state(lambda _, p: p.replace(orthogonalises(p)), params[TUNED])
+        return params | {TUNED: tuned}
+
+    return optax.multi_transform({True: scale_by_muon(config.momentum, mesh), False: adam}, labels)
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """The update of `{"tuned": ..., "frozen": ...}`.
 
     Clipping sees the tuned gradients only, those of all parts together; the frozen partition has no
     state and its update is zero. Norm scales are not decayed.
 
-    The last step of AdamW, which multiplies by the learning rate, is another one for each part that
-    has its own; moments and decay do not depend on it.
+    The last step, which multiplies by the learning rate, is another one for each part that has its
+    own; moments and decay do not depend on it.
+
+    Args:
+        mesh: that the parameters lie on.
 
     Raises:
         InputError: in `init`, for the rate of a part that no tuned parameter is in.
@@ -92,12 +123,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     else:
         rate = optax.scale_by_learning_rate(make_schedule(config, steps))
-    adamw = optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    update = optax.chain(
+        _direction(config, mesh),
         optax.add_decayed_weights(
             config.weight_decay,
             lambda params: {TUNED: decays(params[TUNED]), FROZEN: params[FROZEN]},
         ),
         rate,
     )
-    return tuned_only(optax.chain(_clip_by_global_norm(config.clip_norm), adamw))
+    return tuned_only(optax.chain(_clip_by_global_norm(config.clip_norm), update))

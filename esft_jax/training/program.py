@@ -71,11 +71,13 @@ def trace_step(
     frozen: nnx.State,
     mesh: Mesh,
     loss: Loss = token_loss,
+    seed: int = 0,
 ) -> jax.stages.Traced:
     """The update `(state, frozen, batch) -> (state, metrics)` of a run, to be lowered and compiled.
 
     Args:
         state, frozen: arrays, or their shapes with shardings.
+        seed: see `make_train_step`.
     """
     step = make_train_step(
         graph,
@@ -85,6 +87,7 @@ def trace_step(
         remat=train.remat,
         balance_weight=train.balance_loss,
         sources=data.source_names if data.mix and loss is token_loss else (),
+        seed=seed,
     )
     jitted = jit_train_step(step, state_shardings(state, mesh))
     batch = batch_shapes(

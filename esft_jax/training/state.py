@@ -8,10 +8,12 @@ import optax
 from flax import nnx
 from flax.struct import dataclass
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.sharding import param_shardings
+from esft_jax.training.rounding import is_variable, widened
 
 
 class TunedOnly(optax.GradientTransformationExtraArgs):
@@ -25,7 +27,8 @@ def tuned_only(optimizer: optax.GradientTransformation) -> TunedOnly:
 
     Args:
         optimizer: of optax. Its masks and labels see `{"tuned": ..., "frozen": ...}`, with nothing
-            for the frozen parameters.
+            for the frozen parameters. All that it computes with is float32, in whatever type
+            masters and moments are kept between updates.
     """
     if isinstance(optimizer, TunedOnly):
         return optimizer
@@ -43,7 +46,7 @@ class TrainState:
     Attributes:
         step: batches seen.
         skipped: of these, the ones whose loss or gradients were not finite: no update was made.
-        tuned: trained parameters, float32.
+        tuned: trained parameters, the masters.
         opt_state: the optimizer's state; it holds arrays for tuned parameters only.
     """
 
@@ -54,51 +57,64 @@ class TrainState:
 
 
 def init_state(
-    optimizer: optax.GradientTransformation, tuned: nnx.State, frozen: nnx.State
+    optimizer: optax.GradientTransformation,
+    tuned: nnx.State,
+    frozen: nnx.State,
+    moments: DTypeLike = jnp.float32,
 ) -> TrainState:
     """The state before the first update.
 
     Args:
         optimizer: any of optax; `tuned_only` of it is what is applied.
         tuned, frozen: from `partition`. On a mesh, see `place_state`.
+        moments: type that the optimizer's state has where it has the axes of parameters.
     """
-    opt_state = tuned_only(optimizer).init({TUNED: tuned, FROZEN: frozen})
+
+    def kept(leaf: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(moments), leaf) if is_variable(leaf) else leaf
+
+    opt_state = tuned_only(optimizer).init({TUNED: widened(tuned), FROZEN: frozen})
+    opt_state = jax.tree.map(kept, opt_state, is_leaf=is_variable)
     return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), tuned, opt_state)
 
 
 def place_state(
-    optimizer: optax.GradientTransformation, tuned: nnx.State, frozen: nnx.State, mesh: Mesh
+    optimizer: optax.GradientTransformation,
+    tuned: nnx.State,
+    frozen: nnx.State,
+    mesh: Mesh,
+    moments: DTypeLike = jnp.float32,
 ) -> tuple[TrainState, Any]:
-    """The state before the first update on its devices, and its shardings.
+    """The state before the first update on its devices, and its shardings; see `init_state`.
 
     `tuned` is donated: its buffers live on in the state.
     """
 
     def start(tuned: nnx.State) -> TrainState:
-        return init_state(optimizer, tuned, frozen)
+        return init_state(optimizer, tuned, frozen, moments)
 
     shardings = state_shardings(jax.eval_shape(start, tuned), mesh)
     return jax.jit(start, out_shardings=shardings, donate_argnums=0)(tuned), shardings
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> Any:
-    """Shardings of a (possibly abstract) state: moments lie with their parameters."""
-    tuned = param_shardings(state.tuned, mesh)
-    by_path = {
-        jax.tree_util.keystr((jax.tree_util.DictKey(TUNED), *path)): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(tuned)
-    }
+    """Shardings of a (possibly abstract) state: moments lie with their parameters.
+
+    So do their means over a side of a matrix, if they name the axes that are left. What has no
+    axes, or others than it names, is on every device.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path)
-        owners = (place for suffix, place in by_path.items() if name.endswith(suffix))
-        return next(owners, replicated)
+    def sharding(leaf: Any) -> Any:
+        axes = getattr(leaf, "axes", ())
+        if is_variable(leaf) and len(axes) == getattr(leaf.get_value(), "ndim", None):
+            return param_shardings(leaf, mesh)
+        return jax.tree.map(lambda _: replicated, leaf)
 
     places: dict[str, Any] = {
         "step": replicated,
         "skipped": replicated,
-        "tuned": tuned,
-        "opt_state": jax.tree_util.tree_map_with_path(sharding, state.opt_state),
+        "tuned": param_shardings(state.tuned, mesh),
+        "opt_state": jax.tree.map(sharding, state.opt_state, is_leaf=is_variable),
     }
     return TrainState(**places)

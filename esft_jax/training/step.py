@@ -1,13 +1,15 @@
 """One optimizer update, and one evaluation, as compiled functions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.adapt.tuned import in_bank
@@ -19,7 +21,8 @@ from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.carry import count_copies
 from esft_jax.ops.cross_entropy import cross_entropy_sums
-from esft_jax.training.state import TrainState, tuned_only
+from esft_jax.training.rounding import Rounding, widened
+from esft_jax.training.state import TrainState, TunedOnly, tuned_only
 
 TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, dict[str, Array]]]
 # `loss(model, batch) -> (sum, weight)`: two float32 scalars. The loss is their quotient, of which
@@ -94,6 +97,7 @@ def make_train_step(
     remat: Remat = "none",
     balance_weight: float = 0.0,
     sources: Sequence[str] = (),
+    seed: int = 0,
 ) -> TrainStep:
     """A pure function `(state, frozen, batch) -> (state, metrics)`; see `jit_train_step`.
 
@@ -116,6 +120,7 @@ def make_train_step(
         remat: what is rematerialised in the backward pass.
         balance_weight: of `balance_loss`, which is added.
         sources: names of the sources of mixed batches, for their losses and tokens in the metrics.
+        seed: of the stochastic rounding of masters and moments that are kept in bfloat16.
 
     Raises:
         InputError: `balance_weight` or `sources` beside an own loss, whose routers and rows are not
@@ -172,7 +177,7 @@ def make_train_step(
         else:
             none_yet = (jnp.zeros(len(sources)),) * 2 if sources else None
             zeros = (
-                jax.tree.map(jnp.zeros_like, state.tuned),
+                jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), state.tuned),
                 (jnp.zeros(()), jnp.zeros(()), none_yet),
             )
             (grads, (mean, other, by_source)), _ = jax.lax.scan(
@@ -181,7 +186,7 @@ def make_train_step(
         if own_loss:  # whose weight is known now
             scale = 1 / _not_zero(other)
             mean, grads = mean * scale, jax.tree.map(lambda grad: grad * scale, grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(widened(grads))
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
         skipped = state.skipped + ~finite
         metrics = {"loss": mean, "grad_norm": norm, "skipped": skipped}
@@ -196,15 +201,9 @@ def make_train_step(
                 metrics[f"loss/{name}"] = nll / weight  # not a number without tokens: not logged
                 metrics[f"target_tokens/{name}"] = weight
 
-        def update(tuned: nnx.State, opt_state: optax.OptState) -> tuple:
-            # `multi_transform` wants a tree for the frozen partition; these zeros are never
-            # computed since their updates are not read.
-            updates, opt_state = optimizer.update(
-                {TUNED: grads, FROZEN: jax.tree.map(jnp.zeros_like, frozen)},
-                opt_state,
-                {TUNED: tuned, FROZEN: frozen},
-            )
-            return optax.apply_updates(tuned, updates[TUNED]), opt_state
+        rounding = Rounding.of(seed, state.step, _held_rows(graph, state.tuned, frozen))
+
+        update = partial(apply_gradients, optimizer, grads, frozen, rounding)
 
         def update_if_finite(*before: Any) -> tuple:
             # Not a choice between numbers: that would need the old ones beside the new ones.
@@ -222,6 +221,28 @@ def make_train_step(
         return TrainState(state.step + 1, skipped, tuned, opt_state), metrics
 
     return step
+
+
+def apply_gradients(
+    optimizer: TunedOnly,
+    grads: nnx.State,
+    frozen: nnx.State,
+    rounding: Rounding,
+    tuned: nnx.State,
+    opt_state: optax.OptState,
+) -> tuple[nnx.State, optax.OptState]:
+    """The tuned parameters and the optimizer's state after an update, in the types they had."""
+    before = tuned, opt_state
+    tuned, opt_state = widened(before)
+    # `multi_transform` wants a tree for the frozen partition; these zeros are never computed since
+    # their updates are not read.
+    updates, opt_state = optimizer.update(
+        {TUNED: widened(grads), FROZEN: jax.tree.map(jnp.zeros_like, frozen)},
+        opt_state,
+        {TUNED: tuned, FROZEN: frozen},
+    )
+    tuned = optax.apply_updates(tuned, updates[TUNED])
+    return rounding.narrowed((tuned, opt_state), before)
 
 
 def jit_train_step(step: TrainStep, shardings: Any) -> jax.stages.Wrapped:
@@ -245,6 +266,14 @@ def _base_experts_learn(tuned: nnx.State) -> bool:
         param.role is Role.ROUTED_EXPERT and not in_bank(param)
         for _, param in nnx.to_flat_state(tuned)
     )
+
+
+def _held_rows(
+    graph: nnx.GraphDef, tuned: nnx.State, frozen: nnx.State
+) -> Int[np.ndarray, " R"] | None:
+    """What the rows of the banks beside the base experts hold; None without banks."""
+    bank = nnx.merge(graph, tuned, frozen).tuned_experts
+    return None if bank is None else bank.layout.held
 
 
 def _two_scalars(found: Any) -> tuple[Array, Array]:

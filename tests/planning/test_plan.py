@@ -56,6 +56,7 @@ FULL = {"method": "full", "expert_cfg": None, "init": "random"}
 FULL |= {"train": {"batch_size": 8, "balance_loss": 0.01}}
 FULL |= {"optimizer": {"rates": {"experts": 1e-4, "router": 1e-3}}}
 LORA = {"method": "lora", "lora": {"rank": 2, "targets": ("attention", "selected_experts")}}
+LEAN = {"optimizer": {"name": "muon", "moments": "bfloat16", "masters": "bfloat16"}}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,8 @@ LORA = {"method": "lora", "lora": {"rank": 2, "targets": ("attention", "selected
         pytest.param({}, id="esft"),
         pytest.param(FULL, id="full"),
         pytest.param(LORA, id="lora", marks=pytest.mark.slow),
+        pytest.param(LORA | LEAN, id="lora-lean"),
+        pytest.param(FULL | LEAN, id="full-lean", marks=pytest.mark.slow),
     ],
 )
 def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) -> None:
@@ -89,6 +92,9 @@ def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) 
     )
     assert planned.tuned == sum(
         x.addressable_data(0).nbytes for x in jax.tree.leaves(run.state.tuned)
+    )
+    assert planned.moments == sum(
+        x.addressable_data(0).nbytes for x in jax.tree.leaves(run.state.opt_state)
     )
     assert planned.frozen == sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(run.frozen))
     assert planned.fits and planned.available is None

@@ -55,7 +55,7 @@ class DeltaAttention(nnx.Module):
         else:
             self.mixed, self.gate = reading(mixed), reading(values)
             self.beta, self.step = reading(heads), reading(heads)
-        self.convolution = params.weight((config.taps, mixed), (None, None), Role.ATTENTION)
+        self.convolution = params.weight((config.taps, mixed), ("taps", None), Role.ATTENTION)
         # exp of the one multiplies decays, so that rounding it would change all of them.
         self.log_rate = params.wide().bias(heads, Role.ATTENTION)
         self.step_offset = params.bias(heads, Role.ATTENTION)
