@@ -9,9 +9,9 @@ for GPUs instead, with `pip install 'esft-jax[cuda]'`: bytes only, for the opera
 are charged with are counted for those of TPUs. Methods:
 
 - `esft`: the experts of `--experts`; float32 masters and moments, frozen weights in bfloat16.
-- `full-bf16`, `full-fp32`: everything, with weights and moments in either type.
+- `full-bf16`, `full-fp32`: everything, with masters and moments in either type.
 - `masked`: all experts are one trainable leaf, and a mask drops the updates of those not in
-  `--experts`: what frameworks with fused experts offer. Weights and moments in bfloat16.
+  `--experts`: what frameworks with fused experts offer. Masters and moments in bfloat16.
 
 Every case is a process of its own. Prints Markdown, writes JSON.
 """
@@ -58,12 +58,14 @@ ROOT = Path(__file__).parents[1]
 
 def method_config(method: str, model: Path, rows: int, length: int, remat: Remat) -> RunConfig:
     """The run whose step a method is; `rows` in all."""
+    lean = method in ("full-bf16", "masked")
     return RunConfig(
         model=str(model),
         output="none",
         data={"train": ("none",), "sequence_length": length},
         method="full" if method.startswith("full") else "esft",
         train={"batch_size": rows, "remat": remat},
+        optimizer={"moments": "bfloat16", "masters": "bfloat16"} if lean else {},
     )
 
 
@@ -71,22 +73,20 @@ def method_shapes(
     method: str, config: RunConfig, model: ModelConfig, mesh: Mesh, experts: ExpertConfig
 ) -> StepShapes:
     """What the step of a method is given."""
-    chosen = experts if method == "esft" else None
+    chosen, given = experts if method == "esft" else None, config.optimizer
 
     def parts() -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         if method != "masked":
-            graph, tuned, frozen = run_parts(model, mesh, chosen, jnp.dtype(config.dtype))
-        else:
-            whole = Transformer(model, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, mesh=mesh)
-            graph, tuned, frozen = nnx.split(whole, lambda path, _: "experts" in path, ...)
-        if method in ("full-bf16", "masked"):
-            tuned = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tuned)
+            dtype = jnp.dtype(config.dtype)
+            return run_parts(model, mesh, chosen, dtype, masters=jnp.dtype(given.masters))
+        whole = Transformer(model, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, mesh=mesh)
+        graph, tuned, frozen = nnx.split(whole, lambda path, _: "experts" in path, ...)
         return graph, tuned, frozen
 
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(given, config.train.steps, mesh)
     if method == "masked":
         optimizer = _masked(optimizer, model, experts)
-    return step_shapes(mesh, optimizer, parts)
+    return step_shapes(mesh, optimizer, parts, given.moments)
 
 
 def trained_experts(method: str, model: ModelConfig, experts: ExpertConfig) -> ExpertConfig | None:

@@ -358,6 +358,39 @@ def test_building_by_hand_checks_too() -> None:
         SelectConfig(top_p=2.0)
 
 
+def test_an_optimizer_has_its_own_defaults(file: Path, tmp_path: Path) -> None:
+    def kept(*overrides: str) -> tuple:
+        config = load_config(file, overrides)
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        given = config.optimizer
+        return given.beta1, given.beta2, given.epsilon, given.momentum
+
+    assert kept() == kept("optimizer.beta1=null") == (0.9, 0.95, 1e-8, None)
+    assert kept("optimizer.name=lion", "optimizer.beta1=0.8") == (0.8, 0.99, None, None)
+    assert kept("optimizer.name=muon") == (0.9, 0.95, 1e-8, 0.95)
+    assert kept("optimizer.name=sgd", "optimizer.momentum=0") == (None, None, None, 0)
+    assert kept("optimizer.name=adafactor") == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["name=sgd", "beta2=0.9"], "beta2: sgd reads none; expected no such key (of adamw, lion"),
+        (["name=lion", "epsilon=1e-8"], "epsilon: lion reads none"),
+        (["name=adafactor", "beta1=0.9"], "beta1: adafactor reads none"),
+        (["momentum=0.9"], "momentum: adamw reads none; expected no such key (of muon, sgd)"),
+        (["name=sgd", "momentum=0", "moments=bfloat16"], "moments: sgd without momentum has none"),
+        (["name=[adam]"], "name: expected 'adamw', 'adafactor', 'lion', 'muon' or 'sgd', got"),
+        (["moments=float16"], "moments: expected 'float32' or 'bfloat16', got"),
+    ],
+)
+def test_what_an_optimizer_does_not_read_is_refused(
+    file: Path, overrides: list[str], problem: str
+) -> None:
+    assert f": optimizer.{problem}" in message(file, *(f"optimizer.{key}" for key in overrides))
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_load(path: Path) -> None:
     load_config(path)

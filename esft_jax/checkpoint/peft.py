@@ -1,7 +1,8 @@
 """LoRA adapters in the layout of `peft`: `adapter_config.json` and `adapter_model.safetensors`.
 
 Factors are stored under the Hugging Face name of the matrix they update, experts one by one:
-`base_model.model.{module}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, float32.
+`base_model.model.{module}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, in the type of
+the masters.
 """
 
 import json
@@ -80,7 +81,7 @@ class LoRAAdapter:
     def run_dtype(self) -> np.dtype | None:
         """The type that its run computed in; None if we did not write it, or did not say it yet.
 
-        The factors say nothing: they are float32 in any case.
+        The factors say nothing: they are in the type of their masters.
         """
         return run_dtype(self.manifest)
 

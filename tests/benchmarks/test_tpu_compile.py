@@ -34,7 +34,9 @@ def test_bytes_per_chip_of_each_method(benchmark, base):
     experts = len(config.moe_layers) * config.router.num_experts // 4
     masked, masked_moments, _ = size["masked"]
     assert masked == 2 * experts * expert and masked_moments >= 2 * masked
-    assert size["full-fp32"][0] == 2 * size["full-bf16"][0] == 2 * frozen
+    assert size["full-fp32"][0] == 2 * frozen
+    # But for vectors, whose masters are float32 in any case.
+    assert frozen < size["full-bf16"][0] < 1.02 * frozen
     assert size["full-fp32"][2] == 0
 
 
