@@ -47,7 +47,7 @@ def check(name: str, found: dict[str, int]) -> None:
     numbers = SHAPE[0] * SHAPE[1] * SHAPE[2]
     assert found["arguments"] >= 2 * 2 * numbers  # masters and gradients
     # Beside that, some of its eight matrices.
-    most = 4 * numbers * (1 + 1 / 4) if name == "muon" else numbers / 16
+    most = 4 * numbers * (1 + 1 / 2) if name == "muon" else numbers / 16
     assert found["temporary"] < most
 
 
