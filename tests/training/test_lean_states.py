@@ -25,7 +25,7 @@ from esft_jax.sharding import make_mesh
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.rounding import Rounding
-from esft_jax.training.state import TrainState, init_state, place_state, state_shardings
+from esft_jax.training.state import TrainState, init_state, place_state, state_shardings, tuned_only
 from esft_jax.training.step import apply_gradients, make_train_step
 
 RATE, UPDATES = 0.01, 3
@@ -216,6 +216,19 @@ def test_a_checkpoint_continues_bit_for_bit(name: str, tmp_path) -> None:
     restored, _ = checkpoints.restore(abstract_state(saved, state_shardings(saved, mesh)))
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, updated(optimizer, restored, 2), whole)
+
+
+def test_states_of_another_shape_are_on_every_device() -> None:
+    """Of a caller's own optimizer, which does not say what their axes are."""
+    optimizer, params = optax.adafactor(RATE, min_dim_size_to_factor=5), tuned(0)
+    state, _ = place_state(optimizer, params, FROZEN, make_mesh(2, 4), jnp.bfloat16)
+    factored = state.opt_state.inner_states["tuned"].inner_state[0]
+    rows = factored.v_row["tuned"]["bank"].get_value()
+    assert rows.sharding.is_fully_replicated and rows.dtype == jnp.bfloat16
+    assert not factored.v["tuned"]["bank_bias"].get_value().sharding.is_fully_replicated
+    after = updated(tuned_only(optimizer), state, 1)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(map(jnp.any, jax.tree.leaves(jax.tree.map(jnp.not_equal, after.tuned, tuned(0)))))
 
 
 EXPERTS = ExpertConfig({1: (3, 0), 2: (5,), 3: (1, 6, 7)}, ("attention", "norms"))
