@@ -411,7 +411,7 @@ class OptimizerConfig:
         for key in ("beta1", "beta2", "epsilon", "momentum"):
             if getattr(self, key) is not None and key not in read:
                 others = ", ".join(name for name, keys in OPTIMIZER_KEYS.items() if key in keys)
-                return f"{key}: {self.name} reads none; expected no such key (of {others})"
+                return f"{key}: {self.name} reads none ({others} would); expected null"
         if self.name == "sgd" and not self.momentum and self.moments != "float32":
             return f"moments: sgd without momentum has none to keep in {self.moments}"
         return None

@@ -52,13 +52,16 @@ class Rounding:
         return jax.tree_util.tree_map_with_path(self._leaf, before, tree, is_leaf=is_variable)
 
     def _leaf(self, path: tuple, before: Any, after: Any) -> Any:
-        rows = self.rows if is_variable(before) and in_bank(before) else None
+        held = self.rows if is_variable(before) and in_bank(before) else None
         name = zlib.crc32(jax.tree_util.keystr(path).encode())
 
         def narrow(before: Array, after: Array) -> Array:
             if before.dtype == after.dtype:
                 return after
-            first = None if rows is None else jnp.asarray(rows.astype(np.uint32))
+            first = None
+            # An optimizer may keep something of another shape for a bank.
+            if held is not None and after.shape[:1] == held.shape:
+                first = jnp.asarray(held.astype(np.uint32))
             bits = mixed(positions(after.shape, first) * ODD ^ mixed(self.key ^ jnp.uint32(name)))
             return round_stochastically(after, bits)
 
