@@ -18,9 +18,9 @@ from esft_jax.adapt.attach import attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.export import save_model
-from esft_jax.config import OptimizerConfig
 from esft_jax.families import load_model_config
 from esft_jax.model import Transformer
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.sharding import make_mesh, place_batch
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import place_state

@@ -26,9 +26,7 @@ from esft_jax import strict_yaml
 from esft_jax.adapt.lora import Target
 from esft_jax.adapt.parts import (
     FLAGS,
-    RATE_PARTS,
     Part,
-    RatePart,
     known_part,
     merge_flags,
     ordered,
@@ -36,12 +34,11 @@ from esft_jax.adapt.parts import (
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
 from esft_jax.model.quantised import Quantisation
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.values import (
     Count,
     CountOrZero,
-    Decay,
     Flag,
-    Fraction,
     Length,
     LocalPath,
     MetricName,
@@ -70,10 +67,6 @@ def _known_target(name: object) -> object:
             f"unknown target {name!r}; did you mean {nearest}? Expected some of {', '.join(known)}"
         )
     return name
-
-
-def _known_rate(name: object) -> object:
-    return known_part(name, RATE_PARTS)
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -314,17 +307,6 @@ class TrainConfig:
     verify_frozen: Flag = False
 
 
-OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
-# What each optimizer reads besides what all do, and its own defaults.
-OPTIMIZER_KEYS: dict[OptimizerName, dict[str, float]] = {
-    "adamw": {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8},
-    "adafactor": {},
-    "lion": {"beta1": 0.9, "beta2": 0.99},
-    "muon": {"momentum": 0.95, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8},
-    "sgd": {"momentum": 0.9},
-}
-
-
 @dataclass(frozen=True, config=_STRICT)
 class QuantiseConfig:
     """How frozen weights are kept in memory. What is trained never begins with a rounded weight.
@@ -346,75 +328,6 @@ class QuantiseConfig:
         experts = None if self.experts == "none" else self.experts
         rest = None if self.rest == "none" else self.rest
         return Quantisation(experts, rest, self.group_size) if experts or rest else None
-
-
-@dataclass(frozen=True, config=_STRICT)
-class OptimizerConfig:
-    """The optimizer, what it keeps, and its learning rate schedule.
-
-    Of `beta1`, `beta2`, `epsilon` and `momentum`, those that the optimizer does not read are None;
-    the others have defaults of its own (`OPTIMIZER_KEYS`).
-
-    Attributes:
-        name: AdamW, Adafactor (without a first moment), Lion, Muon (AdamW for vectors, embedding
-            and head), or SGD.
-        moments: Type that moments are kept in between updates; computed in float32, and rounded to
-            bfloat16 stochastically.
-        masters: Type that tuned matrices are kept in; rounded likewise.
-        learning_rate: Peak learning rate.
-        rates: Peak learning rates of parts that have their own: the names of `select.also`, and
-            `experts`. Where two name a parameter, the narrower one counts.
-        schedule: What follows the warm-up: `constant`, or `cosine` decay to the last step.
-        warmup_steps: Updates over which the learning rate rises linearly from 0.
-        final_lr_fraction: Learning rate after the cosine decay, as a fraction of the peak.
-        beta1: Decay of the first moment; of Lion, in the update.
-        beta2: Decay of the second moment; of Lion, of the only one.
-        epsilon: Added to the root of the second moment.
-        momentum: Decay of the only moment, of SGD and of Muon's matrices; of SGD, 0 keeps none.
-        weight_decay: Decoupled weight decay, multiplied by the learning rate.
-        clip_norm: Largest global norm of the gradients of all trained parameters.
-    """
-
-    name: OptimizerName = "adamw"
-    moments: Literal["float32", "bfloat16"] = "float32"
-    masters: Literal["float32", "bfloat16"] = "float32"
-    learning_rate: Positive = 1e-5
-    rates: dict[Annotated[RatePart, BeforeValidator(_known_rate)], Positive] = field(
-        default_factory=dict
-    )
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: CountOrZero = 0
-    final_lr_fraction: Fraction = 0.1
-    beta1: Decay | None = None
-    beta2: Decay | None = None
-    epsilon: Positive | None = None
-    momentum: Decay | None = None
-    weight_decay: NonNegative = 0.1
-    clip_norm: Positive = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """Give what the optimizer reads, and is not said, its default."""
-        given = values.kwargs or {} if isinstance(values, ArgsKwargs) else values
-        if not isinstance(given, dict):
-            return values
-        named = given.get("name", "adamw")  # checked later
-        defaults = next((keys for name, keys in OPTIMIZER_KEYS.items() if name == named), {})
-        absent = {key: value for key, value in defaults.items() if given.get(key) is None}
-        filled = given | absent
-        return ArgsKwargs(values.args, filled) if isinstance(values, ArgsKwargs) else filled
-
-    def problem(self) -> str | None:
-        """What does not fit together, starting with the key to change."""
-        read = OPTIMIZER_KEYS[self.name]
-        for key in ("beta1", "beta2", "epsilon", "momentum"):
-            if getattr(self, key) is not None and key not in read:
-                others = ", ".join(name for name, keys in OPTIMIZER_KEYS.items() if key in keys)
-                return f"{key}: {self.name} reads none ({others} would); expected null"
-        if self.name == "sgd" and not self.momentum and self.moments != "float32":
-            return f"moments: sgd without momentum has none to keep in {self.moments}"
-        return None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -19,6 +19,7 @@ FLOORS = [
     {"model"},
     {"data", "families"},
     {"adapt", "values"},
+    {"optimizer_config"},
     {"checkpoint", "config", "decode"},
     {"routing"},
     {"training"},

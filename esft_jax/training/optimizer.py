@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from esft_jax.adapt.partition import FROZEN, TUNED, decays
 from esft_jax.adapt.parts import RatePart, check_rates, part_of
-from esft_jax.config import OptimizerConfig
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.training.factored import scale_by_factored_rms
 from esft_jax.training.muon import orthogonalises, scale_by_muon
 from esft_jax.training.state import tuned_only

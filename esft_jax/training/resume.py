@@ -7,7 +7,7 @@ import jax
 import optax
 
 from esft_jax.adapt.lora import LoRA, Trained
-from esft_jax.config import OptimizerConfig
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.optimizer import changed_rate
 from esft_jax.training.setup import Setup

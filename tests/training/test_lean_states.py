@@ -18,8 +18,8 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import partition
 from esft_jax.adapt.tuned import TunedParam
 from esft_jax.checkpoint.load import load_model
-from esft_jax.config import OPTIMIZER_KEYS, OptimizerConfig
 from esft_jax.model.params import Role
+from esft_jax.optimizer_config import OPTIMIZER_KEYS, OptimizerConfig
 from esft_jax.planning.program import local_bytes
 from esft_jax.sharding import make_mesh
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state

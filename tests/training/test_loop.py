@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
 from esft_jax.checkpoint.load import load_base, load_model
-from esft_jax.config import OptimizerConfig, RunConfig, load_config
+from esft_jax.config import RunConfig, load_config
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.errors import Diverged, InputError
 from esft_jax.files import write_text_atomic
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.planning.analysis import make_plan, open_case
 from esft_jax.routing.groups import group_experts
 from esft_jax.routing.scores import load_scores

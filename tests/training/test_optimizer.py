@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from esft_jax.adapt.partition import FROZEN, TUNED
-from esft_jax.config import OptimizerConfig
 from esft_jax.errors import InputError
 from esft_jax.model.params import Role
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 
 

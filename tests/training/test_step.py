@@ -13,10 +13,10 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
 from esft_jax.adapt.partition import partition
 from esft_jax.checkpoint.load import load_model
-from esft_jax.config import OptimizerConfig
 from esft_jax.families import load_model_config
 from esft_jax.model import Transformer
 from esft_jax.model.router import RouterOutput
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state
 from esft_jax.training.step import balance_loss, make_train_step, token_loss

@@ -11,9 +11,9 @@ from flax import nnx
 from esft_jax.adapt.attach import attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import partition
-from esft_jax.config import OptimizerConfig
 from esft_jax.families import load_model_config
 from esft_jax.model import Transformer
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.sharding import make_mesh
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state, state_shardings

@@ -12,7 +12,7 @@ UPDATE = """
 import optax
 from flax import nnx
 from esft_jax.adapt.tuned import TunedParam
-from esft_jax.config import OptimizerConfig
+from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.model.params import Role
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.rounding import Rounding
