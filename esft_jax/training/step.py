@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from esft_jax.adapt.partition import FROZEN, TUNED
-from esft_jax.adapt.tuned import in_bank
+from esft_jax.adapt.tuned import TunedExperts, in_bank
 from esft_jax.data.batch import Batch
 from esft_jax.errors import InputError
 from esft_jax.model.params import Role
@@ -159,11 +159,17 @@ def make_train_step(
         def accumulate(totals: tuple, micro: Batch) -> tuple[tuple, None]:
             before, others = totals
             # Banks are most of what is trained: a gradient beside the sum of those before it would
-            # take as much memory again. An own loss may go through the model more than once.
+            # take as much memory again. Not of factors, which are small, and scaled where they are
+            # read; nor of bfloat16 masters, whose gradients are in less than the sum. An own loss
+            # may go through the model more than once.
             model = nnx.merge(graph, before, frozen)
-            banks = model.tuned_experts.banks if model.tuned_experts else None
-            in_place = banks is not None and not own_loss and count_copies(model.mesh) == 1
-            earlier = banks if in_place else None
+            in_place = (
+                isinstance(model.tuned_experts, TunedExperts)
+                and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.tuned))
+                and not own_loss
+                and count_copies(model.mesh) == 1
+            )
+            earlier = model.tuned_experts.banks if in_place else None
             grads, found = gradient(state.tuned, frozen, micro, total_weight, earlier)
 
             def add(total: nnx.Variable, grad: nnx.Variable) -> nnx.Variable:

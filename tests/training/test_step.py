@@ -104,6 +104,24 @@ def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(batch, esft_s
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("masters", [jnp.float32, jnp.bfloat16])
+def test_micro_batches_give_the_gradients_of_factors(base, batch, masters) -> None:
+    model = load_model(base)
+    lora = LoRA.on(model.config, 2, 8.0, ("selected_experts",), EXPERTS)  # a scale of 4
+    attach(model, lora, seed=0)
+    graph, tuned, frozen = partition(model, lora, masters)
+    tuned = jax.tree.map(lambda x: (x + 0.01).astype(x.dtype), tuned)  # B is 0 at first
+    optimizer = optax.trace(0.0)  # keeps the gradients it is given
+    before, found = init_state(optimizer, tuned, frozen), {}
+    for parts in 1, 4:
+        step = jax.jit(make_train_step(graph, optimizer, micro_batches=parts))
+        found[parts] = step(before, frozen, batch)[0].opt_state
+    largest = 2.0**-7 if masters == jnp.bfloat16 else 1e-5
+    for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        assert one.any()
+        np.testing.assert_allclose(one, other, atol=largest * np.abs(one).max())
+
+
 def test_losses_and_tokens_by_source_are_those_of_its_rows_alone(batch, esft_step) -> None:
     graph, frozen, optimizer, before, _, metrics = esft_step
     mixed = batch | {"sources": np.array([2, 0, 2, 0], np.int32)}
