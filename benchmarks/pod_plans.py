@@ -8,6 +8,7 @@ record, by all that it depends on but the code: cases that have a line are not p
 an interrupted call goes on where it was.
 
 - `pods`: the configurations of `configs/pods`, on the slices that they name.
+- `one`: models on one accelerator: frozen weights as they are and quantised, lean states.
 - `fits`: models and methods against slices. The step of the model's configuration in `configs`, in
   micro-batches of one row per device, experts split over all devices.
 """
@@ -22,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,30 @@ MODELS = {
 METHODS = ("esft", "full")
 # And their devices.
 SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:2": 2, "h100:8": 8}
+# Models of `one`: a scheme for their experts, and single accelerators.
+ONE = {
+    "qwen3-30b-a3b": ("int4", ("rtx4090:1", "rtx5090:1", "v6e:1x1", "a100-40:1")),
+    "gpt-oss-20b": ("mxfp4", ("rtx4090:1", "rtx5090:1")),
+    "deepseek-v2-lite": ("int4", ("v5e:1x1", "rtx4090:1")),
+    "glm-4.5-air": ("int4", ("h100:1", "h200:1")),
+}
+# What is set of them.
+LEAN = ("optimizer.moments=bfloat16", "optimizer.masters=bfloat16")
+WAYS = {
+    "full": ("method=full",),
+    "esft": (),
+    "esft, {scheme}": ("quantise.experts={scheme}", "quantise.rest=int8"),
+    "esft, {scheme}, lean AdamW": ("quantise.experts={scheme}", "quantise.rest=int8", *LEAN),
+    "esft, {scheme}, lean Adafactor": (
+        "quantise.experts={scheme}",
+        "quantise.rest=int8",
+        "optimizer.name=adafactor",
+        "optimizer.beta1=null",
+        "optimizer.beta2=null",
+        "optimizer.epsilon=null",
+        *LEAN,
+    ),
+}
 GPU_SHARE = "0.96"  # of a GPU's memory, for JAX to take
 KINDS = (
     "all-gather",
@@ -155,6 +180,24 @@ def fit_cases(
             overrides.append(f"expert_cfg={experts[model]}")
         per_layer = None if given or method == "full" else MODELS[model]
         yield Case(model, topology, tuple(overrides), per_layer)
+
+
+def one_cases(models: Sequence[str], experts: dict[str, Path]) -> Iterator[tuple[Case, str]]:
+    """Models on one accelerator, and how.
+
+    Args:
+        experts: see `fit_cases`.
+    """
+    for model in models:
+        scheme, topologies = ONE[model]
+        rows = load_config(ROOT / "configs" / f"{model}.yaml").train.batch_size
+        for topology, (way, settings) in itertools.product(topologies, WAYS.items()):
+            overrides = ["mesh.expert=1", f"train.micro_batches={rows}"]
+            overrides += [setting.format(scheme=scheme) for setting in settings]
+            given = way != "full" and model in experts
+            overrides += [f"expert_cfg={experts[model]}"] if given else []
+            per_layer = None if given or way == "full" else MODELS.get(model)
+            yield Case(model, topology, tuple(overrides), per_layer), way.format(scheme=scheme)
 
 
 def make_plan(case: Case) -> dict[str, Any] | None:
@@ -272,6 +315,21 @@ def report_fits(plans: dict[Case, dict[str, Any]]) -> None:
         print(f"\nOperations of experts over those without padding: at most {max(counted):.3f}")
 
 
+def report_one(plans: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """The table of single accelerators.
+
+    Args:
+        plans: each with how the model is kept and trained.
+    """
+    rows = []
+    for way, plan in plans:
+        memory = plan["memory"]
+        sizes = (memory[name] for name in ("frozen", "tuned", "moments", "temporary", "available"))
+        rows.append([plan["topology"], way, *(_number(size, 1e9, 1) for size in sizes), fit(plan)])
+    columns = ("frozen", "tuned", "moments", "temporaries", "available")
+    print_table(("one device", "how"), [*(f"{name} GB" for name in columns), "needed GB"], rows)
+
+
 def _experts(text: str) -> tuple[str, Path]:
     model, _, path = text.partition("=")
     if model not in MODELS or not path:
@@ -281,7 +339,8 @@ def _experts(text: str) -> tuple[str, Path]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Plan shipped configurations on their slices.")
-    parser.add_argument("--tables", nargs="+", choices=["pods", "fits"], default=["pods", "fits"])
+    tables = ("pods", "fits", "one")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--pods", nargs="+", choices=PODS, default=list(PODS))
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS[:1])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -293,7 +352,7 @@ def main(arguments: Sequence[str]) -> None:
         metavar="MODEL=FILE",
         type=_experts,
         default=[],
-        help="what ESFT trains of a model of the table `fits`: an expert_cfg.json",
+        help="what ESFT trains of a model of `fits` and `one`: an expert_cfg.json",
     )
     parser.add_argument("--record", type=Path, default=RECORD, help="plans that were made")
     options = parser.parse_args(arguments)
@@ -309,6 +368,12 @@ def main(arguments: Sequence[str]) -> None:
             else:
                 named[name] = plan
         report(named)
+    if "one" in options.tables:
+        for model in ONE:
+            print(f"\n{model}\n")
+            ways = dict(one_cases([model], dict(options.experts)))
+            found = make_plans([*ways], options.record)
+            report_one((ways[case], plan) for case, plan in found.items() if plan is not None)
     if "fits" in options.tables:
         chosen = options.models, options.methods, options.slices
         cases = list(fit_cases(*chosen, dict(options.experts)))
