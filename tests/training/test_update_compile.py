@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.ops.test_gpu_compile import compile_for_h100
-from tests.ops.test_tpu_compile import compile_for
+from tests.ops.test_gpu_compile import compile_for as compile_for_gpu
+from tests.ops.test_tpu_compile import compile_for as compile_for_tpu
 
 SHAPE = (8, 1024, 1536)  # of a bank
 
@@ -53,9 +53,9 @@ def check(name: str, found: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_v5e(name: str) -> None:
-    check(name, compile_for("v5e", UPDATE, name, *SHAPE))
+    check(name, compile_for_tpu("v5e", UPDATE, name, *SHAPE))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_an_h100(name: str) -> None:
-    check(name, compile_for_h100(UPDATE, "bfloat16", name, *SHAPE))
+    check(name, compile_for_gpu("h100", UPDATE, "bfloat16", name, *SHAPE))
