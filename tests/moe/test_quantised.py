@@ -130,6 +130,14 @@ class TestFrozen:
         with pytest.raises(ValueError, match="quantised matrices have no gradient"):
             jax.grad(loss)(base.scales)
 
+    def test_codes_and_scales_belong_together(self):
+        base, _ = stack("int8", 2, D, F)
+        x, sizes = jnp.ones((8, D)), np.array([4, 4], np.int32)
+        with pytest.raises(ValueError, match=r"banks\[0\] has scales of float32 \(2, 5, 40\)"):
+            grouped_matmul(x, (base.replace(scales=base.scales[:, :-1]),), sizes)
+        with pytest.raises(ValueError, match="has codes of int32; expected 8 bits each"):
+            grouped_matmul(x, (base.replace(codes=base.codes.astype(jnp.int32)),), sizes)
+
     def test_nothing_is_differentiated_in_their_place(self):
         base, values = stack("int8", 2, D, F)
         bank = Bank(base, 0, 2, own=jnp.asarray(values))

@@ -99,7 +99,9 @@ def _check_operands(x: Array, banks: Sequence[Bank]) -> None:
     for i, bank in enumerate(banks):
         name, shape = f"banks[{i}]", bank.matrices.shape
         expected = (bank.count, *shape[1:])
-        if not isinstance(bank.matrices, Quantised):
+        if isinstance(bank.matrices, Quantised):
+            _check_scales(name, bank.matrices)
+        else:
             _check_type(name, bank.matrices)
         if len(shape) != 3 or shape[1] != x.shape[1] or shape[2] != banks[0].matrices.shape[2]:
             of_first = f" and the width of banks[0], {banks[0].matrices.shape}" if i else ""
@@ -175,6 +177,19 @@ def _check_groups(rows: int, groups: int, group_sizes: Any, group_starts: Any) -
 def _check_type(name: str, array: Array) -> None:
     if array.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"grouped_matmul: {name} is {array.dtype}; expected float32 or bfloat16")
+
+
+def _check_scales(name: str, matrices: Quantised) -> None:
+    *stack, inputs, outputs = matrices.shape
+    expected = (*stack, -(-inputs // matrices.group_size), outputs)
+    scales, codes = matrices.scales, matrices.codes
+    if scales.shape != expected or scales.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"grouped_matmul: {name} has scales of {scales.dtype} {scales.shape}; expected float32 "
+            f"or bfloat16 {expected}, for groups of {matrices.group_size} inputs"
+        )
+    if codes.dtype not in (jnp.int8, jnp.uint8):
+        raise ValueError(f"grouped_matmul: {name} has codes of {codes.dtype}; expected 8 bits each")
 
 
 def _placed(bank: Bank) -> Bank:
