@@ -183,16 +183,15 @@ def fit_cases(
 
 
 def one_cases(models: Sequence[str], experts: dict[str, Path]) -> Iterator[tuple[Case, str]]:
-    """Models on one accelerator, and how.
+    """Models on one accelerator, with one row per update, and how.
 
     Args:
         experts: see `fit_cases`.
     """
     for model in models:
         scheme, topologies = ONE[model]
-        rows = load_config(ROOT / "configs" / f"{model}.yaml").train.batch_size
         for topology, (way, settings) in itertools.product(topologies, WAYS.items()):
-            overrides = ["mesh.expert=1", f"train.micro_batches={rows}"]
+            overrides = ["mesh.expert=1", "train.batch_size=1", "train.micro_batches=1"]
             overrides += [setting.format(scheme=scheme) for setting in settings]
             given = way != "full" and model in experts
             overrides += [f"expert_cfg={experts[model]}"] if given else []

@@ -64,9 +64,10 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
     final_lr_fraction: Fraction = 0.1
-    beta1: Decay | None = None
-    beta2: Decay | None = None
-    epsilon: Positive | None = None
+    # Those of AdamW: what runs depend on is told apart by what differs from the defaults.
+    beta1: Decay | None = 0.9
+    beta2: Decay | None = 0.95
+    epsilon: Positive | None = 1e-8
     momentum: Decay | None = None
     weight_decay: NonNegative = 0.1
     clip_norm: Positive = 1.0
@@ -74,13 +75,14 @@ class OptimizerConfig:
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Give what the optimizer reads, and is not said, its default."""
+        """Give what is not said the optimizer's default: none for what it does not read."""
         given = values.kwargs or {} if isinstance(values, ArgsKwargs) else values
         if not isinstance(given, dict):
             return values
         named = given.get("name", "adamw")  # checked later
         defaults = next((keys for name, keys in OPTIMIZER_KEYS.items() if name == named), {})
-        absent = {key: value for key, value in defaults.items() if given.get(key) is None}
+        keys = ("beta1", "beta2", "epsilon", "momentum")
+        absent = {key: defaults.get(key) for key in keys if given.get(key) is None}
         filled = given | absent
         return ArgsKwargs(values.args, filled) if isinstance(values, ArgsKwargs) else filled
 

@@ -20,6 +20,8 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
     found = (
         _method(case, plan),
         _expert_axis(case, plan),
+        _quantised(case, plan),
+        _lean_states(case, plan),
         _micro_batches(case, plan),
         _remat(case),
         _memory_fraction(case, plan),
@@ -56,6 +58,38 @@ def _expert_axis(case: Case, plan: Plan) -> str | None:
     return (
         f"mesh.data=-1 mesh.expert={expert}: weights and moments take {_gigabytes(state)} instead "
         f"of {_gigabytes(plan.memory.state)} per device"
+    )
+
+
+def _quantised(case: Case, plan: Plan) -> str | None:
+    """Most of a model that is not fully trained is only read."""
+    now = case.config.quantise
+    if case.config.method == "full" or "none" not in (now.experts, now.rest):
+        return None
+    experts = "int4" if now.experts == "none" else now.experts
+    quantise = dataclasses.replace(now, experts=experts, rest="int8")
+    config = dataclasses.replace(case.config, quantise=quantise)
+    state = dataclasses.replace(case, config=config).state_bytes(case.mesh)
+    return (
+        f"quantise.experts={experts} quantise.rest=int8: weights and moments take "
+        f"{_gigabytes(state)} instead of {_gigabytes(plan.memory.state)} per device"
+    )
+
+
+def _lean_states(case: Case, plan: Plan) -> str | None:
+    now = case.config.optimizer
+    momentless = now.name == "sgd" and not now.momentum
+    optimizer = dataclasses.replace(
+        now, moments="float32" if momentless else "bfloat16", masters="bfloat16"
+    )
+    if optimizer == now:
+        return None
+    config = dataclasses.replace(case.config, optimizer=optimizer)
+    state = dataclasses.replace(case, config=config).state_bytes(case.mesh)
+    keys = [f"optimizer.{key}=bfloat16" for key in ("moments", "masters")]
+    return (
+        f"{' '.join(keys[momentless:])}: weights and moments take {_gigabytes(state)} instead of "
+        f"{_gigabytes(plan.memory.state)} per device"
     )
 
 

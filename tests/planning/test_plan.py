@@ -159,6 +159,10 @@ def test_what_does_not_fit_together_is_one_line(make_config, tmp_path, capsys) -
     assert "select.also: head: the model has no such parameters" in message("cpu:8", *bare)
 
 
+_QUANTISED = {"experts": "int4", "rest": "int8"}
+_LEAN = {"moments": "bfloat16", "masters": "bfloat16"}
+
+
 def test_suggestions_come_with_their_numbers(make_config) -> None:
     config = make_config(mesh={"expert": 2}, train={"batch_size": 16, "remat": "dots"})
     case = open_case(config, "cpu:8")
@@ -169,16 +173,24 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
         memory = dataclasses.replace(fitting.memory, available=available)
         return suggestions(case, dataclasses.replace(fitting, memory=memory))
 
-    expert, rows, remat, larger = texts(fitting.memory.working + state * 3 // 5)
+    expert, quantised, lean, rows, remat, larger = texts(fitting.memory.working + state * 3 // 5)
     split = case.state_bytes(make_mesh(1, 8))
     assert split < state
     assert expert.startswith("mesh.data=-1 mesh.expert=8:") and f"{split / 1e9:.2f} GB" in expert
+    for text, keys, changed in (
+        (quantised, "quantise.experts=int4 quantise.rest=int8", {"quantise": _QUANTISED}),
+        (lean, "optimizer.moments=bfloat16 optimizer.masters=bfloat16", {"optimizer": _LEAN}),
+    ):
+        other = dataclasses.replace(case, config=dataclasses.replace(config, **changed))
+        less = other.state_bytes(case.mesh)
+        assert less < state
+        assert text.startswith(f"{keys}: weights and moments take {less / 1e9:.2f} GB")
     assert rows.startswith("train.micro_batches=2: one row per device at a time instead of 2")
     assert remat.startswith("train.remat=full instead of dots")
     kept = f"{4 * 2 * 64 * 32 * 2 / 1e9:.2f} GB per device"
     assert kept in remat and "with train.remat=offload" in remat
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
-    assert len(texts(fitting.memory.working // 2)) == 3  # no slice is large enough
+    assert len(texts(fitting.memory.working // 2)) == 5  # no slice is large enough
     # Replicas share nothing: an expert group lies within one.
     twice = make_config(mesh={"replica": 2, "expert": 2}, train={"batch_size": 16})
     replicated = open_case(twice, "cpu:8")
