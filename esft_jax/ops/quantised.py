@@ -14,14 +14,21 @@ from flax.struct import dataclass, field
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-Scheme = Literal["int8", "int4", "mxfp4"]
+Scheme = Literal["int8", "int4", "mxfp4", "fp8"]
 
 # Two numbers in a byte.
 _PACKED = ("int4", "mxfp4")
 # Scales of MXFP4 are powers of two. A scale that is shared by numbers of 8 bits must be finer than
 # their steps.
-_SCALES = {"int8": jnp.float32, "int4": jnp.bfloat16, "mxfp4": jnp.bfloat16}
+_SCALES = {
+    "int8": jnp.float32,
+    "int4": jnp.bfloat16,
+    "mxfp4": jnp.bfloat16,
+    "fp8": jnp.float32,
+}
 MXFP4_GROUP = 32  # OCP Microscaling Formats 1.0
+# E4M3 of OFP8 (Micikevicius et al., arXiv 2209.05433), without infinities: its largest number.
+_FP8_LARGEST = 448
 
 
 @dataclass
@@ -32,9 +39,10 @@ class Quantised:
     that it stands for, so that code which only reads weights takes both.
 
     Attributes:
-        codes: int8 `[..., D, F]`; or uint8 `[..., D / 2, F]` of numbers of 4 bits: those of the
-            first half of the inputs in the lower bits and of the second half in the upper ones. So
-            each half meets inputs that follow one another, and a kernel moves none of them.
+        codes: int8 `[..., D, F]`, or uint8 of fp8; or uint8 `[..., D / 2, F]` of numbers of 4 bits:
+            those of the first half of the inputs in the lower bits and of the second half in the
+            upper ones. So each half meets inputs that follow one another, and a kernel moves none
+            of them.
         scales: `[..., G, F]`, float32 or bfloat16.
         scheme: what a code stands for.
         group_size: inputs that share a scale; the last group may have fewer.
@@ -93,6 +101,8 @@ def numbers(codes: Int[Array, "*stack P F"], scheme: Scheme) -> list[Float[Array
     wide = codes.astype(jnp.int32)
     if scheme == "int8":
         return [wide.astype(jnp.float32)]
+    if scheme == "fp8":
+        return [_fp8(wide)]
     halves = [wide & 15, (wide >> 4) & 15]
     if scheme == "int4":
         return [jnp.where(half > 7, half - 16, half).astype(jnp.float32) for half in halves]
@@ -106,6 +116,14 @@ def _mxfp4(code: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(code > 7, -doubled, doubled).astype(jnp.float32) * 0.5
 
 
+def _fp8(code: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Of a sign, four bits of exponent and three of mantissa; all are multiples of 2 ** -9."""
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    steps = jnp.where(exponent > 0, (8 + mantissa) << jnp.maximum(exponent - 1, 0), mantissa)
+    values = steps.astype(jnp.float32) * 2.0**-9
+    return jnp.where(code > 127, -values, values)
+
+
 def problem(shape: Sequence[int], scheme: Scheme) -> str | None:
     """Why matrices of a shape cannot be quantised, if they cannot."""
     if shape[-2] % per_byte(scheme):
@@ -117,7 +135,8 @@ def problem(shape: Sequence[int], scheme: Scheme) -> str | None:
 def quantise(matrices: Float[Array, "*stack D F"], scheme: Scheme, group_size: int) -> Quantised:
     """The nearest numbers of a scheme, scaled by the largest of each group.
 
-    MXFP4 gives numbers back that were in MXFP4 before.
+    MXFP4 gives numbers back that were in MXFP4 before. What is published in fp8 is not rounded
+    here again: its codes and scales are read (`esft_jax.checkpoint.fp8`).
 
     Args:
         group_size: inputs that share a scale; that of MXFP4 is set by its standard, whatever is
@@ -135,6 +154,8 @@ def quantise(matrices: Float[Array, "*stack D F"], scheme: Scheme, group_size: i
     whole = jnp.pad(matrices.astype(jnp.float32), [*[(0, 0)] * len(stack), (0, filled), (0, 0)])
     if scheme == "mxfp4":
         codes, scales = _in_mxfp4(whole)
+    elif scheme == "fp8":
+        codes, scales = _in_fp8(whole, group_size)
     else:
         codes, scales = _in_integers(whole, scheme, group_size)
     codes = codes[..., :inputs, :]
@@ -175,4 +196,15 @@ def _in_mxfp4(
     doubled = (2 * jnp.abs(values)).astype(jnp.int32)
     above = jnp.where(doubled < 8, 2 + doubled // 2, 4 + doubled // 4)
     codes = jnp.where(doubled < 4, doubled, above) + 8 * (values < 0)
+    return codes.reshape(matrices.shape), scales[..., 0, :]
+
+
+def _in_fp8(
+    matrices: Float[Array, "*stack D F"], group_size: int
+) -> tuple[Int[Array, "*stack D F"], Float[Array, "*stack G F"]]:
+    *stack, _, width = matrices.shape
+    groups = matrices.reshape(*stack, -1, group_size, width)
+    scales = jnp.abs(groups).max(axis=-2, keepdims=True) / _FP8_LARGEST
+    values = (groups / jnp.where(scales > 0, scales, 1)).astype(jnp.float8_e4m3fn)
+    codes = jax.lax.bitcast_convert_type(values, jnp.uint8)
     return codes.reshape(matrices.shape), scales[..., 0, :]

@@ -4,14 +4,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from esft_jax.moe.grouped_matmul import Bank, grouped_matmul
-from esft_jax.ops.quantised import quantise
+from esft_jax.ops.quantised import Quantised, quantise
 from tests.moe.test_grouped_matmul import CASES, IMPLEMENTATIONS, SCATTERED, N, draw
 
-SCHEMES = {"int8": 16, "int4": 16, "mxfp4": 32}
+SCHEMES = {"int8": 16, "int4": 16, "mxfp4": 32, "fp8": 16}
 # A half is no power of two; neither the last group nor the last tile of the result is full.
 D, F = 88, 40
 
@@ -80,6 +81,18 @@ class TestEveryImplementation:
         compare(ours, expected, 2**-7)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_number_of_fp8_in_kernels(implementation):
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[(codes & 127) != 127]
+    codes = np.stack([codes, codes[::-1]], axis=1)
+    packed = Quantised(jnp.asarray(codes)[None], jnp.full((1, 1, 2), 0.3), "fp8", 256)
+    ones, sizes = jnp.eye(len(codes), dtype=jnp.float32), np.array([len(codes)], np.int32)
+    with IMPLEMENTATIONS[implementation]():
+        found = grouped_matmul(ones, (packed,), sizes, implementation=implementation)
+    np.testing.assert_array_equal(found, packed.astype(jnp.float32)[0])
+
+
 class TestQuantise:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_nearest_of_the_numbers_that_there_are(self, scheme):
@@ -90,7 +103,7 @@ class TestQuantise:
         scales = np.asarray(packed.scales, np.float32)
         scales = np.repeat(scales, packed.group_size, axis=2)[:, :, :D]
         # The largest step between two numbers; the last one may be beyond the largest by half.
-        step = {"int8": 1, "int4": 1, "mxfp4": 2}[scheme]
+        step = {"int8": 1, "int4": 1, "mxfp4": 2, "fp8": 32}[scheme]
         assert np.all(np.abs(back - values) <= 0.54 * step * scales)
 
     def test_what_was_in_mxfp4_stays_so(self):
@@ -103,6 +116,15 @@ class TestQuantise:
         packed = quantise(values, "mxfp4", 32)
         np.testing.assert_array_equal(packed.astype(jnp.float32), values)
 
+    def test_every_number_of_fp8(self):
+        codes = np.arange(256, dtype=np.uint8)
+        codes = codes[(codes & 127) != 127]  # those stand for no number
+        scale = np.float32(0.3) * np.ones((1, 1), np.float32)
+        packed = Quantised(codes[:, None], scale, "fp8", 256)
+        expected = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(0.3)
+        found = np.asarray(packed.astype(jnp.float32))[:, 0]
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
     def test_zeros_stay_zeros(self):
         for scheme, size in SCHEMES.items():
             assert not np.any(quantise(np.zeros((D, F), np.float32), scheme, size).astype(float))
@@ -110,7 +132,7 @@ class TestQuantise:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_bytes(self, scheme):
         packed = quantise(draw(2, D, F, seed=1), scheme, SCHEMES[scheme])
-        bits = 8 if scheme == "int8" else 4
+        bits = 8 if scheme in ("int8", "fp8") else 4
         assert packed.codes.nbytes == 2 * D * F * bits // 8
         assert packed.scales.nbytes <= packed.codes.nbytes / 2
 

@@ -79,11 +79,13 @@ report(
 )
 """
 
-# Scheme, group size, and sizes as in `LAYERS`, of both products: Qwen3-30B-A3B, gpt-oss-20b and
-# DeepSeek-V2-Lite.
+# Scheme, group size, and sizes as in `LAYERS`, of both products: Qwen3-30B-A3B (released in fp8,
+# too), gpt-oss-20b and DeepSeek-V2-Lite.
 QUANTISED_LAYERS = {
     "qwen3-30b gate_up": ("int4", 64, 32_768, 2048, 1536, 128, 4),
     "qwen3-30b down": ("int4", 64, 32_768, 768, 2048, 128, 4),
+    "qwen3-30b fp8 gate_up": ("fp8", 128, 32_768, 2048, 1536, 128, 4),
+    "qwen3-30b fp8 down": ("fp8", 128, 32_768, 768, 2048, 128, 4),
     "gpt-oss-20b gate_up": ("mxfp4", 32, 16_384, 2880, 5760, 32, 3),
     "gpt-oss-20b down": ("mxfp4", 32, 16_384, 2880, 2880, 32, 3),
     "deepseek-v2-lite gate_up": ("int8", 64, 24_576, 2048, 2816, 64, 6),

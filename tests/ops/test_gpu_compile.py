@@ -208,8 +208,9 @@ def check_quantised(layer, gpu="h100"):
     assert found["arguments"] < temporary + 4 * tuned * d * f + 1.3 * experts * d * f
 
 
-def test_a_quantised_layer():
-    check_quantised(("int4", 64, 512, 256, 384, 8, 2))
+@pytest.mark.parametrize("scheme", [("int4", 64), ("fp8", 128)], ids=lambda scheme: scheme[0])
+def test_a_quantised_layer(scheme):
+    check_quantised((*scheme, 512, 256, 384, 8, 2))
 
 
 @pytest.mark.slow

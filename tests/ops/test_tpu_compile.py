@@ -192,8 +192,9 @@ def check_quantised(chip, layer):
     assert found["arguments"] < temporary + 4 * tuned * d * f + 1.3 * experts * d * f
 
 
-def test_a_quantised_layer_on_v5e():
-    check_quantised("v5e", ("int4", 64, 512, 256, 384, 8, 2))
+@pytest.mark.parametrize("scheme", [("int4", 64), ("fp8", 128)], ids=lambda scheme: scheme[0])
+def test_a_quantised_layer_on_v5e(scheme):
+    check_quantised("v5e", (*scheme, 512, 256, 384, 8, 2))
 
 
 @pytest.mark.slow

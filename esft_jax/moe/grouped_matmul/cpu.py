@@ -32,8 +32,9 @@ from esft_jax.ops.quantised import Quantised, Scheme
 # At most so many rows and columns of a result are one task of a thread.
 ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
 
-_SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "mxfp4")
-_INT8, _INT4 = 0, 1
+_SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "fp8", "mxfp4")
+_INT8, _INT4, _FP8 = 0, 1, 2
+_FP8_STEP = np.float32(2.0**-9)  # all numbers of fp8 are multiples of it
 
 
 def multiply(
@@ -145,8 +146,17 @@ def _dequantise(
                 number = (np.int32(packed[j]) >> shift) & np.int32(15)
                 values[target + j] = np.float32((number ^ np.int32(8)) - np.int32(8)) * scale[j]
             continue
+        # See `ops.quantised.numbers`.
+        if scheme == _FP8:
+            for j in range(columns):
+                code = np.int32(packed[j])
+                power, fraction = (code >> 3) & np.int32(15), code & np.int32(7)
+                wider = max(power - np.int32(1), np.int32(0))
+                steps = (np.int32(8) + fraction) << wider if power > 0 else fraction
+                value = np.float32(steps) * _FP8_STEP
+                values[target + j] = (-value if code > 127 else value) * scale[j]
+            continue
         for j in range(columns):
-            # See `ops.quantised.numbers`.
             number = (np.int32(packed[j]) >> shift) & np.int32(15)
             exponent, mantissa = (number >> 1) & np.int32(3), number & np.int32(1)
             above = max(exponent - np.int32(1), np.int32(0))
