@@ -312,14 +312,15 @@ class QuantiseConfig:
     """How frozen weights are kept in memory. What is trained never begins with a rounded weight.
 
     Attributes:
-        experts: Scheme of routed experts: `int8`, `int4`, or `mxfp4`, which keeps what is published
-            so as it is; `none` keeps them in the run's `dtype`.
+        experts: Scheme of routed experts: `int8`, `int4`; `mxfp4`, which keeps what is published so
+            as it is; `fp8`, of models that are published in blocks of it, as they are; `none` keeps
+            them in the run's `dtype`.
         rest: The same of attention, dense MLPs and shared experts, unless they are trained.
-        group_size: Inputs of a matrix that share a scale; those of MXFP4 are always 32.
+        group_size: Inputs of a matrix that share a scale; of MXFP4 always 32, of fp8 as published.
     """
 
-    experts: Literal["none", "int8", "int4", "mxfp4"] = "none"
-    rest: Literal["none", "int8"] = "none"
+    experts: Literal["none", "int8", "int4", "mxfp4", "fp8"] = "none"
+    rest: Literal["none", "int8", "fp8"] = "none"
     group_size: Annotated[int, Field(strict=True, ge=16, le=1024)] = 64
 
     @property

@@ -12,6 +12,7 @@ from esft_jax.checkpoint.tensor_files import DTYPES, TensorFiles, TensorInfo, ma
 from esft_jax.errors import InputError
 
 _FP8 = "F8_E4M3"
+_NO_NUMBER = 0x7F  # a code that is, without its sign
 _SCALES = "_scale_inv"
 _SCALE_DTYPES = DTYPES | {"F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
 
@@ -22,7 +23,7 @@ class Fp8Files(TensorFiles):
     A value in fp8 stands for its product with the scale of its block, in float32. The last blocks
     of a side may be smaller. The scales themselves are no tensors of the mapping.
 
-    Args:
+    Attributes:
         block: rows and columns that share a scale.
 
     Raises:
@@ -33,7 +34,7 @@ class Fp8Files(TensorFiles):
 
     def __init__(self, folder: str | Path, block: tuple[int, int]):
         super().__init__(folder)
-        self._block, self._dequantised = block, np.dtype(np.float32)
+        self.block, self._dequantised = block, np.dtype(np.float32)
         self._scales: dict[str, TensorInfo] = {}
         for name in [name for name in self if name.endswith(_SCALES)]:
             self._scales[name.removesuffix(_SCALES)] = self._infos.pop(name)
@@ -44,7 +45,7 @@ class Fp8Files(TensorFiles):
                     f"{info.file}: tensor {name + _SCALES!r}: expected {name!r} in {_FP8}; it is "
                     f"{kind}"
                 )
-        quantised = [name for name, info in self.items() if info.dtype == _FP8]
+        quantised = [name for name in self if self.in_fp8(name)]
         if not quantised:
             raise InputError(
                 f"{self.folder / 'config.json'}: quantization_config: says fp8, which no tensor is "
@@ -60,7 +61,7 @@ class Fp8Files(TensorFiles):
             raise InputError(f"{info.file}: tensor {name!r} is in {_FP8}; its scales, {of!r}, miss")
         if len(info.shape) < 2:
             raise InputError(f"{info.file}: tensor {name!r} is in {_FP8}; expected no vector to be")
-        scales, sides = self._scales[name], zip(info.shape[-2:], self._block, strict=True)
+        scales, sides = self._scales[name], zip(info.shape[-2:], self.block, strict=True)
         expected = [*info.shape[:-2], *(-(-size // step) for size, step in sides)]
         if list(scales.shape) != expected:
             raise InputError(
@@ -81,7 +82,7 @@ class Fp8Files(TensorFiles):
 
     def dtype(self, name: str) -> np.dtype:
         """The type a tensor is read in."""
-        return self._dequantised if self[name].dtype == _FP8 else super().dtype(name)
+        return self._dequantised if self.in_fp8(name) else super().dtype(name)
 
     def read(self, name: str, index: Box = ()) -> np.ndarray:
         """A tensor, or a part of it with the scales that it touches.
@@ -90,10 +91,11 @@ class Fp8Files(TensorFiles):
             InputError: one of these is not finite.
         """
         info = self[name]
-        if info.dtype != _FP8:
+        if not self.in_fp8(name):
             return super().read(name, index)
-        *leading, rows, columns = bounded(index or (slice(None),) * len(info.shape), info.shape)
-        height, width = self._block
+        index = index or (slice(None),) * len(info.shape)
+        *leading, rows, columns = bounded(index, info.shape)
+        height, width = self.block
         touched = slice(columns.start // width, -(-columns.stop // width))
         inside = slice(columns.start - touched.start * width, columns.stop - touched.start * width)
         stored = self._scales[name]
@@ -103,10 +105,50 @@ class Fp8Files(TensorFiles):
         for block in range(rows.start // height, -(-rows.stop // height)):
             part = slice(max(block * height - rows.start, 0), (block + 1) * height - rows.start)
             scale = scales[*leading, block : block + 1, touched].astype(np.float32)
-            if not np.isfinite(scale).all():
-                raise InputError(
-                    f"{stored.file}: tensor {name + _SCALES!r} has values that are not finite "
-                    "numbers"
-                )
+            scale = self._finite(name, scale)
             values[..., part, :] *= np.repeat(scale, width, axis=-1)[..., inside]
-        return np.asarray(values).astype(self._dequantised, copy=False)
+        down, across = (slice(None, None, side.step) for side in index[-2:])
+        return np.asarray(values)[..., down, across].astype(self._dequantised, copy=False)
+
+    def in_fp8(self, name: str) -> bool:
+        """Whether a tensor is."""
+        return self[name].dtype == _FP8
+
+    def codes(self, name: str, index: Box) -> np.ndarray:
+        """A part of a tensor that is in fp8, as it is stored: uint8.
+
+        Raises:
+            InputError: a code stands for no number.
+        """
+        info = self[name]
+        found = np.asarray(map_tensor(name, info, np.dtype(np.uint8))[index])
+        if ((found & _NO_NUMBER) == _NO_NUMBER).any():
+            raise InputError(f"{info.file}: tensor {name!r} has values that are not finite numbers")
+        return found
+
+    def scales(self, name: str, index: Box, *, transposed: bool = False) -> np.ndarray:
+        """Scales of a tensor that is in fp8, float32 `[..., out, blocks of in]`: each output has
+        those of its block.
+
+        Args:
+            index: a part of them.
+            transposed: the tensor is `[..., in, out]`, and so are its scales.
+
+        Raises:
+            InputError: one of these is not finite.
+        """
+        stored, axis = self._scales[name], -1 if transposed else -2
+        of_output = np.arange(self[name].shape[axis])[index[axis]] // self.block[axis]
+        part: list[slice | np.ndarray] = [*index]
+        part[axis] = of_output
+        scales = map_tensor(name + _SCALES, stored, _SCALE_DTYPES[stored.dtype])[tuple(part)]
+        return self._finite(name, np.asarray(scales).astype(np.float32))
+
+    def _finite(self, name: str, scales: np.ndarray) -> np.ndarray:
+        """Scales of a tensor, if they are."""
+        if not np.isfinite(scales).all():
+            raise InputError(
+                f"{self._scales[name].file}: tensor {name + _SCALES!r} has values that are not "
+                "finite numbers"
+            )
+        return scales

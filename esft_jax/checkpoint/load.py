@@ -19,12 +19,14 @@ from esft_jax.adapt.tuned import ReadExpert
 from esft_jax.blocks import bounded
 from esft_jax.checkpoint.converted import ConvertedSource, is_converted, leaf_shapes
 from esft_jax.checkpoint.finite import check_base
+from esft_jax.checkpoint.quantised import check_kept, matrix_bytes, quantised_reader
 from esft_jax.checkpoint.source import HuggingFaceSource, Source
+from esft_jax.checkpoint.streaming import in_order
 from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
 from esft_jax.model.quantised import Quantisation, quantise_model
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.quantised import Quantised, quantise
+from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import param_shardings
 
 # What a hub download fetches: never pickled weights, never code.
@@ -101,6 +103,9 @@ def load_source(
 
     model = nnx.eval_shape(make)
     graph, abstract = nnx.split(model)
+    for keys, param in nnx.to_flat_state(abstract):
+        if isinstance(like := param.get_value(), Quantised):
+            check_kept(source, tuple(map(str, keys)), like)
     shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
     loaded = []
     for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
@@ -134,18 +139,20 @@ def _read_leaf(
 def _read_quantised(
     source: Source, path: LeafPath, leaf: Quantised, shardings: Quantised
 ) -> Quantised:
-    """A stack of matrices on their devices; each is quantised as soon as it is read."""
+    """A stack of matrices on their devices, as the files keep them; or else each of them is
+    quantised as soon as it is read.
+    """
     codes = np.empty(leaf.codes.shape, leaf.codes.dtype)
     scales = np.empty(leaf.scales.shape, leaf.scales.dtype)
     needed = np.zeros(leaf.shape[:-2], bool)
     for sharding, part in zip(*map(jax.tree.leaves, (shardings, leaf)), strict=True):
         for index in sharding.addressable_devices_indices_map(part.shape).values():
             needed[bounded(index or (), part.shape)[:-2]] = True
-    for place in map(tuple, np.argwhere(needed)):
-        box = *(slice(i, i + 1) for i in place), *(slice(0, size) for size in leaf.shape[-2:])
-        matrix = source.block(path, box, np.dtype(np.float32))[(0,) * len(place)]
-        found = quantise(matrix, leaf.scheme, leaf.group_size)
-        codes[place], scales[place] = np.asarray(found.codes), np.asarray(found.scales)
+    read = quantised_reader(source, path, leaf)
+    places = [tuple(map(int, place)) for place in np.argwhere(needed)]
+    size = matrix_bytes(leaf)
+    for place, (own_codes, own_scales) in in_order(read, places, lambda _: size):
+        codes[place], scales[place] = own_codes, own_scales
 
     def put(values: np.ndarray, place: Any) -> jax.Array:
         return jax.make_array_from_callback(values.shape, place, lambda index: values[index])

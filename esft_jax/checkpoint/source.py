@@ -28,7 +28,9 @@ from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.params import Role
 from esft_jax.model.rope import inverse_frequencies
+from esft_jax.ops.quantised import Quantised
 
 _COMPARED_BYTES = 16 << 20
 
@@ -62,6 +64,19 @@ class Source(Protocol):
 
     def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
         """A block of a stacked parameter, cast to a type."""
+
+    def keeps(self, path: LeafPath, like: Quantised) -> bool:
+        """Whether the files hold a stacked parameter quantised like this."""
+
+    def quantised(
+        self, path: LeafPath, place: tuple[int, ...], like: Quantised
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a matrix of a stacked parameter that the files keep.
+
+        Args:
+            place: of the matrix in the stack.
+            like: all of the parameter; its shapes and scheme are read.
+        """
 
 
 class HuggingFaceSource:
@@ -194,6 +209,69 @@ class HuggingFaceSource:
         block = np.empty(box_shape(box), dtype)
         self._copy(name, box, block)
         return block
+
+    def keeps(self, path: LeafPath, like: Quantised) -> bool:
+        """Whether the files hold a parameter like this: in the blocks of fp8.
+
+        Raises:
+            InputError: some of its tensors are not in fp8; names one.
+        """
+        if like.scheme != "fp8" or not isinstance(self.files, Fp8Files):
+            return False
+        for name in self.by_leaf[path]:
+            part = self._fused.get(name)
+            stored = part.name if part else name
+            if not self.files.in_fp8(stored):
+                key = "experts" if self.placements[name].role is Role.ROUTED_EXPERT else "rest"
+                info = self.files[stored]
+                raise InputError(
+                    f"quantise.{key}: fp8 keeps what is published so; tensor {stored!r} of "
+                    f"{info.file} is {info.dtype}; expected another scheme, or none"
+                )
+            if part and part.transposed and len({*self.files.block}) > 1:
+                raise InputError(
+                    f"quantise.experts: tensor {stored!r} has inputs first and blocks of "
+                    f"{self.files.block}; expected square ones, another scheme, or none"
+                )
+        return True
+
+    def quantised(
+        self, path: LeafPath, place: tuple[int, ...], like: Quantised
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a matrix that is in fp8; see `keeps`."""
+        codes = np.empty(like.codes.shape[-2:], like.codes.dtype)
+        scales = np.empty(like.scales.shape[-2:], like.scales.dtype)
+        for name in self._by_matrix[path][place]:
+            columns = self.placements[name].box[-1]
+            for target, read in (codes, self._codes), (scales, self._scales):
+                part = slice(0, len(target)), slice(0, columns.stop - columns.start)
+                self.placements[name].copy_part(partial(read, name), part, target[:, columns])
+        return codes, scales
+
+    def _codes(self, name: str, index: Box) -> np.ndarray:
+        """A part of a matrix `[out, in]` that is in fp8."""
+        assert isinstance(self.files, Fp8Files)
+        part = self._fused.get(name)
+        if part is None:
+            return self.files.codes(name, index)
+        return part.view(self.files.codes(part.name, part.box(index)))
+
+    def _scales(self, name: str, index: Box) -> np.ndarray:
+        """A part of its scales `[out, blocks of in]`."""
+        assert isinstance(self.files, Fp8Files)
+        part = self._fused.get(name)
+        if part is None:
+            return self.files.scales(name, index)
+        found = self.files.scales(part.name, part.box(index), transposed=part.transposed)
+        return part.view(found)
+
+    @cached_property
+    def _by_matrix(self) -> dict[LeafPath, dict[tuple[int, ...], list[str]]]:
+        """Names of the tensors in each matrix of each parameter."""
+        found: dict[LeafPath, dict[tuple[int, ...], list[str]]] = {}
+        for name, place in self.placements.items():
+            found.setdefault(place.path, {}).setdefault(place.index, []).append(name)
+        return found
 
     def _copy(self, name: str, box: Box, target: np.ndarray) -> None:
         """Copy a part of a tensor, by its place in the parameter."""

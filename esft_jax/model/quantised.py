@@ -24,11 +24,11 @@ class Quantisation:
     Attributes:
         experts: scheme of the matrices of routed experts; None keeps them as they are.
         rest: the same of those of attention, dense MLPs and shared experts.
-        group_size: inputs that share a scale.
+        group_size: inputs that share a scale; those of MXFP4 and fp8 are as published.
     """
 
     experts: Scheme | None = None
-    rest: Literal["int8"] | None = None
+    rest: Literal["int8", "fp8"] | None = None
     group_size: int = 64
 
 
@@ -43,10 +43,16 @@ def quantise_model(model: Transformer, how: Quantisation, trained: frozenset[str
         InputError: a matrix cannot be quantised so.
     """
     for key, scheme, param in _chosen(model, how, trained):
-        value = param.get_value()
-        if reason := problem(value.shape, scheme):
+        value, group_size = param.get_value(), how.group_size
+        reason = problem(value.shape, scheme)
+        if scheme == "fp8":
+            if (block := model.config.fp8_block) is None:
+                reason = "fp8 keeps what is published so; the model is not in blocks of fp8"
+            else:
+                _, group_size = block
+        if reason:
             raise InputError(f"quantise.{key}: {reason}; expected another scheme, or none")
-        param.set_value(quantise(value, scheme, how.group_size))
+        param.set_value(quantise(value, scheme, group_size))
 
 
 def _chosen(

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from esft_jax.checkpoint import converted
+from esft_jax.checkpoint import arrays, converted
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.checkpoint.source import HuggingFaceSource
@@ -104,7 +104,7 @@ def test_a_chunk_is_one_tensor_or_a_part_of_it(tiny, tmp_path, monkeypatch):
     chunks = [p for p in (tmp_path / "whole" / "params").glob("*/c/**/*") if p.is_file()]
     assert len([p for p in chunks if "__lock" not in p.name]) == len(files)
     whole = load_model(tmp_path / "whole")
-    monkeypatch.setattr(converted, "_MAX_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(arrays, "_MAX_CHUNK_BYTES", 1000)
     convert_checkpoint(tiny[1], tmp_path / "split")
     chunks = [p for p in (tmp_path / "split" / "params").glob("*/c/**/*") if p.is_file()]
     assert max(p.stat().st_size for p in chunks) <= 1004  # 1000 and a checksum

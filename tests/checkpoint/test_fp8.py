@@ -12,13 +12,16 @@ from safetensors.numpy import load_file, save_file
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model, save_model
 from esft_jax.checkpoint.fp8 import Fp8Files
-from esft_jax.checkpoint.load import load_model
+from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.checkpoint.source import HuggingFaceSource
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, read_model_config
+from esft_jax.model.params import Role
+from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
-from tests.checkpoint.checkpoints import assert_same
+from tests.checkpoint.checkpoints import assert_same, leaves
 
 FP8 = ml_dtypes.float8_e4m3fn
 BLOCK = 16, 8
@@ -52,6 +55,7 @@ SHAPE = {
 }
 EXPERT = "model.layers.1.mlp.experts.3.gate_proj.weight"
 OUT = "model.layers.1.self_attn.o_proj.weight"
+LAYER = "model.layers.1.mlp.experts"
 MTP = "model.layers.2.mlp.experts.0.up_proj.weight"
 SCALES = "_scale_inv"
 
@@ -71,9 +75,9 @@ def quantise(tensors, seed=0):
     return found
 
 
-def grid(scale, shape):
+def grid(scale, shape, block=BLOCK):
     """The scale of every element."""
-    return np.kron(scale, np.ones(BLOCK))[: shape[0], : shape[1]]
+    return np.kron(scale, np.ones(block))[: shape[0], : shape[1]]
 
 
 def reference(tensors):
@@ -196,6 +200,124 @@ def test_experts_of_a_layer_in_one_tensor(folder, stored, tmp_path):
     others = {name: tensor for name, tensor in stored.items() if not name.startswith(layer)}
     other = write(tmp_path / "fused", others | fused)
     assert HuggingFaceSource(other).fingerprint == HuggingFaceSource(folder).fingerprint
+
+
+KEPT = Quantisation(experts="fp8", rest="fp8")
+
+
+def assert_kept(kept, exact):
+    """Matrices are quantised, and stand for the same numbers bit for bit; all else is the same."""
+    kept, exact = leaves(kept), leaves(exact)
+    assert kept.keys() == exact.keys()
+    for path, leaf in kept.items():
+        if isinstance(leaf, Quantised):
+            assert leaf.scheme == "fp8" and leaf.codes.dtype == np.uint8
+            leaf = leaf.astype(jnp.float32)
+        np.testing.assert_array_equal(leaf, exact[path], str(path))
+    return {path[-1] for path, leaf in kept.items() if isinstance(leaf, Quantised)}
+
+
+def test_fp8_that_is_kept_is_what_is_published(folder, plain):
+    exact = load_model(plain)
+    found = assert_kept(load_base(folder, jnp.float32, None, KEPT).model, exact)
+    assert found == {"gate_up", "down", "q", "kv_down", "kv_up", "out"}
+    assert_kept(load_base(folder, jnp.float32, make_mesh(2, 4), KEPT).model, exact)
+    some = Quantisation(experts="fp8", rest="int8", group_size=16)
+    model = load_base(folder, jnp.float32, None, some, frozenset({Role.ATTENTION})).model
+    assert model.moe_blocks.moe.experts.down.get_value().scheme == "fp8"
+    assert model.moe_blocks.moe.shared_experts.down.get_value().scheme == "int8"
+    assert not isinstance(model.moe_blocks.attentions[0].out.get_value(), Quantised)
+
+
+def fused_in_fp8(values, random, block=BLOCK):
+    """A fused tensor in fp8, its scales, and what both stand for."""
+    shape = values.shape[1:]
+    blocks = [-(-size // step) for size, step in zip(shape, block, strict=True)]
+    scales = random.uniform(1e-3, 3e-3, (len(values), *blocks)).astype(np.float32)
+    wide = np.stack([grid(scale, shape, block) for scale in scales])
+    codes = (values / wide).astype(FP8)
+    return codes, scales, (codes.astype(np.float64) * wide).astype(np.float32)
+
+
+def test_fused_experts_are_kept(stored, tmp_path):
+    layer, random, values = LAYER, np.random.default_rng(3), reference(stored)
+    experts = {
+        part: np.stack([values[f"{layer}.{e}.{part}_proj.weight"] for e in range(8)])
+        for part in ("gate", "up", "down")
+    }
+    gate_up = np.concatenate([experts["gate"], experts["up"]], axis=1)
+    tensors = {name: t for name, t in stored.items() if not name.startswith(layer)}
+    for name, fused in ("gate_up_proj", gate_up), ("down_proj", experts["down"]):
+        codes, scales, _ = fused_in_fp8(fused, random)
+        tensors[f"{layer}.{name}"], tensors[f"{layer}.{name}{SCALES}"] = codes, scales
+    other = write(tmp_path / "fused", tensors)
+    # Blocks of a fused tensor reach from gate into up.
+    assert_kept(load_base(other, jnp.float32, None, KEPT).model, load_model(other))
+
+
+INPUTS_FIRST = {
+    "model_type": "gpt_oss",
+    "vocab_size": 41,
+    "hidden_size": 40,
+    "intermediate_size": 22,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.mark.parametrize("block", [(8, 8), BLOCK], ids=["square", "oblong"])
+def test_fused_experts_with_inputs_first_and_gate_and_up_in_turns(tmp_path, block):
+    template, made, random = tmp_path / "template", tmp_path / "made", np.random.default_rng(4)
+    template.mkdir()
+    (template / "config.json").write_text(json.dumps(INPUTS_FIRST))
+    save_model(Transformer(load_model_config(template), rngs=nnx.Rngs(0)), made, template)
+    tensors = load_file(made / "model.safetensors")
+    exact = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        found = fused_in_fp8(tensors[name], random, block)
+        tensors[name], tensors[name + SCALES], exact[name] = found
+    raw = INPUTS_FIRST | {"quantization_config": QUANTISED | {"weight_block_size": list(block)}}
+    folder = write(tmp_path / "fp8", tensors, raw)
+    plain = load_model(write(tmp_path / "plain", exact, INPUTS_FIRST))
+    assert_same(load_model(folder), plain)
+    if block == BLOCK:
+        with pytest.raises(InputError, match=r"inputs first and blocks of \(16, 8\); expected squ"):
+            load_base(folder, jnp.float32, None, Quantisation(experts="fp8"))
+    else:
+        assert_kept(load_base(folder, jnp.float32, None, Quantisation(experts="fp8")).model, plain)
+
+
+def test_what_is_not_in_fp8_cannot_be_kept_so(plain, stored, tmp_path):
+    for key in ("experts", "rest"):
+        with pytest.raises(InputError, match=f"quantise.{key}: fp8 keeps what .* not in blocks"):
+            load_base(plain, jnp.float32, None, Quantisation(**{key: "fp8"}))
+    values = reference(stored)[OUT]
+    part = {name: t for name, t in stored.items() if name != OUT + SCALES} | {OUT: values}
+    some = write(tmp_path / "some", part)
+    with pytest.raises(InputError, match=f"quantise.rest: fp8 keeps .*'{OUT}' of .* is F32"):
+        load_base(some, jnp.float32, None, KEPT)
+    load_base(some, jnp.float32, None, Quantisation(experts="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t | {EXPERT + SCALES: t[EXPERT + SCALES] * np.nan},
+            f"{EXPERT}{SCALES}' has val",
+        ),
+        (lambda t: t | {EXPERT: (t[EXPERT].view(np.uint8) | 0x7F).view(FP8)}, f"{EXPERT}' has val"),
+    ],
+)
+def test_codes_and_scales_that_are_kept_are_numbers(stored, tmp_path, change, message):
+    bad = write(tmp_path / "bad", change(stored))
+    with pytest.raises(InputError, match=message):
+        load_base(bad, jnp.float32, None, KEPT)
 
 
 def changed(name, make):
