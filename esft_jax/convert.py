@@ -4,15 +4,22 @@ Memory holds a few tensors at a time. A conversion that was interrupted goes on 
 when the same command is run again. Several processes that see the same folders share the work.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.load import local_folder
+from esft_jax.checkpoint.quantise import quantise_converted
 from esft_jax.cli import Parser, add_process_arguments, command, join_processes, option
+from esft_jax.config import QuantiseConfig
+from esft_jax.errors import InputError
+from esft_jax.model.quantised import Quantisation
 from esft_jax.processes import use_cpu_only
+from esft_jax.strict_yaml import explain
 from esft_jax.values import LocalPath
 
 
@@ -23,21 +30,57 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        required=True,
         type=option(LocalPath),
         metavar="MODEL",
-        help="Hugging Face folder, or a name on the hub",
+        help="Hugging Face folder, or a name on the hub; not needed for --quantise, if --to is "
+        "converted already",
     )
     parser.add_argument(
         "--to", required=True, type=option(LocalPath), metavar="FOLDER", help="new folder to write"
     )
+    parser.add_argument(
+        "--quantise",
+        type=_quantisation,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="keep matrices quantised beside those in full precision, by the keys of the section "
+        "quantise of a configuration, such as experts=int4,rest=int8,group_size=64; may be given "
+        "several times, and for a folder that is converted already",
+    )
     add_process_arguments(parser)
     args = parser.parse_args(argv)
+    if args.source is None and not args.quantise:
+        raise InputError("--from: missing; expected a Hugging Face folder, or a name on the hub")
     use_cpu_only()
     join_processes(args)
-    fingerprint = convert_checkpoint(local_folder(args.source), args.to, origin=args.source)
+    if args.source is None:
+        for quantisation in args.quantise:
+            quantise_converted(args.to, quantisation)
+        done = f"Quantised {args.to}"
+    else:
+        folder = local_folder(args.source)
+        fingerprint = convert_checkpoint(folder, args.to, args.source, args.quantise)
+        done = f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}"
     if jax.process_index() == 0:
-        print(f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}")
+        print(done)
+
+
+def _quantisation(text: str) -> Quantisation:
+    """The keys of `QuantiseConfig` for `argparse`."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    values = {key: value for key, _, value in pairs}
+    if len(values) < len(pairs) or not all(separator for _, separator, _ in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected KEY=VALUE,..., every key once, such as experts=int4,rest=int8"
+        )
+    try:
+        config = TypeAdapter(QuantiseConfig).validate_strings(values)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(explain(error.errors(include_url=False)[0])) from None
+    if config.chosen is None:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected experts or rest")
+    return config.chosen
 
 
 if __name__ == "__main__":

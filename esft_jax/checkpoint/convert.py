@@ -7,7 +7,7 @@ was killed goes on where it stopped, with any number of them.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,24 @@ from esft_jax.checkpoint.converted import (
 )
 from esft_jax.checkpoint.folder import TensorSpec, copy_companions, write_tensors
 from esft_jax.checkpoint.journal import Journal
+from esft_jax.checkpoint.quantise import check_quantisation, quantise_converted
 from esft_jax.checkpoint.source import HuggingFaceSource, combine_digests
 from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, common_dtype, is_finite
 from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath
 from esft_jax.files import write_text_atomic
-from esft_jax.processes import on_all_processes
+from esft_jax.model.quantised import Quantisation
+from esft_jax.processes import any_process, on_all_processes
 
 _MAX_SHARD_BYTES = 4 << 30
 
 
 def convert_checkpoint(
-    source_folder: str | Path, target: str | Path, origin: str | None = None
+    source_folder: str | Path,
+    target: str | Path,
+    origin: str | None = None,
+    quantisations: Sequence[Quantisation] = (),
 ) -> str:
     """Convert a checkpoint, or complete a conversion of it that was interrupted.
 
@@ -48,22 +53,41 @@ def convert_checkpoint(
 
     Args:
         source_folder: folder in Hugging Face layout.
-        target: folder to write; new, empty, or an unfinished conversion of the same source.
+        target: folder to write; new, empty, or an unfinished conversion of the same source; a
+            finished one of the same weights if there are `quantisations`.
         origin: what the manifest names as the source, if not the folder.
+        quantisations: what is kept quantised, too; see `quantise_converted`.
 
     Returns:
         The fingerprint of the base.
 
     Raises:
-        InputError: the source is no complete checkpoint, or the target holds something else.
+        InputError: the source is no complete checkpoint, or the target holds something else; or a
+            matrix cannot be quantised so.
     """
     folder, source_folder = Path(target), Path(source_folder)
     origin = origin or str(source_folder)
     if is_converted(source_folder):
         raise InputError(f"{source_folder}: is a converted checkpoint already")
     source = HuggingFaceSource(source_folder)
-    _convert(source, folder, origin)
+    for quantisation in quantisations:
+        check_quantisation(source, quantisation)
+    if quantisations and any_process((folder / MANIFEST).is_file()):
+        _check_same(ConvertedSource(folder), source, origin)
+    else:
+        _convert(source, folder, origin)
+    for quantisation in quantisations:
+        quantise_converted(folder, quantisation, source)
     return ConvertedSource(folder).fingerprint
+
+
+def _check_same(converted: ConvertedSource, source: HuggingFaceSource, origin: str) -> None:
+    """Check that a finished conversion is one of a source; of another name, by its weights."""
+    if converted.origin != origin and converted.fingerprint != source.fingerprint:
+        raise InputError(
+            f"{converted.folder}: is a conversion of {converted.origin}, with other weights than "
+            f"{origin}; expected a new folder, or that source"
+        )
 
 
 def _convert(source: HuggingFaceSource, folder: Path, origin: str) -> None:

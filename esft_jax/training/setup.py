@@ -15,6 +15,7 @@ from esft_jax.adapt.partition import trained_roles
 from esft_jax.adapt.parts import check_rates, roles_of
 from esft_jax.checkpoint.identity import chat_record, tokenizer_fingerprint
 from esft_jax.checkpoint.load import local_folder, open_source
+from esft_jax.checkpoint.quantise import describe_quantisation
 from esft_jax.config import RunConfig
 from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.mix import MixedDataset
@@ -103,7 +104,9 @@ class Setup(Checked):
         }
 
     def describe(self) -> list[str]:
-        """A line for each source of rows."""
+        """A line for each source of rows, and for each part that a converted base may keep
+        quantised.
+        """
         if isinstance(self.train_set, MixedDataset):
             train = [
                 f"train {source.name} (weight {source.weight:g}): {source.dataset.describe()}"
@@ -117,7 +120,9 @@ class Setup(Checked):
         ]
         rows = self.score_set
         score = [] if rows is None or rows is self.task_set else [f"score: {rows.describe()}"]
-        return train + valid + score
+        how, source = self.config.quantise.chosen, self.base.source
+        quantised = describe_quantisation(source, how) if source and how else []
+        return train + valid + score + quantised
 
 
 def open_setup(config: RunConfig) -> Setup:
