@@ -5,6 +5,7 @@ when the same command is run again. Several processes that see the same folders 
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ from esft_jax.model.quantised import Quantisation
 from esft_jax.processes import use_cpu_only
 from esft_jax.strict_yaml import explain
 from esft_jax.values import LocalPath
+
+_KEYS = [field.name for field in dataclasses.fields(QuantiseConfig)]
 
 
 @command
@@ -70,14 +73,16 @@ def _quantisation(text: str) -> Quantisation:
     """The keys of `QuantiseConfig` for `argparse`."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     values = {key: value for key, _, value in pairs}
-    if len(values) < len(pairs) or not all(separator for _, separator, _ in pairs):
+    if len(values) < len(pairs) or not values.keys() <= set(_KEYS):
         raise argparse.ArgumentTypeError(
-            f"{text!r}; expected KEY=VALUE,..., every key once, such as experts=int4,rest=int8"
+            f"{text!r}; expected KEY=VALUE,..., each of {', '.join(_KEYS)} once at most"
         )
     try:
         config = TypeAdapter(QuantiseConfig).validate_strings(values)
     except ValidationError as error:
-        raise argparse.ArgumentTypeError(explain(error.errors(include_url=False)[0])) from None
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise argparse.ArgumentTypeError(f"{key}: {explain(mistake)}") from None
     if config.chosen is None:
         raise argparse.ArgumentTypeError(f"{text!r}; expected experts or rest")
     return config.chosen

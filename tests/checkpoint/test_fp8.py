@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model, save_model
 from esft_jax.checkpoint.fp8 import Fp8Files
 from esft_jax.checkpoint.load import load_base, load_model
+from esft_jax.checkpoint.quantise import quantise_converted
 from esft_jax.checkpoint.source import HuggingFaceSource
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, read_model_config
@@ -21,7 +23,7 @@ from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
-from tests.checkpoint.checkpoints import assert_same, leaves
+from tests.checkpoint.checkpoints import assert_same, leaves, logits
 
 FP8 = ml_dtypes.float8_e4m3fn
 BLOCK = 16, 8
@@ -227,6 +229,36 @@ def test_fp8_that_is_kept_is_what_is_published(folder, plain):
     assert model.moe_blocks.moe.experts.down.get_value().scheme == "fp8"
     assert model.moe_blocks.moe.shared_experts.down.get_value().scheme == "int8"
     assert not isinstance(model.moe_blocks.attentions[0].out.get_value(), Quantised)
+
+
+def test_logits_beside_fp8_that_is_kept(folder, plain):
+    tokens = np.random.default_rng(0).integers(0, 48, (2, 9))
+    found = logits(load_base(folder, jnp.float32, None, KEPT).model, tokens)
+    np.testing.assert_allclose(found, logits(load_model(plain), tokens), atol=1e-5)
+
+
+def test_a_conversion_keeps_fp8(folder, stored, plain, tmp_path):
+    target = tmp_path / "converted"
+    convert_checkpoint(folder, target)
+    with pytest.raises(
+        InputError, match=r"converted: does not keep \S+ in fp8; expected the folder"
+    ):
+        load_base(target, jnp.float32, None, KEPT)
+    with pytest.raises(InputError, match=r"does not keep .* `convert --from ... --quantise`"):
+        quantise_converted(target, KEPT)
+    # The same scales, but one number is another.
+    one = stored[EXPERT].copy()
+    one.view(np.uint8)[3, 5] ^= 1
+    other = write(tmp_path / "other", stored | {EXPERT: one})
+    with pytest.raises(InputError, match=r"experts.gate_up has other numbers than the source"):
+        convert_checkpoint(other, target, str(folder), [KEPT])
+    convert_checkpoint(folder, target, quantisations=[KEPT])
+    found, expected = (load_base(f, jnp.float32, None, KEPT).model for f in (target, folder))
+    assert_kept(found, load_model(plain))
+    found, expected = (jax.tree.leaves(nnx.state(model)) for model in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    quantise_converted(target, KEPT)  # all of it is there
 
 
 def fused_in_fp8(values, random, block=BLOCK):

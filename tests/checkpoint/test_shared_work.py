@@ -1,5 +1,6 @@
 """Conversion and loading by several real processes of this machine, some of which are killed."""
 
+import hashlib
 import json
 import os
 import signal
@@ -8,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from esft_jax.checkpoint.convert import (
     _begin,
@@ -18,7 +22,12 @@ from esft_jax.checkpoint.convert import (
     convert_checkpoint,
 )
 from esft_jax.checkpoint.load import load_base
+from esft_jax.checkpoint.quantise import quantise_converted
 from esft_jax.checkpoint.source import HuggingFaceSource
+from esft_jax.model.quantised import Quantisation
+from esft_jax.sharding import make_mesh
+
+HOW, QUANTISE = Quantisation("int4", "int8", 16), "experts=int4,rest=int8,group_size=16"
 
 # A process that converts; one that is to be killed does that itself, at a tensor it has begun.
 CONVERT = """
@@ -39,9 +48,11 @@ sys.exit(main(sys.argv[2:]))
 
 # A process that loads onto its half of eight devices, and then asks for the fingerprint.
 LOAD = """
-import argparse, json, sys
+import argparse, hashlib, json, sys
 import jax
+import numpy as np
 from flax import nnx
+from esft_jax.model.quantised import Quantisation
 from esft_jax.cli import add_process_arguments, join_processes
 from esft_jax.checkpoint.load import load_base
 from esft_jax.checkpoint.tensor_files import TensorFiles
@@ -70,6 +81,13 @@ held = sum(
 )
 read.append(0)
 report = {"fingerprint": base.fingerprint, "held": held, "loading": read[0], "hashing": read[1]}
+quantised = load_base(args.folder, "float32", make_mesh(1, 8), Quantisation("int4", "int8", 16))
+shards = {
+    f"{number} {shard.index}": hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+    for number, leaf in enumerate(jax.tree.leaves(nnx.state(quantised.model)))
+    for shard in leaf.addressable_shards
+}
+report |= {"shards": shards}
 with open(f"{args.report}.{jax.process_index()}", "w") as file:
     json.dump(report, file)
 """
@@ -118,7 +136,7 @@ def content(folder):
 def expected(tiny, tmp_path_factory):
     """Every file of the conversion that nothing disturbed."""
     folder = tmp_path_factory.mktemp("expected") / "converted"
-    convert_checkpoint(tiny[1], folder, origin=str(tiny[1]))
+    convert_checkpoint(tiny[1], folder, origin=str(tiny[1]), quantisations=[HOW])
     return content(folder)
 
 
@@ -128,6 +146,7 @@ def test_one_process_is_killed_and_two_complete_its_work(tiny, expected, tmp_pat
     codes, outputs = finish(start(CONVERT, names[len(names) // 2], *flags))
     assert codes == [-signal.SIGKILL], outputs
     assert not (target / "manifest.json").exists()
+    flags += ["--quantise", QUANTISE]
     codes, outputs = finish(start(CONVERT, "", *flags, processes=2))
     assert codes == [0, 0], outputs
     assert "Converted" in outputs[0] and "Converted" not in outputs[1]
@@ -142,6 +161,7 @@ def test_a_process_that_comes_late_shares_out_the_same_work(tiny, expected, tmp_
     for process in (1, 0):
         _convert_share(source, target, dtypes, process, 2)
     _finish(source, target, dtypes, str(tiny[1]))
+    quantise_converted(target, HOW)
     assert content(target) == expected
 
 
@@ -160,7 +180,7 @@ def test_an_unexpected_error_of_one_process_ends_both(tiny, tmp_path):
 @pytest.mark.slow
 def test_one_of_two_is_killed_and_one_completes_their_work(tiny, expected, tmp_path):
     names, target = list(HuggingFaceSource(tiny[1]).placements), tmp_path / "target"
-    flags = ["--from", tiny[1], "--to", target]
+    flags = ["--from", tiny[1], "--to", target, "--quantise", QUANTISE]
     codes, outputs = finish(start(CONVERT, names[-3], *flags, processes=2))
     assert codes[0] not in (0, 2) and codes[1] == -signal.SIGKILL, outputs
     assert not (target / "manifest.json").exists()
@@ -197,3 +217,11 @@ def test_two_processes_read_their_own_parts_and_hash_half_each(tiny, tmp_path):
         assert abs(report["hashing"] - sum(sizes) / 2) <= max(sizes) / 2
         assert report["fingerprint"] == source.fingerprint
     assert sum(report["hashing"] for report in reports) == sum(sizes)
+    model = load_base(tiny[1], "float32", make_mesh(1, 8), HOW).model
+    shards = {
+        f"{number} {shard.index}": hashlib.sha256(np.asarray(shard.data).tobytes()).hexdigest()
+        for number, leaf in enumerate(jax.tree.leaves(nnx.state(model)))
+        for shard in leaf.addressable_shards
+    }
+    assert all(set(report["shards"]) < set(shards) for report in reports)
+    assert reports[0]["shards"] | reports[1]["shards"] == shards

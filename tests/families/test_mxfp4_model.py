@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.checkpoint.peft import save_lora
+from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
-from tests.checkpoint.checkpoints import assert_same, logits, with_factors
+from tests.checkpoint.checkpoints import assert_same, leaves, logits, with_factors
 from tests.yardstick import torch
 
 RELEASED = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.embed_tokens"]}
@@ -100,6 +103,19 @@ def test_weights_are_those_of_transformers_bit_for_bit(released, tmp_path):
     assert_same(one, load_model(released, jnp.bfloat16, make_mesh(2, 4)))
     prints = {load_base(f).fingerprint for f in (released, tmp_path / "export")}
     assert prints == {load_base(tmp_path / "converted").fingerprint}
+
+
+def test_experts_stay_in_mxfp4(released, tmp_path):
+    """What is kept stands for what is published, bit for bit; a conversion keeps the same."""
+    how, exact = Quantisation(experts="mxfp4"), leaves(load_model(released, jnp.float32))
+    one = leaves(load_base(released, jnp.float32, None, how).model)
+    assert sum(isinstance(leaf, Quantised) for leaf in one.values()) == 2
+    for path, leaf in one.items():
+        values = leaf.astype(jnp.float32) if isinstance(leaf, Quantised) else leaf
+        np.testing.assert_array_equal(values, exact[path], str(path))
+    convert_checkpoint(released, tmp_path / "converted", quantisations=[how])
+    other = leaves(load_base(tmp_path / "converted", jnp.float32, None, how).model)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_trained_adapter_is_merged_into_the_export(released, tokens, tmp_path):
