@@ -12,7 +12,7 @@ from esft_jax.checkpoint.tensor_files import DTYPES, TensorFiles, TensorInfo, ma
 from esft_jax.errors import InputError
 
 _FP8 = "F8_E4M3"
-_NO_NUMBER = 0x7F  # a code that is, without its sign
+_NO_NUMBER = 0x7F  # the code of NaN, without its sign
 _SCALES = "_scale_inv"
 _SCALE_DTYPES = DTYPES | {"F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
 

@@ -32,7 +32,7 @@ from esft_jax.checkpoint.quantised import (
 from esft_jax.checkpoint.source import HuggingFaceSource, Source, combine_digests
 from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
-from esft_jax.files import write_text_atomic
+from esft_jax.files import check_no_links, write_text_atomic
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.quantised import Quantisation
 from esft_jax.ops.quantised import Quantised, Scheme
@@ -138,6 +138,7 @@ def _keep(
     process = jax.process_index()
     with on_all_processes(f"{target}: quantisation"):
         if process == 0:
+            check_no_links(target.parent)
             journal.begin(source.fingerprint)
     with on_all_processes(f"{target}: quantisation"):
         write = _writer(part, source, target, published)

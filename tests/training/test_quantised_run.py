@@ -12,6 +12,7 @@ from flax import nnx
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.checkpoint.adapter import apply_adapter, load_adapter
+from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import save_model
 from esft_jax.checkpoint.load import expert_reader, load_base, open_source
 from esft_jax.config import RunConfig
@@ -108,6 +109,22 @@ def test_frozen_weights_are_the_nearest_numbers_on_any_mesh(config, base) -> Non
         jax.tree.map(np.testing.assert_array_equal, other, nearest)
     for path in ("embedding", "moe_blocks.moe.router.weight"):
         np.testing.assert_array_equal(_leaf(one, path), _leaf(exact, path))
+
+
+def test_a_run_reads_what_a_converted_base_keeps(config, base, tmp_path) -> None:
+    folder = tmp_path / "converted"
+    convert_checkpoint(base, folder, quantisations=[quantisation()])
+    kept, split = (
+        open_setup(dataclasses.replace(config, model=str(path), output=f"{tmp_path / 'run'}"))
+        for path in (folder, base)
+    )
+    assert [line for line in kept.describe() if line.startswith("quantise")] == [
+        f"quantise.experts: read from {folder / 'quantised' / 'experts-int4-16'}",
+        f"quantise.rest: read from {folder / 'quantised' / 'rest-int8-16'}",
+    ]
+    assert not [line for line in split.describe() if line.startswith("quantise")]
+    found, expected = (nnx.state(setup.load_base()) for setup in (kept, split))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def _leaf(model, path):
