@@ -177,7 +177,18 @@ def quantised_reader(source: Source, path: LeafPath, like: Quantised) -> Callabl
 
     def read(place: Place) -> Matrix:
         block = source.block(path, matrix_box(place, like.shape), np.dtype(np.float32))
-        found = quantise(block[(0,) * len(place)], like.scheme, like.group_size)
+        with jax.default_device(_host()):
+            found = quantise(block[(0,) * len(place)], like.scheme, like.group_size)
         return np.asarray(found.codes), np.asarray(found.scales)
 
     return read
+
+
+def _host() -> jax.Device | None:
+    """What quantises: the host, for the same bits whatever computes with them; None where JAX is
+    told to use accelerators alone.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

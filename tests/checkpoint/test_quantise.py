@@ -89,6 +89,17 @@ def test_it_loads_what_is_kept_as_it_would_be_quantised(source, kept, rounding):
     ]
 
 
+def test_the_host_quantises(source, monkeypatch):
+    """Accelerators may round otherwise."""
+    made, quantise = [], reader.quantise
+    monkeypatch.setattr(reader, "quantise", lambda *args: made.append(quantise(*args)) or made[-1])
+    opened = open_source(source)
+    path, like = next(iter(reader.quantised_params(opened.config, HOW).items()))
+    with jax.default_device(jax.devices()[3]):
+        reader.quantised_reader(opened, path, like)((0,) * (like.ndim - 2))
+    assert made[0].codes.devices() == {jax.local_devices(backend="cpu")[0]}
+
+
 def test_parts_that_are_trained_are_read_in_full_precision(source, kept, rounding):
     trained = frozenset({Role.ATTENTION})
     found = load(kept, trained=trained)
