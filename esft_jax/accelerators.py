@@ -177,10 +177,15 @@ _KINDS = {
 } | {kind: name for name, gpu in GPUS.items() for kind in gpu.kinds}
 
 
+def peaks_of(device_kind: str) -> Peaks | None:
+    """The peaks of a device, by `jax.Device.device_kind`; None if they are unknown."""
+    return PEAKS.get(_KINDS.get(device_kind, ""))
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Bfloat16 operations per second of a device, by `jax.Device.device_kind`; None if unknown."""
-    kind = _KINDS.get(device_kind)
-    return None if kind is None else PEAKS[kind].flops
+    peaks = peaks_of(device_kind)
+    return None if peaks is None else peaks.flops
 
 
 def gpu_of(device_kind: str) -> Gpu | None:

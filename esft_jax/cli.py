@@ -32,6 +32,7 @@ VERBS = {
     "select": "choose the experts to train from their scores",
     "report": "show which experts a task needs, why, how sure that is, and what it costs",
     "plan": "see whether a run fits a TPU slice or GPUs, without having them",
+    "selfcheck": "check every kernel of a run on the accelerator at hand",
     "train": "train the chosen experts, or the whole model",
     "sweep": "compare methods on tasks, in a table of runs",
     "evaluate": "let a model complete task prompts, and judge the completions",

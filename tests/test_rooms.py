@@ -24,10 +24,11 @@ FLOORS = [
     {"routing"},
     {"training"},
     {"evaluation", "planning"},
-    {"sweeping"},
+    {"checking", "sweeping"},
     {"reporting"},
     {"cli"},
-    {"convert", "evaluate", "export", "generate", "harness", "plan", "select", "sweep", "train"},
+    {"convert", "evaluate", "export", "generate", "harness", "plan", "select", "selfcheck"},
+    {"sweep", "train"},
     {"report", "score", "show_data"},
 ]
 

@@ -1,14 +1,23 @@
 """Which platform a program is traced for, and what was made for it."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Literal
 
 import jax
 
 from esft_jax.accelerators import GPUS, gpu_of
+from esft_jax.errors import InputError, shown
 
 # The `cpu` extra.
 _CPU_EXTRA = ("numba", "threadpoolctl")
+
+# `xla` does without kernels that were made for a platform, should one of them fail there.
+KERNELS = "ESFT_KERNELS"
+_portable = ContextVar("portable", default=False)
 
 
 def target_platform() -> str:
@@ -34,8 +43,31 @@ def block_shared_memory() -> int:
     return known.get(capability, least).block_shared_memory
 
 
+@contextmanager
+def portable() -> Iterator[None]:
+    """What is traced within is plain XLA, whatever the platform has kernels for."""
+    # What JAX has traced before would be taken again.
+    jax.clear_caches()
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+        jax.clear_caches()
+
+
 def fastest_implementation() -> Literal["cpu", "gpu", "tpu", "xla"]:
-    """Which implementation of an operation suits the platform compiled for: its own, or `xla`."""
+    """Which implementation of an operation suits the platform compiled for: its own, or `xla`;
+    this one in any case, if the environment says `ESFT_KERNELS=xla`.
+
+    Raises:
+        InputError: it says something else.
+    """
+    wanted = os.environ.get(KERNELS, "")
+    if wanted not in ("", "xla"):
+        raise InputError(f"{KERNELS}: {shown(wanted)}; expected xla, or nothing")
+    if wanted or _portable.get():
+        return "xla"
     match target_platform():
         case "gpu":
             return "gpu"

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Literal, get_args
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from esft_jax.ops.platform import fastest_implementation
@@ -61,14 +62,18 @@ def causal_attention(
     if window is not None and window >= query.shape[1]:
         window = None
     if implementation is None:
-        implementation = fastest_implementation()
-        if implementation == "cpu" and query.dtype != jnp.float32:
-            implementation = "xla"
+        implementation = implementation_for(query.dtype)
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"attention: implementation {implementation!r} is not one of {known}")
     module = import_module(f"esft_jax.ops.attention.{implementation}")
     return module.causal_attention(query, key, value, segment_ids, scale, window, sinks)
+
+
+def implementation_for(dtype: DTypeLike) -> Implementation:
+    """What suits the platform compiled for, by the type of queries, keys and values."""
+    fastest = fastest_implementation()
+    return "xla" if fastest == "cpu" and jnp.dtype(dtype) != jnp.float32 else fastest
 
 
 def sinks_or_default(sinks: Float[Array, " H"] | None, heads: int) -> Float[Array, " H"]:
