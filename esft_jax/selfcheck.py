@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from esft_jax.checking.check import Finding
+from esft_jax.checking.kernel import RESULT
 from esft_jax.checking.run import Report, check_run, default_configs
 from esft_jax.cli import Parser, add_config_arguments, command, named_config, option
 from esft_jax.config import load_config
@@ -67,13 +68,20 @@ def _table(report: Report) -> Table:
         table.add_column(name)
     for name in ("error", "allowed", "ms", "of peak", "of least"):
         table.add_column(name, justify="right")
+    before: Finding | None = None
     for finding in report.findings:
-        table.add_row(*_row(finding), style="bold red" if finding.problem else None)
+        style = "bold red" if finding.problem else None
+        table.add_row(*_row(finding, before), style=style)
+        before = finding
     return table
 
 
-def _row(finding: Finding) -> list[str]:
-    named = [f"{finding.what}: {finding.part}", finding.dtype, finding.implementation]
+def _row(finding: Finding, before: Finding | None) -> list[str]:
+    """The cells of a finding; what it has in common with the one before is not said again."""
+    what = finding.what if finding.part == RESULT else f"{finding.what}: {finding.part}"
+    named = [what, finding.dtype, finding.implementation]
+    if before and (before.what, before.dtype) == (finding.what, finding.dtype):
+        named = [f"  {finding.part}", "", ""]
     if finding.note:
         return [*named, finding.note]
     measured = [f"{finding.error:.1e}", f"{finding.tolerance:.1e}"]
