@@ -13,6 +13,7 @@ Every measurement is a process of its own, so that none is short of memory that 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measuring import in_new_process, print_table, write_report
+from measuring import in_new_process, machine, print_table, write_report
 
 from esft_jax import selfcheck
 from esft_jax.accelerators import peak_flops
@@ -184,8 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             steps.append(step)
     print_steps(steps)
-    found = {"selfcheck": json.loads(checks.read_text()), "steps": steps}
-    write_report(args.output, found)
+    report = {
+        "machine": machine(os.cpu_count() or 1),
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "selfcheck": json.loads(checks.read_text()),
+        "steps": steps,
+    }
+    write_report(args.output, report)
     if code:
         raise SystemExit("selfcheck: something is wrong, see above")
 

@@ -14,7 +14,8 @@ import tests.typecheck  # noqa: F401, the hook finds it by this name
 
 # What computes with arrays. Left out is what numba compiles from its source.
 CHECKED = [
-    *("esft_jax.adapt", "esft_jax.decode", "esft_jax.model", "esft_jax.routing"),
+    *("esft_jax.adapt", "esft_jax.checking", "esft_jax.decode", "esft_jax.model"),
+    "esft_jax.routing",
     *(f"esft_jax.moe.{name}" for name in ("carry", "dispatch", "experts", "layer", "transport")),
     *(
         f"esft_jax.moe.grouped_matmul.{name}"

@@ -10,7 +10,7 @@ taps; V words.
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 Array64 = Float[np.ndarray, "..."]
 
@@ -19,7 +19,10 @@ _MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def dequantised(
-    codes: Int[np.ndarray, "P F"], scales: Float[np.ndarray, "G F"], scheme: str, group_size: int
+    codes: Integer[np.ndarray, "P F"],
+    scales: Float[np.ndarray, "G F"],
+    scheme: str,
+    group_size: int,
 ) -> Float[np.ndarray, "D F"]:
     """What codes and scales stand for; see `ops.quantised.Quantised`."""
     if scheme == "int8":

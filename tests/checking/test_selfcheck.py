@@ -18,9 +18,10 @@ from esft_jax.checking.kernel import RESULT, Limits, Subject
 from esft_jax.checking.run import default_configs
 from esft_jax.checking.small_step import small_model
 from esft_jax.checking.tokens import token_kernels
+from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.model.quantised import Quantisation
-from esft_jax.ops.platform import fastest_implementation
+from esft_jax.ops.platform import KERNELS, fastest_implementation, portable
 from esft_jax.ops.quantised import Quantised
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -342,3 +343,14 @@ def test_a_small_model_has_every_kind_of_layer(path):
         model.router, num_experts=0, top_k=0
     )
     assert small.logit_cap == model.logit_cap and small.activation == model.activation
+
+
+def test_kernels_can_be_done_without(monkeypatch):
+    assert fastest_implementation() != "xla"
+    with portable():
+        assert fastest_implementation() == "xla"
+    monkeypatch.setenv(KERNELS, "xla")
+    assert fastest_implementation() == "xla"
+    monkeypatch.setenv(KERNELS, "fast")
+    with pytest.raises(InputError, match="ESFT_KERNELS: 'fast'; expected xla, or nothing"):
+        fastest_implementation()
