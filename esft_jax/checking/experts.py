@@ -94,7 +94,11 @@ def _product(
     operands = {"x": draw(rows, sizes.inputs)}
     if sizes.tuned:
         operands["tuned"] = draw(sizes.tuned, *shape, std=std, dtype=jnp.float32)
-    base = _bank(draw, sizes.experts, shape, std, how, "float32" if learned else dtype, dtype)
+    group_size = how.group_size if how else 1
+    if how and how.experts == "fp8" and subject.model.fp8_block:
+        _, group_size = subject.model.fp8_block  # as published
+    stored = "float32" if learned else dtype
+    base = _bank(draw, sizes.experts, shape, std, how, group_size, stored, dtype)
     if learned:
         operands["base"], base = base, None
 
@@ -238,6 +242,7 @@ def _bank(
     shape: tuple[int, int],
     std: float,
     how: Quantisation | None,
+    group_size: int,
     stored: DTypeLike,
     dtype: DTypeLike,
 ) -> Any:
@@ -246,7 +251,7 @@ def _bank(
     def one(key: jax.Array) -> Any:
         matrix = uniform(key, shape, std, dtype)
         if how is not None and how.experts is not None:
-            return quantise(matrix, how.experts, how.group_size)
+            return quantise(matrix, how.experts, group_size)
         return matrix.astype(stored)
 
     keys = jax.random.split(draw.key(), experts)

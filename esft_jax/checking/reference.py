@@ -9,6 +9,7 @@ taps; V words.
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
@@ -27,6 +28,8 @@ def dequantised(
     """What codes and scales stand for; see `ops.quantised.Quantised`."""
     if scheme == "int8":
         values = codes.astype(np.float64)
+    elif scheme == "fp8":
+        values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     else:
         nibbles = np.concatenate([codes & 15, codes >> 4]).astype(np.int64)
         if scheme == "int4":

@@ -141,6 +141,7 @@ class _SmallRun:
         self.model = small_model(subject.model)
         self.trained = _small_trained(subject.trained, self.model)
         self.quantisation, self.init = subject.quantisation, config.init
+        self.masters = config.optimizer.masters
         self.length = min(TOKENS, subject.length)
         parts = min(2, config.train.micro_batches)
         self.train = dataclasses.replace(config.train, batch_size=ROWS * parts, micro_batches=parts)
@@ -159,6 +160,7 @@ class _SmallRun:
             jnp.dtype(self.dtype),
             jnp.float32 if self.init == "random" else None,
             quantisation=self.quantisation,
+            masters=jnp.dtype(self.masters),
         )
 
     def begin(self, device: jax.Device) -> Any:

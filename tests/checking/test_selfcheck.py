@@ -231,6 +231,7 @@ LITE, LINEAR = "deepseek-v2-lite", "qwen3.6-35b-a3b"
         ((LITE, "full"), "experts gate_up", OURS, wrong_weight_gradient, "base"),
         ((LITE, "esft", "int4"), "experts down, int4", OURS, wrong_products(False, True), RESULT),
         ((LITE, "esft", "int8"), "experts down, int8", OURS, wrong_products(True, True), "x"),
+        ((LITE, "esft", "fp8"), "experts down, fp8", OURS, wrong_products(False, True), RESULT),
         ((LITE, "lora"), "update of experts down", OURS, wrong_products(False), RESULT),
         ((LITE, "lora"), "update of experts gate_up", OURS, wrong_weight_gradient, "a"),
         (("gpt-oss-20b",), "experts down_bias", OURS, wrong_weight_gradient, "tuned"),
