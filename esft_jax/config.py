@@ -33,7 +33,7 @@ from esft_jax.adapt.parts import (
 )
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.values import (
     Count,

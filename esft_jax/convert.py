@@ -18,7 +18,7 @@ from esft_jax.checkpoint.quantise import quantise_converted
 from esft_jax.cli import Parser, add_process_arguments, command, join_processes, option
 from esft_jax.config import QuantiseConfig
 from esft_jax.errors import InputError
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.processes import use_cpu_only
 from esft_jax.strict_yaml import explain
 from esft_jax.values import LocalPath

@@ -18,10 +18,10 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
 from esft_jax.checking.kernel import RESULT, Draw, Kernel, Limits, Subject, to_host, uniform
 from esft_jax.checking.reference import Array64, dequantised, grouped_products, rows_of
-from esft_jax.model.quantised import Quantisation
 from esft_jax.moe.grouped_matmul import Bank, grouped_matmul
 from esft_jax.moe.weights import update_rows
 from esft_jax.ops.platform import fastest_implementation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised, per_byte, quantise
 
 ROWS = 512  # that are compared

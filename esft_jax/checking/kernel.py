@@ -14,8 +14,8 @@ from esft_jax.adapt.lora import Trained
 from esft_jax.checking.reference import Array64
 from esft_jax.memory import local_memory
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.quantised import Quantisation
 from esft_jax.ops.platform import target_platform
+from esft_jax.ops.quantisation import Quantisation
 
 RESULT = "result"
 

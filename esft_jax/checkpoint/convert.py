@@ -35,7 +35,7 @@ from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath
 from esft_jax.files import write_text_atomic
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.processes import any_process, on_all_processes
 
 _MAX_SHARD_BYTES = 4 << 30

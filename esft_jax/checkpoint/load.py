@@ -24,8 +24,9 @@ from esft_jax.checkpoint.source import HuggingFaceSource, Source
 from esft_jax.checkpoint.streaming import in_order
 from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
-from esft_jax.model.quantised import Quantisation, quantise_model
+from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import param_shardings
 

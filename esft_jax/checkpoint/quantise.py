@@ -34,8 +34,8 @@ from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
 from esft_jax.files import check_no_links, write_text_atomic
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.quantised import Quantisation
-from esft_jax.ops.quantised import Quantised, Scheme
+from esft_jax.ops.quantisation import Quantisation, Scheme
+from esft_jax.ops.quantised import Quantised
 from esft_jax.processes import any_process, on_all_processes
 
 

@@ -25,9 +25,10 @@ from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
 from esft_jax.files import checked, read_json
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.quantised import Quantisation, quantise_model
+from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.quantised import Quantised, Scheme, quantise
+from esft_jax.ops.quantisation import Quantisation, Scheme
+from esft_jax.ops.quantised import Quantised, quantise
 
 QUANTISED = "quantised"
 MANIFEST = "manifest.json"

@@ -51,8 +51,8 @@ from esft_jax.evaluation.tasks import (
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
 from esft_jax.memory import check_fits
-from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.processes import any_process
 from esft_jax.sharding import make_mesh
 from esft_jax.training.run_folder import RunFolder

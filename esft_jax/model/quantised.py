@@ -1,8 +1,6 @@
-"""Which weights of a model are kept quantised, and how."""
+"""Which weights of a model are kept quantised."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 from flax import nnx
@@ -11,25 +9,11 @@ from esft_jax.errors import InputError
 from esft_jax.model.moe import RoutedExperts
 from esft_jax.model.params import Role
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.quantised import Quantised, Scheme, problem, quantise
+from esft_jax.ops.quantisation import Quantisation, Scheme
+from esft_jax.ops.quantised import Quantised, problem, quantise
 
 # What `rest` names.
 REST = frozenset({Role.ATTENTION, Role.DENSE_MLP, Role.SHARED_EXPERT})
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How frozen weights are kept.
-
-    Attributes:
-        experts: scheme of the matrices of routed experts; None keeps them as they are.
-        rest: the same of those of attention, dense MLPs and shared experts.
-        group_size: inputs that share a scale; those of MXFP4 and fp8 are as published.
-    """
-
-    experts: Scheme | None = None
-    rest: Literal["int8", "fp8"] | None = None
-    group_size: int = 64
 
 
 def quantise_model(model: Transformer, how: Quantisation, trained: frozenset[str]) -> None:

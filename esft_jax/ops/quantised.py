@@ -5,7 +5,7 @@ Letters: D inputs and F outputs of a matrix, P of its rows in `codes`, G groups 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax.struct import dataclass, field
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-Scheme = Literal["int8", "int4", "mxfp4", "fp8"]
+from esft_jax.ops.quantisation import Scheme
 
 # Two numbers in a byte.
 _PACKED = ("int4", "mxfp4")

@@ -24,9 +24,10 @@ from esft_jax.adapt.partition import partition
 from esft_jax.adapt.parts import roles_of
 from esft_jax.config import DataConfig, TrainConfig
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.quantised import Quantisation, quantise_model
+from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.planning.gpu_memory import granted, memory_fraction
 from esft_jax.sharding import param_shardings
 from esft_jax.topology import lowering_platform

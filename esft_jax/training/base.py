@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from esft_jax.checkpoint.load import load_source
 from esft_jax.checkpoint.source import Source
 from esft_jax.model.config import ModelConfig
-from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.sharding import param_shardings
 
 

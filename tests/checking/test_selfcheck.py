@@ -20,8 +20,8 @@ from esft_jax.checking.small_step import small_model
 from esft_jax.checking.tokens import token_kernels
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
-from esft_jax.model.quantised import Quantisation
 from esft_jax.ops.platform import KERNELS, fastest_implementation, portable
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -19,8 +19,8 @@ from esft_jax.checkpoint.source import HuggingFaceSource
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, read_model_config
 from esft_jax.model.params import Role
-from esft_jax.model.quantised import Quantisation
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
 from tests.checkpoint.checkpoints import assert_same, leaves, logits

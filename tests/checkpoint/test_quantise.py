@@ -15,7 +15,7 @@ from esft_jax.checkpoint.load import load_base, open_source
 from esft_jax.checkpoint.quantise import describe_quantisation, quantise_converted
 from esft_jax.errors import InputError
 from esft_jax.model.params import Role
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
 from tests.checkpoint.checkpoints import expert_names, leaves, rewrite, save, torch_model

@@ -24,7 +24,7 @@ from esft_jax.checkpoint.convert import (
 from esft_jax.checkpoint.load import load_base
 from esft_jax.checkpoint.quantise import quantise_converted
 from esft_jax.checkpoint.source import HuggingFaceSource
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.sharding import make_mesh
 
 HOW, QUANTISE = Quantisation("int4", "int8", 16), "experts=int4,rest=int8,group_size=16"
@@ -52,7 +52,7 @@ import argparse, hashlib, json, sys
 import jax
 import numpy as np
 from flax import nnx
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.cli import add_process_arguments, join_processes
 from esft_jax.checkpoint.load import load_base
 from esft_jax.checkpoint.tensor_files import TensorFiles

@@ -18,7 +18,7 @@ from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.checkpoint.peft import save_lora
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import make_mesh
 from tests.checkpoint.checkpoints import assert_same, leaves, logits, with_factors

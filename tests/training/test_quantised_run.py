@@ -19,7 +19,7 @@ from esft_jax.config import RunConfig
 from esft_jax.data.pipeline import eval_batches
 from esft_jax.errors import InputError
 from esft_jax.evaluation.run import load_tuned
-from esft_jax.model.quantised import Quantisation
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised, quantise
 from esft_jax.planning.analysis import open_case
 from esft_jax.planning.program import local_bytes

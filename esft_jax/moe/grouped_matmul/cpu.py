@@ -27,7 +27,8 @@ from esft_jax.ops.foreign import (
     result,
     view,
 )
-from esft_jax.ops.quantised import Quantised, Scheme
+from esft_jax.ops.quantisation import Scheme
+from esft_jax.ops.quantised import Quantised
 
 # At most so many rows and columns of a result are one task of a thread.
 ROWS, GRADIENT_ROWS, COLUMNS = 256, 512, 1024
