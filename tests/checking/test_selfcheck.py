@@ -47,6 +47,7 @@ def findings(subject, *names):
                 yield from check_kernel(make, False, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "quantised", "dtype", "expected"),
     [
@@ -222,6 +223,7 @@ TOKENS = "esft_jax.checking.tokens"
 LITE, LINEAR = "deepseek-v2-lite", "qwen3.6-35b-a3b"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("of", "kernel", "module", "breaking", "part"),
     [

@@ -235,6 +235,7 @@ EXPERTS = ExpertConfig({1: (3, 0), 2: (5,), 3: (1, 6, 7)}, ("attention", "norms"
 RATES = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 3e-3, "muon": 1e-2, "sgd": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_learns_with_states_in_bfloat16(name: str, base) -> None:
     """Four rows of random tokens, by heart."""

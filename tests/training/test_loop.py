@@ -477,6 +477,7 @@ def test_a_run_moves_to_smaller_meshes(finished, tmp_path) -> None:
 LEAN = {"name": "adafactor", "moments": "bfloat16", "masters": "bfloat16", "learning_rate": 1e-3}
 
 
+@pytest.mark.slow
 def test_lean_states_continue_bit_for_bit_and_on_another_mesh(make_config, tmp_path) -> None:
     """Means over the sides of experts move with these; chance does not depend on the mesh."""
     experts = tmp_path / "experts.json"
