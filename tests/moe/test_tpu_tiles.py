@@ -15,6 +15,7 @@ from esft_jax.moe.grouped_matmul.groups import Groups
 from esft_jax.moe.grouped_matmul.tpu import multiply, weight_gradient
 from esft_jax.moe.grouped_matmul.tpu_tiles import (
     PIECES,
+    Stored,
     gradient_widths,
     multiply_widths,
     piece_rows,
@@ -76,6 +77,9 @@ def padded(width, block):
     return -(-width // block) * block
 
 
+BF16 = Stored(2, quantised=False)
+
+
 def work_over_exact(sizes, tuned, size, width):
     """Operations of a layer's experts, padding of rows and widths included, over those of its rows:
     forward, gradients of rows, and those of the first `tuned` groups' matrices.
@@ -87,7 +91,9 @@ def work_over_exact(sizes, tuned, size, width):
     done = asked = 0
     for d, f in ((size, 2 * width), (width, size)):
         for inner, outer in ((d, f), (f, d)):
-            blocks = multiply_widths(visits, groups, tile, inner, outer, bf16, (bf16, bf16))
+            blocks = multiply_widths(
+                visits, groups, tile, inner, outer, bf16, (BF16, BF16), transposed=False
+            )
             assert inner % blocks.inner == 0
             done += multiplied(sizes, piece, slice(None)) * inner * padded(outer, blocks.outer)
             asked += rows * inner * outer
@@ -134,17 +140,17 @@ def test_work_of_shipped_models_on_eight_chips(name, chip):
 
 
 def test_matrices_stay_uncut_along_the_sum_where_they_fit():
-    shape = (300, 73, 128, 2048, 2816, jnp.bfloat16, (jnp.bfloat16, jnp.bfloat16))
+    shape = (300, 73, 128, 2048, 2816, jnp.bfloat16, (BF16, BF16))
     with on("v5e"):
-        large = multiply_widths(*shape)
+        large = multiply_widths(*shape, transposed=False)
     with on("v4"):
-        small = multiply_widths(*shape)
+        small = multiply_widths(*shape, transposed=False)
     assert large.inner == small.inner == 2048 and large.outer > small.outer
 
 
 def test_what_cannot_be_cut_to_fit_is_refused():
     with on("v4"), pytest.raises(ValueError, match="16 MiB of VMEM of v4"):
-        multiply_widths(300, 8, 128, 60_001, 4096, jnp.bfloat16, (jnp.bfloat16,))
+        multiply_widths(300, 8, 128, 60_001, 4096, jnp.bfloat16, (BF16,), transposed=False)
 
 
 @pytest.mark.parametrize("starts", [None, [20, 0, 3, 90]], ids=["in order", "scattered"])
@@ -157,8 +163,9 @@ def test_matrices_cut_in_both_directions(monkeypatch, starts):
     x, grad = draw(rows, d, seed=0), draw(rows, f, seed=1)
     banks = (draw(2, d, f, seed=2), draw(2, d, f, seed=3))
     with emulated_tpu():
-        plan = (7, 4, 64, d, f, jnp.float32, (jnp.float32, jnp.float32))
-        blocks = multiply_widths(*plan)
+        stored = Stored(4, quantised=False)
+        plan = (7, 4, 64, d, f, jnp.float32, (stored, stored))
+        blocks = multiply_widths(*plan, transposed=False)
         assert blocks.inner < d and blocks.outer < f
         layers = tuple(Bank(bank, jnp.int32(0), len(bank)) for bank in banks)
         forward = jax.jit(lambda *a: multiply(*a, transposed=False))(x, layers, groups)
