@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from esft_jax.moe.grouped_matmul import Bank, grouped_matmul
+from esft_jax.moe.grouped_matmul import Bank, grouped_matmul, tpu_tiles
 from esft_jax.ops.quantised import Quantised, quantise
 from tests.moe.test_grouped_matmul import CASES, IMPLEMENTATIONS, SCATTERED, N, draw
 
@@ -91,6 +91,21 @@ def test_every_number_of_fp8_in_kernels(implementation):
     with IMPLEMENTATIONS[implementation]():
         found = grouped_matmul(ones, (packed,), sizes, implementation=implementation)
     np.testing.assert_array_equal(found, packed.astype(jnp.float32)[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_sum_whose_last_block_is_not_full(scheme, monkeypatch):
+    """In the TPU kernel, over outputs; what is behind the end of a block is not defined."""
+    monkeypatch.setattr(tpu_tiles, "vmem_limit", lambda: 600_000)
+    base, values = stack(scheme, 3, 64, 300, seed=2)
+    x, tuned = draw(N, 64, seed=0), draw(2, 64, 300, seed=1)
+    rest = np.array(CASES["uneven"], np.int32), draw(N, 300, seed=3)
+    with IMPLEMENTATIONS["tpu"]():
+        stored = [tpu_tiles.Stored.of(bank) for bank in (jnp.asarray(tuned), base)]
+        shape = (9, 5, 64, 300, 64, jnp.float32, stored)
+        assert 300 % tpu_tiles.multiply_widths(*shape, transposed=True).inner
+        ours = run("tpu", x, tuned, base, *rest)
+    compare(ours, run("xla", x, tuned, values, *rest))
 
 
 class TestQuantise:
