@@ -11,11 +11,13 @@ class Peaks:
         flops: bfloat16 operations per second, dense, with sums in float32.
         memory: bytes per second of its memory.
         network: bytes per second that it receives over all its links to others together.
+        host: bytes per second that it receives from its host; None where nobody says.
     """
 
     flops: float
     memory: float
     network: float
+    host: float | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ _HOPPER = Architecture("9.0", lanes=128, threads=2048, shared_memory=228 * 2**10
 _BLACKWELL = Architecture("10.0", lanes=128, threads=2048, shared_memory=228 * 2**10)
 _BLACKWELL_RTX = Architecture("12.0", lanes=128, threads=1536, shared_memory=100 * 2**10)
 
-# PCI Express, 16 lanes, one direction: of the fourth and of the fifth generation.
+# PCI Express, 16 lanes, one direction: of the fourth and of the fifth generation. The data sheets
+# say which one connects a GPU to its host.
 _PCIE4, _PCIE5 = 32e9, 64e9
 
 # Peaks are from NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200), half of the operations
@@ -87,7 +90,7 @@ GPUS = {
         clock=2.52,
         l2=72 * 2**20,
         memory=24207 * 2**20,
-        peaks=Peaks(165.2e12, 1008e9, _PCIE4),
+        peaks=Peaks(165.2e12, 1008e9, _PCIE4, _PCIE4),
     ),
     "rtx5090": Gpu(
         ("NVIDIA GeForce RTX 5090",),
@@ -96,7 +99,7 @@ GPUS = {
         clock=2.407,
         l2=96 * 2**20,
         memory=32112 * 2**20,
-        peaks=Peaks(209.5e12, 1792e9, _PCIE5),
+        peaks=Peaks(209.5e12, 1792e9, _PCIE5, _PCIE5),
     ),
     "l40s": Gpu(
         ("NVIDIA L40S",),
@@ -105,7 +108,7 @@ GPUS = {
         clock=2.52,
         l2=96 * 2**20,
         memory=45455 * 2**20,
-        peaks=Peaks(362.05e12, 864e9, _PCIE4),
+        peaks=Peaks(362.05e12, 864e9, _PCIE4, _PCIE4),
     ),
     "a100-40": Gpu(
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
@@ -114,7 +117,7 @@ GPUS = {
         clock=1.41,
         l2=40 * 2**20,
         memory=42298834944,
-        peaks=Peaks(312e12, 1555e9, 300e9),
+        peaks=Peaks(312e12, 1555e9, 300e9, _PCIE4),
     ),
     "a100-80": Gpu(
         ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
@@ -123,7 +126,7 @@ GPUS = {
         clock=1.41,
         l2=40 * 2**20,
         memory=85100068864,
-        peaks=Peaks(312e12, 2039e9, 300e9),
+        peaks=Peaks(312e12, 2039e9, 300e9, _PCIE4),
     ),
     "h100": Gpu(
         ("NVIDIA H100 80GB HBM3",),
@@ -132,7 +135,7 @@ GPUS = {
         clock=1.98,
         l2=50 * 2**20,
         memory=84942979072,
-        peaks=Peaks(989e12, 3350e9, 450e9),
+        peaks=Peaks(989e12, 3350e9, 450e9, _PCIE5),
     ),
     "h200": Gpu(
         ("NVIDIA H200",),
@@ -141,7 +144,7 @@ GPUS = {
         clock=1.98,
         l2=50 * 2**20,
         memory=143155 * 2**20,
-        peaks=Peaks(989e12, 4800e9, 450e9),
+        peaks=Peaks(989e12, 4800e9, 450e9, _PCIE5),
     ),
     "b200": Gpu(
         ("NVIDIA B200",),
@@ -150,20 +153,21 @@ GPUS = {
         clock=1.965,
         l2=132644864,
         memory=191514411008,
-        peaks=Peaks(2250e12, 8000e9, 900e9),
+        peaks=Peaks(2250e12, 8000e9, 900e9, _PCIE5),
     ),
 }
 
 
 # TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, of whose bidirectional interconnect
 # bandwidth per chip one direction counts. That of v4 (6 links of 45 GB/s) is from
-# jax-ml.github.io/scaling-book/tpus. A chip of tpu7x is two devices.
+# jax-ml.github.io/scaling-book/tpus, and so is the bandwidth between a host and v6e, about 15 GB/s;
+# that of the others is not known here. A chip of tpu7x is two devices.
 PEAKS = {
-    "v4": Peaks(275e12, 1200e9, 270e9),
-    "v5e": Peaks(197e12, 819e9, 200e9),
-    "v5p": Peaks(459e12, 2765e9, 600e9),
-    "v6e": Peaks(918e12, 1638e9, 400e9),
-    "tpu7x": Peaks(2307e12 / 2, 7380e9 / 2, 600e9),
+    "v4": Peaks(275e12, 1200e9, 270e9, None),
+    "v5e": Peaks(197e12, 819e9, 200e9, None),
+    "v5p": Peaks(459e12, 2765e9, 600e9, None),
+    "v6e": Peaks(918e12, 1638e9, 400e9, 15e9),
+    "tpu7x": Peaks(2307e12 / 2, 7380e9 / 2, 600e9, None),
 } | {name: gpu.peaks for name, gpu in GPUS.items()}
 
 

@@ -4,10 +4,13 @@ An indexing operation on the whole array would let the compiler gather all of it
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+
+from esft_jax.host_memory import shard_data, to_device, to_memory_of
 
 _STRIP = 16
 
@@ -64,7 +67,7 @@ def read_block(array: jax.Array, box: Box) -> np.ndarray:
         common = intersect(box, own)
         if shard.replica_id or common is None:
             continue
-        piece = jax.lax.dynamic_slice(shard.data, _begin(common, own), box_shape(common))
+        piece = _cut(shard_data(shard), _begin(common, own), box_shape(common))
         block[within(common, box)] = np.asarray(piece)
     if jax.process_count() > 1:
         # Every element comes from exactly one process; adding bits keeps it as it is.
@@ -78,7 +81,7 @@ def write_blocks(array: jax.Array, blocks: Iterable[tuple[Box, np.ndarray]]) -> 
 
     Every process must give the same blocks.
     """
-    shards = [(bounded(shard.index, array.shape), shard.data) for shard in array.addressable_shards]
+    shards = [(bounded(s.index, array.shape), shard_data(s)) for s in array.addressable_shards]
     for box, block in blocks:
         for number, (own, data) in enumerate(shards):
             common = intersect(box, own)
@@ -94,4 +97,11 @@ def _begin(box: Box, outer: Box) -> tuple[int, ...]:
     return tuple(s.start for s in within(box, outer))
 
 
-_overwrite = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
+@partial(jax.jit, static_argnums=2)
+def _cut(data: jax.Array, begin: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    return to_device(jax.lax.dynamic_slice(data, begin, shape))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _overwrite(data: jax.Array, piece: jax.Array, begin: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(data, to_memory_of(piece, data), begin)

@@ -231,11 +231,7 @@ class SelectConfig:
         if (
             len(self.scores) > 1
             and self.combine == "union"
-            and rules
-            in (
-                ["max_parameters"],
-                ["max_bytes"],
-            )
+            and rules in (["max_parameters"], ["max_bytes"])
         ):
             return f"{rules[0]}: the union of several tasks would exceed it; expected one task"
         if self.groups_from is not None and self.group_size == 1:
@@ -404,6 +400,9 @@ class RunConfig:
         select: Which experts are trained.
         lora: Low-rank updates; only with `method: lora`.
         quantise: How frozen weights are kept in memory; not with `method: full`.
+        frozen_memory: Where the matrices of frozen routed experts are kept: in the memory of the
+            `device`, or in that of its `host`, from where each layer's are moved to the device when
+            the layer is computed; not with `method: full`.
         train: The training loop.
         optimizer: The optimizer and its schedule.
         evaluation: Completions of task prompts, and how they are judged.
@@ -422,6 +421,7 @@ class RunConfig:
     select: SelectConfig = SelectConfig()
     lora: LoRAConfig = LoRAConfig()
     quantise: QuantiseConfig = QuantiseConfig()
+    frozen_memory: Literal["device", "host"] = "device"
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -455,6 +455,8 @@ class RunConfig:
             problem = "quantise: method full freezes nothing; expected neither experts nor rest"
         elif self.quantise.chosen is None and self.quantise != QuantiseConfig():
             problem = "quantise.group_size: nothing is quantised; expected experts or rest"
+        elif self.method == "full" and self.frozen_memory == "host":
+            problem = "frozen_memory: method full freezes nothing; expected device"
         elif self.method == "full" and train.verify_frozen:
             problem = "train.verify_frozen: method full freezes nothing; expected false"
         elif empty := [n for n, o in self.evaluation.others.items() if not (o.data or o.valid)]:

@@ -18,6 +18,7 @@ from esft_jax.files import write_text_atomic
 from esft_jax.planning.analysis import Plan, make_plan, open_case
 from esft_jax.planning.collectives import within_slices
 from esft_jax.planning.gpu_memory import FRACTION, memory_fraction
+from esft_jax.planning.roofline import Roofline
 from esft_jax.planning.suggest import suggestions
 from esft_jax.terminal import Terminal
 from esft_jax.topology import TOPOLOGIES, hardware
@@ -78,6 +79,7 @@ def _full(config: RunConfig) -> RunConfig:
         lora=LoRAConfig(),
         train=train,
         quantise=QuantiseConfig(),
+        frozen_memory="device",
     )
 
 
@@ -139,11 +141,19 @@ def _rows(plan: Plan) -> dict[str, str]:
             "roofline: compute, s": f"{roofline.compute:.3f}",
             "roofline: weights and moments, s": f"{roofline.memory:.3f}",
             "roofline: network, s": f"{roofline.network:.3f}",
+            **_from_host(plan, roofline),
             "roofline estimate of a step, at least, s": f"{roofline.overlapped:.3f}",
             "the same without any overlap, s": f"{roofline.serial:.3f}",
         }
     rows["tracing and compiling took, s"] = f"{plan.seconds:.0f}"
     return rows
+
+
+def _from_host(plan: Plan, roofline: Roofline) -> dict[str, str]:
+    if not plan.memory.frozen_on_host:
+        return {}
+    seconds = roofline.host
+    return {"roofline: from the host, s": "unknown" if seconds is None else f"{seconds:.3f}"}
 
 
 def _gigabytes(size: float | None) -> str:

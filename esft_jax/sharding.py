@@ -1,7 +1,7 @@
 """The device mesh, and which of its axes each logical axis of an array is split over."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from esft_jax.errors import InputError
+from esft_jax.host_memory import PINNED, host_sharding
 
 REPLICA, DATA, EXPERT = "replica", "data", "expert"
 
@@ -167,24 +168,57 @@ class ShardingRules:
 RULES = ShardingRules()
 
 
-def param_shardings(params: nnx.State, mesh: Mesh | None) -> Any:
+def param_shardings(
+    params: nnx.State,
+    mesh: Mesh | None,
+    on_host: Callable[[nnx.Variable], bool] = lambda param: False,
+) -> Any:
     """Shardings of a state of parameters, by the axis names they were created with.
 
-    Without a mesh: the default device.
+    Args:
+        mesh: None stands for the default device.
+        on_host: which parameters are in the memory of the host.
     """
 
-    def sharding(param: nnx.Variable) -> Any:
+    def place(param: nnx.Variable, leaf: Any) -> Any:
+        found: Any
         if mesh is None:
-            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            return jax.tree.map(lambda _: place, param.get_value())
+            found = SingleDeviceSharding(jax.devices()[0])
+        else:
+            found = NamedSharding(mesh, RULES.spec(param.axes, leaf.shape, mesh))
+        return _in_host_memory(found) if on_host(param) else found
+
+    def sharding(param: nnx.Variable) -> Any:
         value = param.get_value()  # not `param[...]`: the parameter may be abstract
-        return jax.tree.map(  # codes and scales of quantised weights have the same axes
-            lambda leaf: NamedSharding(mesh, RULES.spec(param.axes, leaf.shape, mesh)), value
-        )
+        # Codes and scales of quantised weights have the same axes.
+        return jax.tree.map(lambda leaf: place(param, leaf), value)
 
     return jax.tree.map(
         lambda p: p.replace(sharding(p)), params, is_leaf=lambda p: isinstance(p, nnx.Variable)
     )
+
+
+class _DescribedSharding(NamedSharding):
+    """In the memory of the host of devices that are only described: JAX finds no memories of GPUs
+    in a description, and would leave out which one is meant.
+    """
+
+    @property
+    def memory_kind(self) -> str:
+        return PINNED
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash((PINNED, super().__hash__()))
+
+
+def _in_host_memory(place: NamedSharding | SingleDeviceSharding) -> NamedSharding:
+    if isinstance(place, SingleDeviceSharding):
+        return host_sharding(*place.device_set)
+    found = place.with_memory_kind(PINNED)
+    return found if found.memory_kind == PINNED else _DescribedSharding(place.mesh, place.spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -12,7 +12,7 @@ ROOT = Path(esft_jax.__file__).parent
 FLOORS = [
     {"errors", "huge_pages"},
     {"files", "memory"},
-    {"accelerators", "lock", "processes", "strict_yaml", "terminal"},
+    {"accelerators", "host_memory", "lock", "processes", "strict_yaml", "terminal"},
     {"blocks", "sharding", "topology"},
     {"ops"},
     {"moe"},

@@ -20,6 +20,7 @@ from esft_jax.adapt.partition import check_experts
 from esft_jax.adapt.slots import LowRankLayout, TunedLayout
 from esft_jax.adapt.tuned import ReadExpert, TunedExperts
 from esft_jax.errors import InputError
+from esft_jax.host_memory import to_device, to_memory_of
 from esft_jax.model.transformer import Transformer
 from esft_jax.sharding import EXPERT, RULES
 
@@ -153,7 +154,7 @@ def _moved(
     if mesh is None:
 
         def take(layer: Array, stack: Array) -> Array:
-            return stack.at[layer].set(stack[layer][sources[layer]])
+            return _set(stack, layer, to_device(stack[layer])[sources[layer]])
 
         alone = jax.jit(lambda s: jax.lax.fori_loop(0, len(s), take, s), donate_argnums=0)
         return alone(stack)
@@ -162,14 +163,19 @@ def _moved(
         # One layer at a time: no device holds more than one whole layer beside its part of all.
         def move_layer(layer: Array, stack: Array) -> Array:
             local = stack.shape[1]
-            experts = jax.lax.all_gather(stack[layer], EXPERT, tiled=True)
+            experts = jax.lax.all_gather(to_device(stack[layer]), EXPERT, tiled=True)
             mine = jax.lax.dynamic_slice_in_dim(
                 sources[layer], jax.lax.axis_index(EXPERT) * local, local
             )
-            return stack.at[layer].set(experts[mine])
+            return _set(stack, layer, experts[mine])
 
         return jax.lax.fori_loop(0, len(stack), move_layer, stack)
 
     spec = PartitionSpec(None, RULES.experts)
     split = jax.shard_map(move, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return jax.jit(split, donate_argnums=0)(stack)
+
+
+def _set(stack: Array, layer: Array, values: Array) -> Array:
+    """The stack with other values in a layer, in the memory that it is in."""
+    return jax.lax.dynamic_update_index_in_dim(stack, to_memory_of(values, stack), layer, 0)

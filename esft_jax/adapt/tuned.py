@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from esft_jax.adapt.slots import TunedLayout
+from esft_jax.host_memory import is_on_host, to_device
 from esft_jax.model.params import Role
 from esft_jax.moe.weights import ExpertWeights
 from esft_jax.ops.quantised import Quantised
@@ -84,7 +85,7 @@ class TunedExperts(nnx.Module):
             layers, experts, filled = source.T
             experts = experts - shard * bank.shape[1]
             here = (filled > 0) & (experts >= 0) & (experts < bank.shape[1])
-            rows = bank[layers, jnp.where(here, experts, 0)]
+            rows = _look_up(bank, layers, jnp.where(here, experts, 0))
             return jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
         def deal_out(bank: Array, source: Array) -> Array:
@@ -121,6 +122,20 @@ class TunedExperts(nnx.Module):
 
         found = {name: bank(name, stack) for name, stack in base._asdict().items()}
         return cls(ExpertWeights(**found), layout)
+
+
+def _look_up(
+    bank: Shaped[Array, "L E *_"], layers: Int[Array, " N"], experts: Int[Array, " N"]
+) -> Shaped[Array, "N *_"]:
+    """Experts of a stack, on the device."""
+    if not is_on_host(bank):
+        return bank[layers, experts]
+
+    def row(place: tuple[Array, Array]) -> Array:
+        begin = (*place, *[0] * (bank.ndim - 2))
+        return to_device(jax.lax.dynamic_slice(bank, begin, (1, 1, *bank.shape[2:])))[0, 0]
+
+    return jax.lax.map(row, (layers, experts))
 
 
 def _read_bank(

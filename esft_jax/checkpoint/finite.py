@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool
 from esft_jax.checkpoint.model_tensors import model_tensors
 from esft_jax.errors import Diverged, InputError
 from esft_jax.families import tensor_table
+from esft_jax.host_memory import is_on_host, map_layers
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.quantised import Quantised
 
@@ -65,6 +66,12 @@ def _finite(leaves: list[Array | Quantised], dtype: DTypeLike | None) -> list[Bo
     def finite(leaf: Array | Quantised) -> Bool[Array, ""]:
         # What is not finite makes the scale of its group so; codes stand for numbers.
         values = leaf.scales if isinstance(leaf, Quantised) else leaf
-        return jnp.isfinite(values.astype(dtype or values.dtype)).all()
+
+        def all_finite(values: Array) -> Array:
+            return jnp.isfinite(values.astype(dtype or values.dtype)).all()
+
+        if is_on_host(values):
+            return map_layers(all_finite, values).all()
+        return all_finite(values)
 
     return list(map(finite, leaves))

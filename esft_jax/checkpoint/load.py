@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from esft_jax.adapt.tuned import ReadExpert
@@ -24,6 +24,8 @@ from esft_jax.checkpoint.source import HuggingFaceSource, Source
 from esft_jax.checkpoint.streaming import in_order
 from esft_jax.errors import InputError
 from esft_jax.families.tensors import LeafPath
+from esft_jax.host_memory import Memory
+from esft_jax.model.params import expert_matrices_on_host
 from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.quantisation import Quantisation
@@ -70,6 +72,7 @@ def load_base(
     mesh: Mesh | None = None,
     quantisation: Quantisation | None = None,
     trained: frozenset[str] = frozenset(),
+    frozen_memory: Memory = "device",
 ) -> LoadedBase:
     """Load a model and keep the link to its files; see `load_model`.
 
@@ -78,8 +81,10 @@ def load_base(
     Args:
         quantisation: how frozen weights are kept; None keeps them in `dtype`.
         trained: roles of the parameters that are not quantised (`quantise_model`).
+        frozen_memory: where the matrices of routed experts are kept.
     """
-    return load_source(open_source(path), str(path), dtype, mesh, quantisation, trained)
+    source = open_source(path)
+    return load_source(source, str(path), dtype, mesh, quantisation, trained, frozen_memory)
 
 
 def load_source(
@@ -89,6 +94,7 @@ def load_source(
     mesh: Mesh | None,
     quantisation: Quantisation | None = None,
     trained: frozenset[str] = frozenset(),
+    frozen_memory: Memory = "device",
 ) -> LoadedBase:
     """The same of files that are open.
 
@@ -107,13 +113,14 @@ def load_source(
     for keys, param in nnx.to_flat_state(abstract):
         if isinstance(like := param.get_value(), Quantised):
             check_kept(source, tuple(map(str, keys)), like)
-    shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
+    places = param_shardings(abstract, mesh, expert_matrices_on_host(frozen_memory))
+    shardings = nnx.to_flat_state(places)
     loaded = []
     for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         leaf = tuple(map(str, keys))
-        value, places = param.get_value(), sharding.get_value()
+        value, place = param.get_value(), sharding.get_value()
         read = _read_quantised if isinstance(value, Quantised) else _read_leaf
-        loaded.append((leaf, param.replace(read(source, leaf, value, places))))
+        loaded.append((leaf, param.replace(read(source, leaf, value, place))))
     base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
     check_base(base.model, name)
     return base
@@ -133,7 +140,8 @@ def _read_leaf(
     parts = []
     for bounds, holders in devices.items():
         block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype)
-        parts += jax.block_until_ready([jax.device_put(block, device) for device in holders])
+        places = [SingleDeviceSharding(d, memory_kind=sharding.memory_kind) for d in holders]
+        parts += jax.block_until_ready([jax.device_put(block, place) for place in places])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 

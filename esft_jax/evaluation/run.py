@@ -50,6 +50,7 @@ from esft_jax.evaluation.tasks import (
 )
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
+from esft_jax.host_memory import Memory
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.quantisation import Quantisation
@@ -302,6 +303,7 @@ def run_evaluation(
             inputs.mesh,
             config.quantise.chosen,
             roles_of(config.select.also),
+            config.frozen_memory,
         )
         target = target or _target(config, adapter, inputs, base.fingerprint)
         names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
@@ -398,13 +400,15 @@ def load_tuned(
     mesh: Mesh | None,
     quantisation: Quantisation | None = None,
     trained: frozenset[str] = frozenset(),
+    frozen_memory: Memory = "device",
 ) -> LoadedBase:
     """A model with an adapter merged into it, if there is one.
 
     Args:
         dtype: of weights and computation; default: that of the adapter's run, else what the model's
             `config.json` names if it is float32 or bfloat16, else bfloat16.
-        quantisation, trained: see `load_base`; what the adapter trained is not quantised either.
+        quantisation, trained, frozen_memory: see `load_base`; what the adapter trained is not
+            quantised either.
 
     Raises:
         InputError: see `load_base` and `apply_adapter`.
@@ -420,7 +424,8 @@ def load_tuned(
         dtype = dtype or opened.run_dtype
     if isinstance(opened, Adapter):
         trained |= roles_of(opened.expert_cfg.also)
-    base = load_base(model, dtype or _named_dtype(model), mesh, quantisation, trained)
+    dtype = dtype or _named_dtype(model)
+    base = load_base(model, dtype, mesh, quantisation, trained, frozen_memory)
     if opened is not None:
         apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
     return base

@@ -1,5 +1,6 @@
 """Parameter creation: values, roles, names of axes, and the leading layer axis."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from esft_jax.host_memory import Memory
 
 
 class Role(StrEnum):
@@ -28,6 +31,18 @@ class Role(StrEnum):
 
 
 CONSTANTS = frozenset({Role.SELECTION_BIAS, Role.LAYER_SCALE})
+
+
+def expert_matrices_on_host(memory: Memory) -> Callable[[nnx.Variable], bool]:
+    """Which parameters of a model are in the memory of the host: if any, the matrices of its base
+    experts; see `param_shardings`.
+    """
+
+    def on_host(param: nnx.Variable) -> bool:
+        stack = param.role is Role.ROUTED_EXPERT and param.axes[:2] == ("layers", "experts")
+        return memory == "host" and stack and len(param.axes) == 4
+
+    return on_host
 
 
 @dataclass(frozen=True)

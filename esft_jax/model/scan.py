@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from esft_jax.host_memory import is_on_host
 from esft_jax.model.config import LayerRun
 from esft_jax.model.params import Role
 from esft_jax.model.remat import REMAT, Remat
@@ -224,15 +225,18 @@ class _Scan(NamedTuple):
             attention = [r.at(tree, number) for r, tree in zip(own, attentions, strict=True)]
             return step(carry, (index, attention, rows.at(others, number), None, caches))
 
+        # Two steps in one, so that the experts of the second can come from the host's memory while
+        # the first computes, forward and backward.
+        unroll = 2 if any(map(is_on_host, jax.tree.leaves(experts))) else 1
         outputs: Any
         split = tuple(r.alone.by_step(cache) for r, cache in zip(own, caches, strict=True))
         if not rows.whole and not self.experts_learn:
             numbers = jnp.arange(rows.steps, dtype=jnp.int32)
-            carry, outputs = jax.lax.scan(by_index, carry, (numbers, first, split))
+            carry, outputs = jax.lax.scan(by_index, carry, (numbers, first, split), unroll=unroll)
         else:
             attention = [r.by_step(tree) for r, tree in zip(own, attentions, strict=True)]
             scanned = first, attention, rows.by_step(others), rows.by_step(learned), split
-            carry, outputs = jax.lax.scan(step, carry, scanned)
+            carry, outputs = jax.lax.scan(step, carry, scanned, unroll=unroll)
         routers, new = outputs
         kept = [r.all_steps(cache) if r.each else None for r, cache in zip(own, new, strict=True)]
         return carry, rows.all_steps(routers), kept

@@ -81,7 +81,8 @@ def apply_to_rows(
 
 
 # Of all that is as long as the assignments, only the first product outlives the forward pass;
-# gathers and element-wise work are cheaper to repeat than to keep.
+# gathers and element-wise work are cheaper to repeat than to keep. What comes from the memory of
+# the host is moved in here, so that the backward pass moves it again.
 @partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.save_only_these_names(GATE_UP),
@@ -94,6 +95,7 @@ def _at_once(
     dispatch: Dispatch,
 ) -> Float[Array, "T D"]:
     """The sum over each token's assignments, all of them at once."""
+    weights = weights.on_device()
     rows, gates = take_rows(x, dispatch), take_rows(gates, dispatch)
     rows = apply_to_rows(rows, gates, weights, dispatch.group_sizes)
     return combine(rows, dispatch, len(x))
@@ -121,7 +123,7 @@ def _in_pieces(
 
     The backward pass computes a piece again: nothing that is wide is kept.
     """
-    top_k = gates.size // len(x)
+    top_k, weights = gates.size // len(x), weights.on_device()
 
     def add_piece(i: Array, out: Array) -> Array:
         order, sizes = piece_of(dispatch, i, piece)
@@ -175,7 +177,7 @@ def _forward(
 
 def _backward(piece: int, residuals: tuple, grad: Float[Array, "T D"]) -> tuple:
     x, gates, weights, dispatch, needed = residuals
-    top_k = gates.size // len(x)
+    top_k, weights = gates.size // len(x), weights.on_device()
 
     def add_piece(i: Array, sums: tuple) -> tuple:
         order, sizes = piece_of(dispatch, i, piece)

@@ -5,6 +5,7 @@ groups, M rows of tokens, D model width, F expert width, R rank of an update.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax.struct import dataclass, field
 from jaxtyping import Array, Float, Int
 
+from esft_jax.host_memory import is_on_host, to_device
 from esft_jax.moe.carry import Carried
 from esft_jax.moe.grouped_matmul import Bank, as_rows, grouped_matmul
 from esft_jax.ops.activation import Activation
@@ -55,6 +57,8 @@ class ExpertWeights(NamedTuple):
         def bank(experts: BaseExperts) -> Array | Quantised | Bank:
             if isinstance(experts, LearnedStack):
                 return Bank.layer_of(jax.lax.stop_gradient(experts.stack), layer, experts.own)
+            if self.stacked and is_on_host(jax.tree.leaves(experts)[0]):
+                return Bank(experts, layer, experts.shape[1])  # for `on_device`
             return Bank.layer_of(experts, layer) if self.stacked else experts
 
         return self.map(bank)
@@ -173,6 +177,10 @@ class GroupWeights:
             return cls(window.weights.map(lambda *banks: banks, base), None, activation)
         return cls(base.map(lambda bank: (bank,)), window, activation)
 
+    def on_device(self) -> "GroupWeights":
+        """The same, with matrices in the memory of the device; those of a layer are moved there."""
+        return replace(self, banks=self.banks.map(lambda banks: tuple(map(_on_device, banks))))
+
     @property
     def num_groups(self) -> int:
         """How many groups there are: G."""
@@ -207,6 +215,20 @@ class GroupWeights:
             factors = jnp.ones(len(products), products.dtype)
         rows = tuple(map(as_rows, biases))
         return products + grouped_matmul(factors[:, None], rows, group_sizes)
+
+
+def _on_device(bank: Any) -> Any:
+    if not isinstance(bank, Bank) or not is_on_host(jax.tree.leaves(bank.matrices)[0]):
+        return bank
+
+    # XLA reads no slice of a stack there that was reshaped, so the stack is that of all layers.
+    def move(stack: Array) -> Array:
+        own = jax.lax.dynamic_index_in_dim(
+            stack, bank.first, keepdims=False, allow_negative_indices=False
+        )
+        return to_device(own)
+
+    return replace(bank, matrices=jax.tree.map(move, bank.matrices), first=jnp.int32(0))
 
 
 def update_rows(

@@ -122,10 +122,10 @@ class Case:
             jnp.dtype(config.optimizer.masters),
         )
         optimizer = make_optimizer(config.optimizer, config.train.steps, mesh)
-        return step_shapes(mesh, optimizer, parts, config.optimizer.moments)
+        return step_shapes(mesh, optimizer, parts, config.optimizer.moments, config.frozen_memory)
 
     def state_bytes(self, mesh: Mesh) -> int:
-        """Weights and moments of one device on another mesh."""
+        """Weights and moments in the memory of one device, on another mesh."""
         shapes = self.shapes(mesh)
         return local_bytes((shapes.frozen, shapes.state.tuned, shapes.state.opt_state))
 
@@ -245,12 +245,15 @@ def _roofline(
     peaks = PEAKS.get(hardware(case.topology))
     if peaks is None:
         return None
-    # Every micro-batch reads all weights forward and backward; the optimizer reads and writes
-    # masters and moments.
-    weights = memory.frozen + memory.tuned
-    moved = 2 * case.config.train.micro_batches * weights + 2 * (memory.tuned + memory.moments)
+    # Every micro-batch reads all weights forward and backward, and those of the host are written to
+    # the device's memory before; the optimizer reads and writes masters and moments.
+    passes = 2 * case.config.train.micro_batches
+    weights = memory.frozen + memory.tuned + 2 * memory.frozen_on_host
+    moved = passes * weights + 2 * (memory.tuned + memory.moments)
+    streamed = passes * memory.frozen_on_host
     return Roofline(
         compute=operations * case.tokens / peaks.flops,
         memory=moved / peaks.memory,
         network=received / peaks.network,
+        host=streamed / peaks.host if peaks.host else None,
     )

@@ -23,7 +23,9 @@ from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import partition
 from esft_jax.adapt.parts import roles_of
 from esft_jax.config import DataConfig, TrainConfig
+from esft_jax.host_memory import PINNED, Memory
 from esft_jax.model.config import ModelConfig
+from esft_jax.model.params import expert_matrices_on_host
 from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
@@ -60,7 +62,7 @@ class StepMemory:
     """Bytes of one device.
 
     Attributes:
-        frozen: weights that are not trained.
+        frozen: weights that are not trained, in the device's memory.
         tuned: masters of those that are.
         moments: the optimizer's state.
         temporary: activations, gradients and gathered weights, as the compiler lays them out; None
@@ -68,8 +70,9 @@ class StepMemory:
         needed: all together, by the compiler; None where it was not asked, for weights and moments
             alone exceed what there is.
         available: what the device grants; None where it is unknown, as for a CPU.
-        host: bytes beside these in the memory of the device's host, for activations that are
-            offloaded; None where the compiler refused or was not asked.
+        frozen_on_host: weights that are not trained, in the memory of the device's host.
+        host: all that is in that memory: these weights and, if the compiler was asked and did not
+            refuse, activations that are offloaded.
     """
 
     frozen: int
@@ -78,7 +81,8 @@ class StepMemory:
     temporary: int | None
     needed: int | None
     available: int | None
-    host: int | None
+    frozen_on_host: int
+    host: int
 
     @property
     def state(self) -> int:
@@ -135,12 +139,14 @@ def step_shapes(
     optimizer: optax.GradientTransformation,
     parts: Callable[[], Parts],
     moments: DTypeLike = jnp.float32,
+    frozen_memory: Memory = "device",
 ) -> StepShapes:
     """The state of a run and its frozen weights; nothing is allocated.
 
     Args:
         parts: makes the model, such as `run_parts`.
         moments: see `init_state`.
+        frozen_memory: where the matrices of frozen experts are kept.
     """
     graph: Any = None
 
@@ -158,7 +164,7 @@ def step_shapes(
         graph,
         optimizer,
         place(state, state_shardings(state, mesh)),
-        place(frozen, param_shardings(frozen, mesh)),
+        place(frozen, param_shardings(frozen, mesh, expert_matrices_on_host(frozen_memory))),
     )
 
 
@@ -170,7 +176,7 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
     and CPUs refuse nothing.
     """
     device = shapes.mesh.devices.flat[0]
-    state = shapes.state
+    state, on_host = shapes.state, local_bytes(shapes.frozen, "host")
     before = StepMemory(
         frozen=local_bytes(shapes.frozen),
         tuned=local_bytes(state.tuned),
@@ -178,7 +184,8 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
         temporary=None,
         needed=None,
         available=device_memory(device),
-        host=None,
+        frozen_on_host=on_host,
+        host=on_host,
     )
     gpu = gpu_of(device.device_kind)
     # How much of a GPU may be taken is for the user to say.
@@ -203,7 +210,7 @@ def compile_step(shapes: StepShapes, traced: jax.stages.Traced) -> tuple[StepMem
         before,
         temporary=memory.temp_size_in_bytes,
         needed=needed,
-        host=memory.host_temp_size_in_bytes,
+        host=on_host + memory.host_temp_size_in_bytes,
     )
     return found, text
 
@@ -252,9 +259,10 @@ def _refusal(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
     return needed, available
 
 
-def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of shapes with shardings."""
+def local_bytes(tree: Any, memory: Memory = "device") -> int:
+    """Bytes that one device, or its host for it, holds of arrays, or of shapes with shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if (x.sharding.memory_kind == PINNED) == (memory == "host")
     )

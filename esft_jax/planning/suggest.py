@@ -24,6 +24,7 @@ def suggestions(case: Case, plan: Plan) -> list[str]:
         _lean_states(case, plan),
         _micro_batches(case, plan),
         _remat(case),
+        _frozen_memory(case, plan),
         _memory_fraction(case, plan),
         _larger_slice(case, plan),
     )
@@ -121,6 +122,24 @@ def _remat(case: Case) -> str | None:
     return (
         f"train.remat=full instead of {config.train.remat}: of a layer, only its input outlives "
         f"the forward pass, {kept}; with train.remat=offload, in the memory of the host"
+    )
+
+
+def _frozen_memory(case: Case, plan: Plan) -> str | None:
+    """Where the rest, as it is now, and two layers of experts would find room then."""
+    config, memory = case.config, plan.memory
+    if config.method == "full" or config.frozen_memory == "host":
+        return None
+    other = dataclasses.replace(case, config=dataclasses.replace(config, frozen_memory="host"))
+    state, layers = other.state_bytes(case.mesh), len(case.model.moe_layers)
+    moved = memory.state - state
+    assert memory.available is not None
+    if state + 2 * moved // layers + (memory.working or 0) > memory.available:
+        return None
+    return (
+        f"frozen_memory=host: weights and moments take {_gigabytes(state)} instead of "
+        f"{_gigabytes(memory.state)} per device, and {_gigabytes(moved)} of its host's memory; "
+        f"a layer's experts, {_gigabytes(moved / layers)}, come from there when they are used"
     )
 
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from esft_jax.checkpoint.load import load_source
 from esft_jax.checkpoint.source import Source
+from esft_jax.host_memory import Memory
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.transformer import Transformer
 from esft_jax.moe.transport import Transport
@@ -42,6 +43,7 @@ class Base:
         seed: int,
         quantisation: Quantisation | None = None,
         trained: frozenset[str] = frozenset(),
+        frozen_memory: Memory = "device",
     ) -> Transformer:
         """The model on a mesh, with the weights of the source, or else with new ones.
 
@@ -49,7 +51,7 @@ class Base:
             dtype: of computation, and of the weights that are read; new ones are float32.
             transport: see `Transformer`.
             seed: of new weights.
-            quantisation, trained: of weights that are read; see `load_base`.
+            quantisation, trained, frozen_memory: of weights that are read; see `load_base`.
 
         Raises:
             InputError: damaged weights, or some that are not finite.
@@ -57,7 +59,9 @@ class Base:
         if self.source is None:
             model = _new_model(self.config, dtype, mesh, seed)
         else:
-            model = load_source(self.source, self.name, dtype, mesh, quantisation, trained).model
+            model = load_source(
+                self.source, self.name, dtype, mesh, quantisation, trained, frozen_memory
+            ).model
         model.transport = transport
         return model
 

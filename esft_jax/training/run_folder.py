@@ -30,6 +30,7 @@ _CHANGEABLE = {
     "mesh.replica",
     "mesh.transport",
     "mesh.cpu_devices",
+    "frozen_memory",
     "train.steps",
     "train.eval_every",
     "train.save_every",

@@ -55,7 +55,7 @@ class Checked:
     tokenizer: Tokenizer
 
     def load_base(self) -> Transformer:
-        """The base on the mesh, quantised as the run wants it.
+        """The base on the mesh, quantised and kept as the run wants it.
 
         Raises:
             InputError: damaged weights, or some that are not finite.
@@ -69,6 +69,7 @@ class Checked:
             config.seed,
             config.quantise.chosen,
             roles_of(also),  # all else that is trained are copies or factors
+            config.frozen_memory,
         )
 
 

@@ -191,6 +191,9 @@ def test_suggestions_come_with_their_numbers(make_config) -> None:
     assert kept in remat and "with train.remat=offload" in remat
     assert larger.startswith("16 devices of this kind with mesh.expert=4")
     assert len(texts(fitting.memory.working // 2)) == 5  # no slice is large enough
+    (host,) = [t for t in texts(fitting.memory.needed - 1) if t.startswith("frozen_memory=host")]
+    streamed = dataclasses.replace(case, config=dataclasses.replace(config, frozen_memory="host"))
+    assert f"take {streamed.state_bytes(case.mesh) / 1e9:.2f} GB instead of" in host
     # Replicas share nothing: an expert group lies within one.
     twice = make_config(mesh={"replica": 2, "expert": 2}, train={"batch_size": 16})
     replicated = open_case(twice, "cpu:8")
