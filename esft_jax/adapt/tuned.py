@@ -132,7 +132,7 @@ def _look_up(
         return bank[layers, experts]
 
     def row(place: tuple[Array, Array]) -> Array:
-        begin = (*place, *[0] * (bank.ndim - 2))
+        begin: Any = (*place, *[0] * (bank.ndim - 2))
         return to_device(jax.lax.dynamic_slice(bank, begin, (1, 1, *bank.shape[2:])))[0, 0]
 
     return jax.lax.map(row, (layers, experts))
