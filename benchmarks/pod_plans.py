@@ -71,16 +71,17 @@ METHODS = ("esft", "full")
 SLICES = {"v5e:2x4": 8, "v6e:2x2": 4, "v6e:2x4": 8, "h100:1": 1, "h100:2": 2, "h100:8": 8}
 # Models of `one`: a scheme for their experts, and single accelerators.
 ONE = {
-    "qwen3-30b-a3b": ("int4", ("rtx4090:1", "rtx5090:1", "v6e:1x1", "a100-40:1")),
-    "gpt-oss-20b": ("mxfp4", ("rtx4090:1", "rtx5090:1")),
+    "qwen3-30b-a3b": ("int4", ("rtx4090:1", "rtx5090:1", "v6e:1x1")),
+    "gpt-oss-20b": ("mxfp4", ("rtx4090:1",)),
     "deepseek-v2-lite": ("int4", ("v5e:1x1", "rtx4090:1")),
-    "glm-4.5-air": ("int4", ("h100:1", "h200:1")),
+    "glm-4.5-air": ("int4", ("h200:1",)),
 }
 # What is set of them.
 LEAN = ("optimizer.moments=bfloat16", "optimizer.masters=bfloat16")
 WAYS = {
     "full": ("method=full",),
     "esft": (),
+    "esft, experts on the host": ("frozen_memory=host",),
     "esft, {scheme}": ("quantise.experts={scheme}", "quantise.rest=int8"),
     "esft, {scheme}, lean AdamW": ("quantise.experts={scheme}", "quantise.rest=int8", *LEAN),
     "esft, {scheme}, lean Adafactor": (
@@ -323,9 +324,10 @@ def report_one(plans: Iterable[tuple[str, dict[str, Any]]]) -> None:
     rows = []
     for way, plan in plans:
         memory = plan["memory"]
-        sizes = (memory[name] for name in ("frozen", "tuned", "moments", "temporary", "available"))
+        kinds = ("frozen", "tuned", "moments", "temporary", "available", "host")
+        sizes = (memory[name] for name in kinds)
         rows.append([plan["topology"], way, *(_number(size, 1e9, 1) for size in sizes), fit(plan)])
-    columns = ("frozen", "tuned", "moments", "temporaries", "available")
+    columns = ("frozen", "tuned", "moments", "temporaries", "available", "on the host")
     print_table(("one device", "how"), [*(f"{name} GB" for name in columns), "needed GB"], rows)
 
 

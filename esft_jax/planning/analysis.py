@@ -147,7 +147,7 @@ def open_case(config: RunConfig, topology: str, experts_per_layer: int | None = 
     mesh = make_mesh(config.mesh.data, config.mesh.expert, devices, config.mesh.replica)
     if mesh.size < len(devices):
         raise InputError(f"mesh: {mesh.size} devices; expected all {len(devices)} of {topology}")
-    check_fit(model, mesh, config.train, config.row_lengths)
+    check_fit(model, mesh, config)
     trained, described = what_is_trained(config, model, experts_per_layer)
     check_rates(config.optimizer.rates, trained_roles(trained, model))
     return Case(config, topology, model, mesh, trained, described)

@@ -10,6 +10,7 @@ from esft_jax.planning.analysis import Case, Plan, what_is_trained
 from esft_jax.planning.gpu_memory import FRACTION, fraction_for, memory_fraction
 from esft_jax.sharding import EXPERT, REPLICA, count_slices, make_mesh
 from esft_jax.topology import hardware
+from esft_jax.training.fit import takes_from_host
 
 
 def suggestions(case: Case, plan: Plan) -> list[str]:
@@ -67,12 +68,15 @@ def _quantised(case: Case, plan: Plan) -> str | None:
     now = case.config.quantise
     if case.config.method == "full" or "none" not in (now.experts, now.rest):
         return None
-    experts = "int4" if now.experts == "none" else now.experts
-    quantise = dataclasses.replace(now, experts=experts, rest="int8")
+    quantise = dataclasses.replace(
+        now, experts="int4" if now.experts == "none" else now.experts, rest="int8"
+    )
+    if case.config.frozen_memory == "host" and not takes_from_host(quantise, case.mesh):
+        return None
     config = dataclasses.replace(case.config, quantise=quantise)
     state = dataclasses.replace(case, config=config).state_bytes(case.mesh)
     return (
-        f"quantise.experts={experts} quantise.rest=int8: weights and moments take "
+        f"quantise.experts={quantise.experts} quantise.rest=int8: weights and moments take "
         f"{_gigabytes(state)} instead of {_gigabytes(plan.memory.state)} per device"
     )
 
@@ -129,6 +133,8 @@ def _frozen_memory(case: Case, plan: Plan) -> str | None:
     """Where the rest, as it is now, and two layers of experts would find room then."""
     config, memory = case.config, plan.memory
     if config.method == "full" or config.frozen_memory == "host":
+        return None
+    if not takes_from_host(config.quantise, case.mesh):
         return None
     other = dataclasses.replace(case, config=dataclasses.replace(config, frozen_memory="host"))
     state, layers = other.state_bytes(case.mesh), len(case.model.moe_layers)

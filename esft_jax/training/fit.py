@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh
 
-from esft_jax.config import TrainConfig
+from esft_jax.config import QuantiseConfig, RunConfig, TrainConfig
 from esft_jax.errors import InputError
 from esft_jax.memory import check_fits
 from esft_jax.model.config import ModelConfig
@@ -13,13 +13,8 @@ from esft_jax.sharding import EXPERT
 from esft_jax.training.program import batch_shapes
 
 
-def check_fit(
-    model: ModelConfig, mesh: Mesh, train: TrainConfig, row_lengths: Mapping[str, int]
-) -> None:
-    """Check that a model and its batches can be split over a mesh.
-
-    Args:
-        row_lengths: see `RunConfig.row_lengths`.
+def check_fit(model: ModelConfig, mesh: Mesh, config: RunConfig) -> None:
+    """Check that a model and its batches can be split over a mesh, and kept as a run wants it.
 
     Raises:
         InputError: naming the key that is wrong.
@@ -27,13 +22,28 @@ def check_fit(
     experts, shards = model.router.num_experts, mesh.shape[EXPERT]
     if experts % shards:
         raise InputError(f"mesh.expert: {shards} does not divide the model's {experts} experts")
-    check_rows(model, row_lengths)
+    check_rows(model, config.row_lengths)
+    train = config.train
     micro_batch = train.batch_size // train.micro_batches
     if micro_batch % mesh.size:
         raise InputError(
             f"train.batch_size / train.micro_batches: {micro_batch} rows cannot be split over "
             f"{mesh.size} devices"
         )
+    if config.frozen_memory == "host" and not takes_from_host(config.quantise, mesh):
+        raise InputError(
+            f"frozen_memory: XLA for TPUs copies all {config.quantise.experts} experts to the "
+            "device at once; expected quantise.experts: none with host, or device"
+        )
+
+
+def takes_from_host(quantise: QuantiseConfig, mesh: Mesh) -> bool:
+    """Whether devices can take one layer of experts at a time from the memory of the host.
+
+    XLA's compiler for TPUs lays codes of eight bits out anew before it slices them: it keeps whole
+    stacks on the device, more than once.
+    """
+    return quantise.experts == "none" or mesh.devices.flat[0].platform != "tpu"
 
 
 def check_rows(model: ModelConfig, row_lengths: Mapping[str, int]) -> None:

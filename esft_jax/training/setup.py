@@ -162,7 +162,7 @@ def check_setup(config: RunConfig) -> Checked:
     shape = load_model_config(folder) if source is None else source.config
     base = Base(config.model, folder, source, shape)
     mesh = make_mesh(config.mesh.data, config.mesh.expert, replica=config.mesh.replica)
-    check_fit(base.config, mesh, config.train, config.row_lengths)
+    check_fit(base.config, mesh, config)
     token_bytes = base.config.hidden_size * jnp.dtype(config.dtype).itemsize
     check_memory(config.train, config.data.sequence_length, token_bytes, mesh.size)
     experts = None

@@ -102,34 +102,36 @@ def test_weights_there_that_are_not_finite_are_found() -> None:
         check_base(model, "base")
 
 
-def check_compiled(found) -> None:
-    """The device is given no stack of experts, and has room for two layers of them beside what a
-    step takes with all of them at hand.
+def check_compiled(found, layers: int) -> None:
+    """The device is given no stack of experts, and has room for less than so many layers of them
+    beside what a step takes with all of them at hand.
     """
     streamed, resident = found
     assert streamed["host"] == streamed["stacks"] and resident["host"] == 0
     spared = resident["arguments"] - streamed["arguments"]
     assert spared == pytest.approx(streamed["stacks"], rel=1e-3)
-    assert streamed["temporary"] - resident["temporary"] < 2.1 * streamed["layer"]
+    assert streamed["temporary"] - resident["temporary"] < layers * streamed["layer"]
 
 
 @pytest.mark.parametrize("scheme", ["", pytest.param("int4", marks=pytest.mark.slow)])
-def test_the_step_of_a_gpu_holds_two_layers_of_experts(scheme) -> None:
+def test_the_step_of_a_gpu_holds_few_layers_of_experts(scheme) -> None:
     check_compiled(
         [
             test_gpu_compile.compile_for("h100", given(memory, scheme) + STREAMED, "bfloat16")
             for memory in ("host", "device")
-        ]
+        ],
+        layers=3,
     )
 
 
 @pytest.mark.slow
-def test_the_step_of_a_tpu_holds_two_layers_of_experts() -> None:
+def test_the_step_of_a_tpu_holds_few_layers_of_experts() -> None:
     check_compiled(
         [
-            test_tpu_compile.compile_for("v5e", given(memory, "int4") + STREAMED)
+            test_tpu_compile.compile_for("v5e", given(memory, "") + STREAMED)
             for memory in ("host", "device")
-        ]
+        ],
+        layers=4,
     )
 
 

@@ -319,7 +319,7 @@ def test_shipped_configurations_fit_their_models(path) -> None:
         assert rest == 0
     axes = (REPLICA, DATA, EXPERT)
     mesh = AbstractMesh((1, groups, config.mesh.expert), axes)
-    check_fit(model, mesh, config.train, config.row_lengths)
+    check_fit(model, mesh, config)
     assert path.parent == CONFIGS or named
 
 

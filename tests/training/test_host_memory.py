@@ -1,15 +1,20 @@
 """Runs whose frozen experts are in the memory of the host."""
 
 import dataclasses
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
-from esft_jax.config import RunConfig
+from esft_jax.config import QuantiseConfig, RunConfig
+from esft_jax.errors import InputError
 from esft_jax.evaluation.run import load_tuned
+from esft_jax.families import load_model_config
 from esft_jax.host_memory import is_on_host
 from esft_jax.planning.analysis import open_case
 from esft_jax.planning.program import local_bytes
+from esft_jax.training.fit import check_fit
 from esft_jax.training.loop import run_training
 from esft_jax.training.setup import open_setup
 from tests.training.test_quantised_run import loss_on, quantisation
@@ -66,3 +71,17 @@ def test_what_a_plan_counts(make_config) -> None:
 def test_refusals(make_config) -> None:
     with pytest.raises(ValueError, match="frozen_memory: method full freezes nothing"):
         make_config(method="full", frozen_memory="host")
+
+
+def test_codes_are_not_taken_from_the_host_of_a_tpu(make_config) -> None:
+    config = make_config(quantise={"experts": "int8"}, frozen_memory="host")
+    model = load_model_config(config.model)
+
+    def check(platform: str, config: RunConfig) -> None:
+        device = SimpleNamespace(platform=platform)
+        check_fit(model, MagicMock(devices=np.array([device]), size=1, shape={"expert": 1}), config)
+
+    with pytest.raises(InputError, match="frozen_memory: XLA for TPUs copies all int8 experts"):
+        check("tpu", config)
+    check("gpu", config)
+    check("tpu", dataclasses.replace(config, quantise=QuantiseConfig(rest="int8")))
