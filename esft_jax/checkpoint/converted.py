@@ -24,7 +24,7 @@ from esft_jax.checkpoint.tensor_files import DTYPES, TensorFiles
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.families.tensors import LeafPath, Placement
-from esft_jax.files import checked, read_json, visible
+from esft_jax.files import checked, read_json
 from esft_jax.ops.quantised import Quantised
 
 FORMAT = "esft_jax converted base, version 1"
@@ -94,9 +94,8 @@ class ConvertedSource:
                 f"{self.folder / CARRIED}: its tensors are not those that {path.name} names"
             )
         self._quantised = [
-            QuantisedFolder(path, self._fingerprint)
-            for path in visible(self.folder / QUANTISED)
-            if (path / MANIFEST).is_file()
+            QuantisedFolder(path.parent, self._fingerprint)
+            for path in sorted((self.folder / QUANTISED).glob(f"[!.]*/{MANIFEST}"))
         ]
         self._arrays = {
             leaf: self._open(leaf, shape, block, types)

@@ -90,7 +90,7 @@ class HuggingFaceSource:
         self.folder = Path(folder)
         self.config = load_model_config(self.folder)
         table = tensor_table(self.config)
-        self.placements = table.places
+        self.placements, self._embedding = table.places, table.embedding
         self.files = _open(self.folder, self.config)
         fused = {name: s for name, s in table.fused_shapes.items() if name in self.files}
         self._fused = {name: part for name, part in table.fused.items() if part.name in fused}
@@ -126,7 +126,7 @@ class HuggingFaceSource:
             raise InputError(
                 f"{file}: tensor {name!r} is there twice: {self._fused[name].name!r} holds it, too"
             )
-        embedding = tensor_table(self.config).embedding
+        embedding = self._embedding
         if self.config.tie_embeddings and name == "lm_head.weight":
             self.files.check(name, self.placements[embedding].shape)
             if not _same_values(stored(name), stored(embedding)):
