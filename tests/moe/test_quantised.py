@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from esft_jax.moe.grouped_matmul import Bank, grouped_matmul, tpu_tiles
+from esft_jax.moe.grouped_matmul import Bank, grouped_matmul, operation, tpu_tiles
 from esft_jax.ops.quantised import Quantised, quantise
 from tests.moe.test_grouped_matmul import CASES, IMPLEMENTATIONS, SCATTERED, N, draw
 
@@ -106,6 +106,16 @@ def test_a_sum_whose_last_block_is_not_full(scheme, monkeypatch):
         assert 300 % tpu_tiles.multiply_widths(*shape, transposed=True).inner
         ours = run("tpu", x, tuned, base, *rest)
     compare(ours, run("xla", x, tuned, values, *rest))
+
+
+@pytest.mark.parametrize(("inputs", "kernel"), [(96, True), (80, False)])
+def test_gpus_take_xla_where_parts_are_too_small(inputs, kernel, monkeypatch):
+    """Half of 80 inputs, in groups of 16: kernels would have to take 8 at a time."""
+    monkeypatch.setattr(operation, "fastest_implementation", lambda: "gpu")
+    base, _ = stack("int4", 3, inputs, F)
+    program = jax.make_jaxpr(lambda x, sizes: grouped_matmul(x, (base,), sizes))
+    found = program(draw(N, inputs, seed=0), np.array([2, 3, 4], np.int32))
+    assert ("pallas_call" in str(found)) == kernel
 
 
 class TestQuantise:

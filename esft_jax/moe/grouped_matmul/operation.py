@@ -4,6 +4,7 @@ Letters: N rows, G groups, D input width, F output width. An implementation is a
 functions, which `xla.py` documents: `multiply` and `weight_gradient`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,6 +73,8 @@ def grouped_matmul(
     _check_groups(len(x), sum(map(len, all_banks)), group_sizes, group_starts)
     if implementation is None:
         implementation = fastest_implementation()
+        if implementation == "gpu" and not all(map(_large_enough, all_banks)):
+            implementation = "xla"
     if implementation not in get_args(Implementation):
         known = ", ".join(get_args(Implementation))
         raise ValueError(f"grouped_matmul: implementation {implementation!r} is not one of {known}")
@@ -190,6 +193,16 @@ def _check_scales(name: str, matrices: Quantised) -> None:
         )
     if codes.dtype not in (jnp.int8, jnp.uint8):
         raise ValueError(f"grouped_matmul: {name} has codes of {codes.dtype}; expected 8 bits each")
+
+
+def _large_enough(bank: Bank) -> bool:
+    """Whether a kernel for GPUs can take a part of the matrices that has one scale in each column.
+
+    Triton multiplies at least 16 inputs at a time.
+    """
+    if not isinstance(bank.matrices, Quantised):
+        return True
+    return math.gcd(bank.matrices.group_size, bank.matrices.codes.shape[-2]) >= 16
 
 
 def _placed(bank: Bank) -> Bank:
