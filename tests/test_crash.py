@@ -62,6 +62,7 @@ def test_a_full_disk_ends_a_conversion_which_then_goes_on(
     assert open_source(target).fingerprint == open_source(base).fingerprint
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     short_run: Path, small_disk: Path
 ) -> None:

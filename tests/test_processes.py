@@ -159,7 +159,7 @@ def wait_for(output: Path, step: int, processes: list[subprocess.Popen]) -> None
 @pytest.mark.parametrize(
     "number",
     [
-        pytest.param(signal.SIGKILL, id="dead"),
+        pytest.param(signal.SIGKILL, id="dead", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, id="stalled", marks=pytest.mark.slow),
     ],
 )

@@ -107,6 +107,7 @@ def test_a_signal_that_stops_a_cell_stops_the_sweep(
     assert len(ran) == 1 and len(results(small.with_suffix(""))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_end_the_sweep(
     small: Path, capsys: pytest.CaptureFixture
 ) -> None:

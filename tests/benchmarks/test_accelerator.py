@@ -19,6 +19,7 @@ def benchmark(script, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_it_runs_to_its_end(benchmark, short_run, tmp_path, capsys):
     output = tmp_path / "found.json"
     arguments = ["--config", str(short_run), "--length", "32", "--steps", "2", "--tiny"]

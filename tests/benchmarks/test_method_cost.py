@@ -18,6 +18,7 @@ from esft_jax.config import (
 )
 
 
+@pytest.mark.slow
 def test_methods_take_turns(
     script: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,

@@ -309,6 +309,7 @@ def test_the_command(command, capsys):
     assert report["findings"][0]["time"]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_with_a_wrong_kernel_ends_with_1(command, capsys, monkeypatch):
     assert fastest_implementation() != "xla", "the `cpu` extra"
     module = importlib.import_module(OURS)

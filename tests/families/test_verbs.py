@@ -140,7 +140,7 @@ def test_selected_experts_are_trained_and_exported(config, model, tmp_path, caps
     assert capsys.readouterr().out == merged
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_other_methods(config, model, tmp_path, method):
     overrides = ["optimizer.learning_rate=0.001", "train.verify_frozen=false"]
     if method == "lora":

@@ -86,6 +86,7 @@ def test_another_process_loads_what_one_has_compiled(tmp_path: Path):
     assert output_of(script, kept) == ["15.0", "loaded", "0"]
 
 
+@pytest.mark.slow
 def test_loaded_code_computes_the_same_bits(tmp_path: Path):
     """Or a run that is resumed would go another way than one that is not."""
     script, kept = tmp_path / "script.py", tmp_path / "kept"

@@ -456,6 +456,7 @@ def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path
     assert result.total - result.trained == untouched * 3 * 32 * 16
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_smaller_meshes(finished, tmp_path) -> None:
     config, _ = finished
 

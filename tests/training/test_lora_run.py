@@ -41,7 +41,7 @@ def config(make_config):
     return dataclasses.replace(config, train=train)
 
 
-@pytest.mark.parametrize("masters", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masters", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_and_its_adapter(config, masters) -> None:
     optimizer = dataclasses.replace(config.optimizer, masters=masters)
     config = dataclasses.replace(config, optimizer=optimizer)
