@@ -333,8 +333,9 @@ def report_one(plans: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 def _experts(text: str) -> tuple[str, Path]:
     model, _, path = text.partition("=")
-    if model not in MODELS or not path:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected MODEL=FILE, one of {[*MODELS]}")
+    known = MODELS.keys() | ONE.keys()
+    if model not in known or not path:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected MODEL=FILE, one of {sorted(known)}")
     return model, Path(path)
 
 

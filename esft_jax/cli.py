@@ -38,6 +38,7 @@ VERBS = {
     "evaluate": "let a model complete task prompts, and judge the completions",
     "harness": "run the tasks of lm-evaluation-harness on a model",
     "generate": "let a model complete one prompt",
+    "adapters": "list, show, compare and combine adapters, or take one out of a model",
     "export": "merge an adapter into its base as a Hugging Face folder",
 }
 

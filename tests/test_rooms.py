@@ -27,8 +27,8 @@ FLOORS = [
     {"checking", "sweeping"},
     {"reporting"},
     {"cli"},
-    {"convert", "evaluate", "export", "generate", "harness", "plan", "select", "selfcheck"},
-    {"sweep", "train"},
+    {"adapters", "convert", "evaluate", "export", "generate", "harness", "plan"},
+    {"select", "selfcheck", "sweep", "train"},
     {"report", "score", "show_data"},
 ]
 

@@ -3,17 +3,18 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from esft_jax.checkpoint.adapter import load_adapter
+from esft_jax.checkpoint.adapter import Adapter, load_adapter
 from esft_jax.checkpoint.folder import (
     TensorSpec,
     copy_companions,
@@ -26,6 +27,7 @@ from esft_jax.checkpoint.load import open_source
 from esft_jax.checkpoint.manifest import run_chat_format
 from esft_jax.checkpoint.model_tensors import ModelTensors
 from esft_jax.checkpoint.peft import LoRAAdapter
+from esft_jax.checkpoint.source import Source
 from esft_jax.checkpoint.stored import stored_parts, stored_specs, stored_tensor
 from esft_jax.checkpoint.streaming import in_order
 from esft_jax.checkpoint.tensor_files import DTYPE_NAMES, TensorFiles, common_dtype, is_finite
@@ -69,25 +71,127 @@ def export_model(
         InputError: bad input, an adapter of another base, or numbers that are not finite in the
             type that is written; there is no new folder then.
     """
-    target, source = Path(target), open_source(base)
+    source, chats, loaded = open_source(base), run_chat_format(adapter), None
+    make_way(Path(target))
+    if adapter is not None:
+        loaded = load_adapter(adapter)
+        _check(loaded, source, chats)
+    _export(source, loaded, Path(target), dtype, chats, say)
+
+
+def undo_adapter(
+    model: str | Path,
+    adapter: str | Path,
+    base: str | Path,
+    target: str | Path,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a model that an adapter was merged into with the base's tensors in its place.
+
+    What was merged into other tensors stays, and so do tokenizer and chat template of the model. Of
+    an adapter merged alone, this gives the base's weights.
+
+    Args:
+        model: Hugging Face folder, hub name, or converted checkpoint, as `export` wrote it.
+        base: what the adapter was trained on.
+        target, say: see `export_model`.
+
+    Raises:
+        InputError: as there; or the model does not hold the adapter's numbers, so that another
+            adapter changed them after it, or the adapter was never merged.
+    """
+    source, origin, chats = open_source(model), open_source(base), run_chat_format(adapter)
+    make_way(Path(target))
+    loaded = load_adapter(adapter)
+    _check(loaded, origin, chats)
+    if source.config != origin.config:
+        raise InputError(f"{model}: is another model than {base}; expected one of its exports")
+    _export(source, _Undone(loaded, origin, str(model)), Path(target), None, ChatFormat(), say)
+
+
+class _Replacement(Protocol):
+    """Tensors in the place of some of a model's."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they are from."""
+
+    @property
+    def names(self) -> list[str]:
+        """Which of them."""
+
+    def dtype(self, name: str, base: np.dtype) -> np.dtype:
+        """The type of one, where that of the model is `base`."""
+
+    def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        """One of them, from the model's."""
+
+
+@dataclass(frozen=True)
+class _Undone:
+    """The base's tensors, for a model that holds those of an adapter.
+
+    Attributes:
+        adapter: what was merged.
+        base: what it was merged into.
+        model: what messages call the result of that.
+    """
+
+    adapter: Adapter | LoRAAdapter
+    base: Source
+    model: str
+
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
+
+    @property
+    def names(self) -> list[str]:
+        return self.adapter.names
+
+    def dtype(self, name: str, base: np.dtype) -> np.dtype:
+        return self.base.dtype(name)
+
+    def merged(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        found, before = base(), self.base.tensor(name)
+        expected = self.adapter.merged(name, lambda: before)
+        if not np.array_equal(expected.astype(found.dtype), found):
+            raise InputError(
+                f"{self.model}: tensor {name!r} does not hold the numbers of "
+                f"{self.adapter.folder}; expected the adapter that was merged into it last"
+            )
+        return before
+
+
+def _check(adapter: Adapter | LoRAAdapter, base: Source, chats: ChatFormat) -> None:
+    """Raise an `InputError` unless an adapter belongs to a base."""
+    bound = adapter.manifest or {}
+    tokenizer = None
+    if "tokenizer_fingerprint" in bound:
+        read = Tokenizer.load(base.folder, chats)
+        tokenizer = tokenizer_fingerprint(base.folder, read)
+    adapter.check(base.config, tokenizer_fingerprint=tokenizer)
+    if bound:  # the fingerprint may take reading the whole base
+        adapter.check(base.config, base.fingerprint)
+
+
+def _export(
+    source: Source,
+    loaded: _Replacement | None,
+    target: Path,
+    dtype: DTypeLike | None,
+    chats: ChatFormat,
+    say: Callable[[str], None],
+) -> None:
+    """Write a model with some tensors replaced; see `export_model`."""
     table = tensor_table(source.config)
     places = table.places
-    make_way(target)
     stored = {name: source.dtype(name) for name in source.placements}
     wanted = dict(stored)
     if source.config.quantised is not None:  # bfloat16 is what models computed in before it
         wanted |= {name: np.dtype(jnp.bfloat16) for name in stored if not places[name].wide}
-    loaded, changed, chats = None, set[str](), run_chat_format(adapter)
-    if adapter is not None:
-        loaded = load_adapter(adapter)
-        bound = loaded.manifest or {}
-        tokenizer = None
-        if "tokenizer_fingerprint" in bound:
-            read = Tokenizer.load(source.folder, chats)
-            tokenizer = tokenizer_fingerprint(source.folder, read)
-        loaded.check(source.config, tokenizer_fingerprint=tokenizer)
-        if bound:  # the fingerprint may take reading the whole base
-            loaded.check(source.config, source.fingerprint)
+    changed = set[str]()
+    if loaded is not None:
         changed = set(loaded.names)
         wanted |= {name: loaded.dtype(name, wanted[name]) for name in changed}
         if isinstance(loaded, LoRAAdapter):
@@ -110,8 +214,8 @@ def export_model(
         tensor = tensor.astype(common, copy=False) if name in weights else tensor
         if not is_finite(tensor):
             raise InputError(
-                f"{adapter if name in changed else base}: tensor {name!r} has values that are no "
-                f"finite numbers in {common.name}"
+                f"{loaded.folder if loaded is not None and name in changed else source.folder}: "
+                f"tensor {name!r} has values that are no finite numbers in {common.name}"
             )
         return tensor
 

@@ -528,7 +528,7 @@ def _target(
         "base_fingerprint": fingerprint,
         "config_fingerprint": load_model_config(model).fingerprint,
         "tokenizer_fingerprint": tokenizer_fingerprint(model, inputs.tokenizer),
-        "adapter_sha256": None if adapter is None else _adapter_sha256(Path(adapter)),
+        "adapter_sha256": None if adapter is None else adapter_sha256(Path(adapter)),
         "dtype": config.dtype,
     }
     if config.quantise.chosen:
@@ -541,7 +541,7 @@ def _target(
     return _Target(facts, folders)
 
 
-def _adapter_sha256(folder: Path) -> str:
+def adapter_sha256(folder: Path) -> str:
     """Hash of its tensors, and of what scales them if they are factors."""
     load_adapter(folder)  # says best what is wrong with it
     return _sha256([*TensorFiles(folder).files, folder / ADAPTER_CONFIG])
