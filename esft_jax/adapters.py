@@ -19,8 +19,7 @@ from esft_jax.checkpoint.peft import ADAPTER_CONFIG, LoRAAdapter
 from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.cli import Parser, command, option
 from esft_jax.errors import InputError
-from esft_jax.evaluation.run import adapter_sha256
-from esft_jax.files import read_json
+from esft_jax.evaluation.report import figures_of
 from esft_jax.processes import use_cpu_only
 from esft_jax.terminal import Terminal
 from esft_jax.values import LocalPath
@@ -67,17 +66,6 @@ def _num_bytes(adapter: Adapter | LoRAAdapter) -> int:
     return sum(files.dtype(name).itemsize * math.prod(info.shape) for name, info in files.items())
 
 
-def _figures(adapter: Path) -> list[dict[str, Any]]:
-    """What evaluations of these very tensors found, in the folder of their run."""
-    found: list[dict[str, Any]] = []
-    for path in sorted((adapter.parent / "evaluation").glob("comparison-*.json")):
-        comparison = read_json(path)
-        scores = sorted((path.parent / comparison["after"]).glob("*/scores.json"))
-        if scores and read_json(scores[0]).get("adapter_sha256") == adapter_sha256(adapter):
-            found += comparison["measures"]
-    return found
-
-
 def _say_manifest(manifest: Mapping[str, Any], terminal: Terminal) -> None:
     """All that it says, by key; of combined adapters, each of them."""
     for key, value in manifest.items():
@@ -107,7 +95,9 @@ def _list(arguments: Sequence[str]) -> None:
             facts.append(f"of {manifest['base_model']}")
         if manifest.get("valid_loss") is not None:
             facts.append(f"validation loss {manifest['valid_loss']:.4f}")
-        facts += [f"{row['name']}: {row['measure']}: {row['after']:.4g}" for row in _figures(path)]
+        facts += [
+            f"{row['name']}: {row['measure']}: {row['after']:.4g}" for row in figures_of(path)
+        ]
         terminal.say(f"{path}: {'; '.join(facts)}")
 
 
@@ -128,7 +118,7 @@ def _show(arguments: Sequence[str]) -> None:
             terminal.say(f"layer {layer}: experts {' '.join(map(str, ids))}")
         if adapter.expert_cfg.also:
             terminal.say(f"also: {', '.join(adapter.expert_cfg.also)}")
-    for row in _figures(path):
+    for row in figures_of(path):
         figures = f"{row['before']:.4g} before, {row['after']:.4g} after"
         terminal.say(f"{row['name']}: {row['measure']}: {figures}")
 

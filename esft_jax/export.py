@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.manifest import RUN_DTYPES
 from esft_jax.cli import Parser, command, option
+from esft_jax.evaluation.report import figures_of
 from esft_jax.processes import use_cpu_only
 from esft_jax.values import LocalPath
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     use_cpu_only()
-    export_model(args.base, args.adapter, args.to, args.dtype)
+    figures = [] if args.adapter is None else figures_of(Path(args.adapter))
+    export_model(args.base, args.adapter, args.to, args.dtype, figures=figures)
     print(f"Exported {args.base} with {args.adapter or 'no adapter'}; written to {args.to}")
 
 

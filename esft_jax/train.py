@@ -1,5 +1,6 @@
 """Fine-tune a model as one YAML file says: score, select, train, evaluate, save an adapter."""
 
+import dataclasses
 import datetime
 import signal
 import sys
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from esft_jax.cli import Parser, add_config_arguments, command, open_config
 from esft_jax.config import RunConfig
-from esft_jax.evaluation.report import print_measures, write_comparison
+from esft_jax.evaluation.report import measures, print_measures, write_comparison
 from esft_jax.evaluation.run import (
     OWN,
     EvaluationInputs,
@@ -25,7 +26,7 @@ from esft_jax.processes import on_first_process
 from esft_jax.terminal import Terminal
 from esft_jax.training.loop import run_training
 from esft_jax.training.preemption import watch_preemption
-from esft_jax.training.result import RunResult
+from esft_jax.training.result import RunResult, write_card
 from esft_jax.training.setup import Setup, open_setup, own_run
 from esft_jax.training.signals import exit_on_signals
 
@@ -77,6 +78,8 @@ def _run(setup: Setup, inputs: EvaluationInputs | None, console: Terminal) -> No
         print_measures(console, after, before, full)
         if before is not None:
             _write_comparison(console, after, before)
+        figures = [dataclasses.asdict(measure) for measure in measures(after, before)]
+        on_first_process(lambda: write_card(setup, result, figures), "model card")
     _print_summary(console, result)
 
 

@@ -22,6 +22,7 @@ from esft_jax.adapt.attach import attach_factors, attach_tuned_experts, check_pl
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import check_experts, trains
 from esft_jax.blocks import Box, box_shape, read_block, write_blocks
+from esft_jax.checkpoint.card import CARD, adapter_card
 from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, check_base, read_manifest, run_dtype
 from esft_jax.checkpoint.model_tensors import ModelTensors, model_tensors
@@ -220,6 +221,8 @@ def save_adapter(
             write_tensors(temporary, specs, found.items(), _MAX_SHARD_BYTES)
             expert_cfg.save(temporary / EXPERT_CONFIG)
             (temporary / MANIFEST).write_text(content, encoding="utf-8")
+            card = adapter_card(Path(folder), manifest, expert_cfg)
+            (temporary / CARD).write_text(card, encoding="utf-8")
 
     # No process returns, and perhaps opens the folder, before it is there.
     on_first_process(write, str(folder))

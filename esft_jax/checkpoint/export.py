@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from esft_jax.checkpoint.adapter import Adapter, load_adapter
+from esft_jax.checkpoint.card import CARD, Figures, declared_license, model_card
 from esft_jax.checkpoint.folder import (
     TensorSpec,
     copy_companions,
@@ -50,6 +51,7 @@ def export_model(
     target: str | Path,
     dtype: DTypeLike | None = None,
     say: Callable[[str], None] = print,
+    figures: Figures = (),
 ) -> None:
     """Write a base model, with an adapter merged into it, as a Hugging Face folder.
 
@@ -66,6 +68,7 @@ def export_model(
         dtype: type of all weights.
         say: receives a line that says the type, what was cast to it, and what the chat template is
             to be given, since no file of the folder can say that.
+        figures: before and after training, for the model's card.
 
     Raises:
         InputError: bad input, an adapter of another base, or numbers that are not finite in the
@@ -76,7 +79,15 @@ def export_model(
     if adapter is not None:
         loaded = load_adapter(adapter)
         _check(loaded, source, chats)
-    _export(source, loaded, Path(target), dtype, chats, say)
+    manifest = (loaded and loaded.manifest) or {}
+    what = f"`{base}`" + (f" with the adapter `{adapter}` merged into it" if adapter else "")
+    if "base_model" not in manifest:
+        manifest = manifest | {
+            "base_model": str(base),
+            "base_license": declared_license(source.folder),
+        }
+    card = model_card(Path(target), manifest, f"{what}, written by `esft_jax`.", figures)
+    _export(source, loaded, Path(target), dtype, chats, card, say)
 
 
 def undo_adapter(
@@ -106,7 +117,11 @@ def undo_adapter(
     _check(loaded, origin, chats)
     if source.config != origin.config:
         raise InputError(f"{model}: is another model than {base}; expected one of its exports")
-    _export(source, _Undone(loaded, origin, str(model)), Path(target), None, ChatFormat(), say)
+    undone = _Undone(loaded, origin, str(model))
+    about = {"base_model": str(base), "base_license": declared_license(origin.folder)}
+    what = f"`{model}` without the adapter `{adapter}`, written by `esft_jax`."
+    card = model_card(Path(target), about, what)
+    _export(source, undone, Path(target), None, ChatFormat(), card, say)
 
 
 class _Replacement(Protocol):
@@ -181,6 +196,7 @@ def _export(
     target: Path,
     dtype: DTypeLike | None,
     chats: ChatFormat,
+    card: str,
     say: Callable[[str], None],
 ) -> None:
     """Write a model with some tensors replaced; see `export_model`."""
@@ -225,7 +241,7 @@ def _export(
         return stored_tensor(table, name, specs, parts, merged)
 
     tensors = in_order(arriving, specs, lambda name: specs[name].num_bytes)
-    _write_model(target, source.folder, specs, tensors, common, chats, replace=False)
+    _write_model(target, source.folder, specs, tensors, common, chats, card, replace=False)
     cast = Counter(stored[name].name for name in weights if stored[name] != common)
     said = [f"all {len(weights):,} tensors in {common.name}"]
     said += [f"{number:,} cast from {kind}" for kind, number in sorted(cast.items())]
@@ -245,6 +261,7 @@ def save_model(
     dtype: DTypeLike | None = None,
     carried: TensorFiles | None = None,
     chat_format: ChatFormat | None = None,
+    card: str | None = None,
     *,
     fused: bool | None = None,
 ) -> None:
@@ -258,6 +275,7 @@ def save_model(
         dtype: type of the weights; the model's own by default.
         carried: tensors of the base that the model does not use (`Source.carried`).
         chat_format: what of the template and the stop tokens is to be other than there.
+        card: its model card; None writes none.
         fused: write the experts of a layer in fused tensors (`Source.fused`); None: as most files
             of the family have them.
 
@@ -288,7 +306,8 @@ def save_model(
         try:
             if jax.process_index() == 0:
                 chats = chat_format or ChatFormat()
-                _write_model(Path(folder), template, specs, tensors, dtype, chats, replace=True)
+                own = Path(folder)
+                _write_model(own, template, specs, tensors, dtype, chats, card, replace=True)
         finally:
             # Reading a tensor takes part of every process, even if the first one cannot write it.
             for _ in tensors:
@@ -333,6 +352,7 @@ def _write_model(
     tensors: Iterator[tuple[str, np.ndarray]],
     dtype: np.dtype,
     chats: ChatFormat,
+    card: str | None,
     *,
     replace: bool,
 ) -> None:
@@ -340,6 +360,8 @@ def _write_model(
     config = exported_config(read_json(path), dtype)
     with new_folder(target, replace=replace) as folder:
         copy_companions(template, folder)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
         _write_json(folder / "config.json", config)
         if chats.template is not None:
             (folder / TEMPLATE_FILE).write_text(chats.template, encoding="utf-8")

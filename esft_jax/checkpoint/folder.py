@@ -35,7 +35,7 @@ COMPANIONS = (
 # What an adapter or a model consists of.
 _RESULT = re.compile(
     r".+\.safetensors(\.index\.json)?|manifest\.json|expert_cfg\.json|adapter_config\.json|"
-    + "|".join(map(re.escape, COMPANIONS))
+    + "|".join(map(re.escape, (*COMPANIONS, "README.md")))
 )
 
 

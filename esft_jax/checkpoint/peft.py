@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Target
+from esft_jax.checkpoint.card import CARD, adapter_card
 from esft_jax.checkpoint.folder import TensorSpec, new_folder, write_tensors
 from esft_jax.checkpoint.manifest import MANIFEST, check_base, read_manifest, run_dtype
 from esft_jax.checkpoint.model_tensors import ModelTensors
@@ -235,7 +236,10 @@ def save_lora(
         with new_folder(Path(folder), replace=True) as temporary:
             write_tensors(temporary, specs, factors.items(), None, stem=_WEIGHTS)
             _write_json(temporary / ADAPTER_CONFIG, config)
-            _write_json(temporary / MANIFEST, {**manifest, "updates": list(updates)})
+            whole = {**manifest, "updates": list(updates)}
+            _write_json(temporary / MANIFEST, whole)
+            card = adapter_card(Path(folder), whole, None)
+            (temporary / CARD).write_text(card, encoding="utf-8")
 
     # No process returns, and perhaps opens the folder, before it is there.
     on_first_process(write, str(folder))

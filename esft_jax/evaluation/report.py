@@ -5,11 +5,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from esft_jax.evaluation.run import EvaluationReport, Score, short_hash
-from esft_jax.files import write_text_atomic
+from esft_jax.evaluation.run import EvaluationReport, Score, adapter_sha256, short_hash
+from esft_jax.files import read_json, write_text_atomic
 from esft_jax.terminal import Terminal
 
 
@@ -103,3 +104,14 @@ def write_comparison(after: EvaluationReport, before: EvaluationReport) -> Path:
     content = sides | {"folders": names, "measures": rows}
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+def figures_of(adapter: Path) -> list[dict[str, Any]]:
+    """What evaluations of these very tensors found, in the folder of their run."""
+    found: list[dict[str, Any]] = []
+    for path in sorted((adapter.parent / "evaluation").glob("comparison-*.json")):
+        comparison = read_json(path)
+        scores = sorted((path.parent / comparison["after"]).glob("*/scores.json"))
+        if scores and read_json(scores[0]).get("adapter_sha256") == adapter_sha256(adapter):
+            found += comparison["measures"]
+    return found

@@ -13,9 +13,12 @@ from flax import nnx
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA, Trained
 from esft_jax.adapt.tuned import in_bank
-from esft_jax.checkpoint.adapter import save_adapter, trained_tensors
+from esft_jax.checkpoint.adapter import EXPERT_CONFIG, save_adapter, trained_tensors
+from esft_jax.checkpoint.card import CARD, Figures, adapter_card, declared_license, model_card
 from esft_jax.checkpoint.export import save_model
+from esft_jax.checkpoint.manifest import read_manifest
 from esft_jax.checkpoint.peft import save_lora
+from esft_jax.files import write_text_atomic
 from esft_jax.model.transformer import Transformer
 from esft_jax.training.setup import Setup
 from esft_jax.training.timing import RunTiming
@@ -81,10 +84,11 @@ def write_result(setup: Setup, trained: Trained, model: Transformer, outcome: Ou
             carried=None if source is None else source.carried,
             fused=None if source is None else source.fused,
             chat_format=setup.tokenizer.chat_format,
+            card=_full_card(setup, outcome.step, outcome.valid_loss, ()),
         )
         return folder.model
     assert outcome.tuned is not None
-    manifest = _manifest(setup, outcome)
+    manifest = _manifest(setup, outcome.step, outcome.valid_loss)
     if isinstance(trained, LoRA):
         save_lora(folder.adapter, model, trained, manifest)
     else:
@@ -92,13 +96,40 @@ def write_result(setup: Setup, trained: Trained, model: Transformer, outcome: Ou
     return folder.adapter
 
 
-def _manifest(setup: Setup, outcome: Outcome) -> dict[str, Any]:
+def write_card(setup: Setup, result: RunResult, figures: Figures) -> None:
+    """Write the card of a run's result again, with what an evaluation found.
+
+    Raises:
+        InputError: the result is gone, or the card cannot be written.
+    """
+    folder = result.result
+    assert folder is not None
+    manifest = read_manifest(folder)
+    if manifest is None:
+        card = _full_card(setup, result.step, result.valid_loss, figures)
+    else:
+        path = folder / EXPERT_CONFIG
+        experts = ExpertConfig.load(path) if path.exists() else None
+        card = adapter_card(folder, manifest, experts, figures)
+    write_text_atomic(folder / CARD, card)
+
+
+def _full_card(setup: Setup, step: int, valid_loss: float | None, figures: Figures) -> str:
+    model = setup.config.model
+    what = f"`{model}` with all parameters fine-tuned by `esft_jax`."
+    if setup.base.source is None:
+        what = f"A model in the shape of `{model}`, trained from random weights by `esft_jax`."
+    return model_card(setup.run.model, _manifest(setup, step, valid_loss), what, figures)
+
+
+def _manifest(setup: Setup, step: int, valid_loss: float | None) -> dict[str, Any]:
     config = setup.config
     # How given experts were chosen is not known.
     given = config.expert_cfg is not None or not config.selects_experts
     scores = setup.run.scores / "scores.json"
     return {
         "base_model": config.model,
+        "base_license": declared_license(setup.base.folder),
         **setup.identity,
         "dtype": config.dtype,
         # What the trained parameters were trained beside.
@@ -106,8 +137,8 @@ def _manifest(setup: Setup, outcome: Outcome) -> dict[str, Any]:
         "scores_sha256": _file_hash(scores) if config.measures_scores else None,
         "data_sha256": setup.train_set.stats.sha256,
         "select": None if given else dataclasses.asdict(config.select),
-        "step": outcome.step,
-        "valid_loss": outcome.valid_loss,
+        "step": step,
+        "valid_loss": valid_loss,
     }
 
 

@@ -17,6 +17,7 @@ from esft_jax.checkpoint.source import HuggingFaceSource
 from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, read_model_config, tensor_table
+from esft_jax.files import visible
 from tests.checkpoint.checkpoints import (
     YARN,
     assert_same,
@@ -98,7 +99,7 @@ def test_both_forms_of_the_base_export_the_same_files(tiny, adapter, tmp_path):
     convert_checkpoint(tiny[1], tmp_path / "converted")
     export_model(tmp_path / "converted", adapter, tmp_path / "one")
     export_model(tiny[1], adapter, tmp_path / "two")
-    for file in (tmp_path / "one").iterdir():
+    for file in visible(tmp_path / "one", "[!R]*"):  # README.md names them
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
@@ -170,6 +171,7 @@ def test_the_tokenizer_comes_along_and_foreign_files_stay(tiny, tmp_path):
         tmp_path / "export/additional_chat_templates/rag.jinja"
     ).read_text() == "{{ documents }}"
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "README.md",
         "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
@@ -219,8 +221,11 @@ def test_saving_a_whole_model(tiny, tmp_path, training, merged):
     save_model(training[0], tmp_path / "model", tiny[1])  # tuned experts come from their bank
     assert_same(load_model(tmp_path / "model"), merged)
     export_model(tiny[1], training[1], tmp_path / "export")
-    for file in (tmp_path / "export").iterdir():
-        assert file.read_bytes() == (tmp_path / "model" / file.name).read_bytes(), file.name
+    files = visible(tmp_path / "model")
+    exported = {path.name for path in visible(tmp_path / "export")}
+    assert exported == {file.name for file in files} | {"README.md"}
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "export" / file.name).read_bytes(), file.name
     save_model(load_model(tiny[1]), tmp_path / "model", tiny[1], jnp.bfloat16)  # replaces it
     infos = TensorFiles(tmp_path / "model").values()
     assert {info.dtype for info in infos} == {"BF16"}
