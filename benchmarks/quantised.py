@@ -5,8 +5,8 @@
 - `losses`: held-out loss of the base in float32, by scheme.
 - `steps`: a training step in bfloat16, by scheme of the experts. Schemes alternate, round after
   round, so that a disturbance of the machine meets all of them; reported are medians over rounds.
-- `task`: the whole run of the configuration, by scheme: its metric beside the quantised base, and
-  that of the same adapter on the base in full precision.
+- `task`: the whole run of the configuration, by scheme and seed: its metric beside the quantised
+  base, and that of the same adapter on the base in full precision.
 
 Each figure comes from a process of its own. Prints Markdown, writes JSON.
 """
@@ -92,10 +92,10 @@ def step_seconds(path: Path, scheme: str, steps: int) -> float:
     return timing.step.p50
 
 
-def task_metric(path: Path, scheme: str) -> list[float]:
+def task_metric(path: Path, scheme: str, seed: int) -> list[float]:
     """Percent of the run's task: beside the base that it was trained on, and in full precision."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _named(path, scheme, f"{folder}/run")
+        config = _named(path, scheme, f"{folder}/run", seed=seed)
         result = run_training(open_setup(config), say=lambda line: None).result
         inputs = check_evaluation(config)
         assert result is not None
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="of `task`")
     parser.add_argument("--output", type=Path, default=Path("build/quantised.json"))
     args = parser.parse_args(arguments)
 
@@ -141,10 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cells[scheme] += [f"{seconds:.3f}", f"{seconds / medians['none']:.2f}"]
         report["steps"] = runs
     if "task" in args.parts:
-        heading += ["task, %", "in full precision, %"]
-        report["task"] = {scheme: of("task_metric", scheme) for scheme in args.schemes}
+        heading += ["task, %: mean (each seed)", "in full precision, %: mean"]
+        report["task"] = {
+            scheme: [of("task_metric", scheme, seed=seed) for seed in args.seeds]
+            for scheme in args.schemes
+        }
         for scheme, values in report["task"].items():
-            cells[scheme] += [f"{value:.1f}" for value in values]
+            beside, exact = zip(*values, strict=True)
+            each = ", ".join(f"{value:.1f}" for value in beside)
+            cells[scheme].append(f"{statistics.mean(beside):.1f} ({each})")
+            cells[scheme].append(f"{statistics.mean(exact):.1f}")
     print_table(["quantised"], heading, [[scheme, *texts] for scheme, texts in cells.items()])
     write_report(args.output, report | {"after": machine(args.threads)})
 
