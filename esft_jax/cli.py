@@ -39,6 +39,7 @@ VERBS = {
     "harness": "run the tasks of lm-evaluation-harness on a model",
     "generate": "let a model complete one prompt",
     "adapters": "list, show, compare and combine adapters, or take one out of a model",
+    "push": "publish an adapter or an exported model on the Hugging Face hub",
     "export": "merge an adapter into its base as a Hugging Face folder",
 }
 

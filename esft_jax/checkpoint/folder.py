@@ -39,6 +39,11 @@ _RESULT = re.compile(
 )
 
 
+def is_result(name: str) -> bool:
+    """Whether a file of this name is a part of an adapter or a model."""
+    return _RESULT.fullmatch(name) is not None
+
+
 class TensorSpec(NamedTuple):
     """A tensor before its data is there."""
 
@@ -144,7 +149,7 @@ def check_way(target: Path, *, replace: bool = False) -> None:
     if held and not replace:
         raise InputError(f"{target}: exists; expected a new or empty folder")
     for path in held:
-        if not _RESULT.fullmatch(path.name) or path.is_dir():
+        if not is_result(path.name) or path.is_dir():
             raise InputError(
                 f"{path}: is no part of a result, which would take the place of {target}; "
                 "expected a new folder, or an older result"

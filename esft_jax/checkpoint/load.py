@@ -33,7 +33,7 @@ from esft_jax.ops.quantised import Quantised
 from esft_jax.sharding import param_shardings
 
 # What a hub download fetches: never pickled weights, never code.
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 # The same model again, as other programs take it.
 _NOT_FROM_HUB = ("*/*.json", "*/*.safetensors")
 
