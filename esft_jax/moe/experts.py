@@ -61,7 +61,17 @@ def apply_experts(
     flat = gates.reshape(-1).astype(x.dtype)
     if piece is not None:
         return _in_pieces(piece, x, flat, weights, dispatch)
-    return _at_once(x, flat, weights, dispatch)
+    # Of all that is as long as the assignments, only the first product outlives the forward pass;
+    # gathers and element-wise work are cheaper to repeat than to keep. What comes from the memory
+    # of the host is moved in there, so that the backward pass moves it again.
+    at_once = jax.checkpoint(
+        # A new function each time: JAX keeps what it has traced by function, and with it which
+        # operands an earlier program has differentiated.
+        partial(_at_once),
+        policy=jax.checkpoint_policies.save_only_these_names(GATE_UP),
+        prevent_cse=False,
+    )
+    return at_once(x, flat, weights, dispatch)
 
 
 def apply_to_rows(
@@ -80,14 +90,6 @@ def apply_to_rows(
     return weights.add_bias(out, "down", group_sizes, gates)
 
 
-# Of all that is as long as the assignments, only the first product outlives the forward pass;
-# gathers and element-wise work are cheaper to repeat than to keep. What comes from the memory of
-# the host is moved in here, so that the backward pass moves it again.
-@partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names(GATE_UP),
-    prevent_cse=False,
-)
 def _at_once(
     x: Float[Array, "T D"],
     gates: Float[Array, " N"],
