@@ -17,24 +17,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from esft_jax import strict_yaml
 from esft_jax.adapt.lora import Target
-from esft_jax.adapt.parts import (
-    FLAGS,
-    Part,
-    known_part,
-    merge_flags,
-    ordered,
-)
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
 from esft_jax.ops.quantisation import Quantisation
 from esft_jax.optimizer_config import OptimizerConfig
+from esft_jax.selection_config import FURTHER_METHODS, FurtherMethod, ScoreConfig, SelectConfig
 from esft_jax.values import (
     Count,
     CountOrZero,
@@ -47,16 +39,12 @@ from esft_jax.values import (
     Positive,
     Seed,
     Share,
-    Size,
     TemplateArguments,
     Text,
     distinct_names,
 )
 
 Method = Literal["esft", "full", "lora"]
-ScoreMethod = Literal["token", "gate", "gate_share"]
-# The paper's choices for its two scores. By gate share, 0.1 takes about 2 of 128 experts.
-DEFAULT_TOP_P: dict[ScoreMethod, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
 
 
 def _known_target(name: object) -> object:
@@ -143,109 +131,6 @@ class DataConfig:
     def source_names(self) -> tuple[str, ...]:
         """`task` for what is not in `mix`, and the names there."""
         return ("task", *self.mix)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ScoreConfig:
-    """How expert relevance is measured.
-
-    Attributes:
-        samples: Packed rows to run, at most; fewer if the data holds fewer.
-        sequence_length: Tokens per packed row.
-        batch_size: Rows per forward pass, over all devices; rounded up to a multiple of them.
-    """
-
-    samples: Count = 32
-    sequence_length: Length = 4096
-    batch_size: Count = 4
-
-
-@dataclass(frozen=True, config=_STRICT)
-class SelectConfig:
-    """Which experts are trained.
-
-    At most one of `top_p`, `top_k`, `max_parameters` and `max_bytes` is set; without any, `top_p`
-    is the paper's value for the method.
-
-    Attributes:
-        method: Relevance score: `token` (share of the routed tokens), `gate` (mean gate, of routers
-            that do not renormalise), or `gate_share` (mean share of a token's gates, of all).
-        top_p: Share of a layer's relevance its chosen experts reach together.
-        top_k: Experts in every layer.
-        max_parameters: Trained parameters, at most; the best experts of all layers are taken.
-        max_bytes: The same, as bytes of the adapter's tensors.
-        group_size: Experts that are selected together, grouped by the tokens they share.
-        groups_from: Scores or routing logs to group by, such as those of alignment data; none
-            takes the scores that are selected by.
-        scores: Scores or expert configurations of one or several tasks, instead of measuring.
-        combine: What to train of the experts that several tasks select.
-        random_seed: Train as many random experts in each layer instead, as a control.
-        also: What else is trained: some of `shared_experts`, `router`, `attention`, `norms`,
-            `dense_mlps`, `embedding`, `head`; `non_expert_modules` is all of these but the first.
-    """
-
-    method: ScoreMethod = "token"
-    top_p: Share | None = None
-    top_k: Count | None = None
-    max_parameters: Size | None = None
-    max_bytes: Size | None = None
-    group_size: Count = 1
-    groups_from: LocalPath | None = None
-    scores: tuple[LocalPath, ...] = ()
-    combine: Literal["union", "intersection"] = "union"
-    random_seed: Seed | None = None
-    also: Annotated[
-        tuple[Annotated[Part, BeforeValidator(known_part)], ...], AfterValidator(ordered)
-    ] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_flags(cls, values: Any) -> Any:
-        """Accept the two flags that `also` has replaced: run folders have them."""
-        given = values.kwargs if isinstance(values, ArgsKwargs) else values
-        if not isinstance(given, dict):
-            return values
-        flags: dict[str, Any] = {flag: given[flag] for flag in FLAGS if flag in given}
-        also = given.get("also", ())
-        if not flags or not isinstance(also, list | tuple):
-            return values
-        rest = {key: value for key, value in given.items() if key not in flags}
-        rest["also"] = merge_flags(also, flags)
-        return ArgsKwargs(values.args, rest) if isinstance(values, ArgsKwargs) else rest
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether one of the four rules is set."""
-        return bool(self._rules)
-
-    @property
-    def threshold(self) -> float | None:
-        """`top_p`; without any rule the value of `DEFAULT_TOP_P`."""
-        return self.top_p if self.has_rule else DEFAULT_TOP_P[self.method]
-
-    def problem(self) -> str | None:
-        """What does not fit together, starting with the key to change."""
-        rules = self._rules
-        if len(rules) > 1:
-            return f"{rules[1]}: {rules[0]} is set too; expected one of them"
-        if (
-            len(self.scores) > 1
-            and self.combine == "union"
-            and rules in (["max_parameters"], ["max_bytes"])
-        ):
-            return f"{rules[0]}: the union of several tasks would exceed it; expected one task"
-        if self.groups_from is not None and self.group_size == 1:
-            return "groups_from: group_size is 1; expected a larger one"
-        if self.group_size > 1 and len(self.scores) > 1 and self.groups_from is None:
-            return "groups_from: each task would have its own groups; expected scores to group by"
-        if self.top_k is not None and self.top_k % self.group_size:
-            return f"top_k: {self.top_k} is no multiple of group_size = {self.group_size}"
-        return None
-
-    @property
-    def _rules(self) -> list[str]:
-        names = ("top_p", "top_k", "max_parameters", "max_bytes")
-        return [name for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -438,6 +323,8 @@ class RunConfig:
             problem = "init: random weights have no experts to select; expected pretrained"
         elif mistake := self.select.problem():
             problem = f"select.{mistake}"
+        elif mistake := self._score_problem():
+            problem = f"score.{mistake}"
         elif self.expert_cfg is not None and self.select.scores:
             problem = "select.scores: expert_cfg says already what is trained; expected one of them"
         elif self.method == "full" and self.expert_cfg is not None:
@@ -491,10 +378,29 @@ class RunConfig:
         return self.selects_experts and self.expert_cfg is None and not self.select.scores
 
     @property
+    def further_scores(self) -> tuple[FurtherMethod, ...]:
+        """What scoring measures besides the scores of the routing."""
+        asked = {*self.score.methods, self.select.method}
+        return tuple(method for method in FURTHER_METHODS if method in asked)
+
+    @property
     def row_lengths(self) -> dict[str, int]:
         """Tokens per packed row, by the section that says it; `score` only if it is read."""
         lengths = {"data": self.data.sequence_length}
         return lengths | ({"score": self.score.sequence_length} if self.measures_scores else {})
+
+    def _score_problem(self) -> str | None:
+        score = self.score
+        if len(set(score.methods)) < len(score.methods):
+            return f"methods: one is named twice in {', '.join(score.methods)}"
+        contrasts = "contrast" in self.further_scores
+        if score.general and not contrasts:
+            return "general: only contrast reads it; expected contrast in score.methods"
+        if contrasts and not score.general and (self.measures_scores or score.methods):
+            return "general: contrast compares with it; expected files of a sample"
+        if score.general_format != "text" and not score.general:
+            return "general_format: score.general names no files; expected some"
+        return None
 
     def _lora_problem(self) -> str | None:
         targets = self.lora.targets

@@ -42,7 +42,7 @@ from esft_jax.values import Count, LocalPath, Share
 PAGE = "report.html"
 # Tables and figures, by the names of their files; what else lies beside them is the user's.
 _OURS = re.compile(
-    r"concentration|experts(-\d+)?|layers|methods|overlap|sample-size|threshold|words"
+    r"concentration|experts(-\d+)?|layers|methods|overlap|sample-size|scores|threshold|words"
 )
 
 _MODEL_FILES = ("config.json", "tokenizer*", "special_tokens*")

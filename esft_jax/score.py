@@ -17,7 +17,7 @@ from esft_jax.select import print_selection
 from esft_jax.terminal import Terminal
 from esft_jax.training.choosing import measure_scores
 from esft_jax.training.fit import check_rows
-from esft_jax.training.rows import score_rows
+from esft_jax.training.rows import general_rows, score_rows
 from esft_jax.training.setup import Setup, open_setup
 from esft_jax.values import LocalPath
 
@@ -35,13 +35,16 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     config = open_config(args)
+    if "contrast" in config.further_scores and not config.score.general:
+        raise InputError("score.general: contrast compares with it; expected files of a sample")
     setup = open_setup(config)
     if setup.base.source is None:
         raise InputError("init: random weights have no experts to score; expected pretrained")
     length = config.score.sequence_length  # a run that is given its experts need not have it right
     check_rows(setup.base.config, {"score": length})
     rows = score_rows(setup.task_set, length, config.data, setup.tokenizer, config.seed)
-    setup = dataclasses.replace(setup, score_set=rows)
+    general = general_rows(config.score, config.data, setup.tokenizer, config.seed)
+    setup = dataclasses.replace(setup, score_set=rows, general_set=general)
     folder = Path(args.output) if args.output else setup.run.scores
     check_writable(folder, "--output" if args.output else "output")
     with ExitStack() as stack:
@@ -61,6 +64,8 @@ def _score(setup: Setup, folder: Path) -> None:
         console = Terminal()
         assert setup.score_set is not None
         console.say(setup.score_set.describe())
+        if setup.general_set is not None:
+            console.say(f"general sample: {setup.general_set.describe()}")
         console.say(
             f"{scores.provenance['samples']} samples, {scores.provenance['tokens']:,} tokens; "
             f"a choice by {describe(select)}:"

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 from rich.table import Table
@@ -12,11 +13,11 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.parts import PARTS
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.cli import Parser, command, option
-from esft_jax.config import DEFAULT_TOP_P, SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.routing.choose import check_select, choose_experts, describe, load_tasks
 from esft_jax.routing.scores import SCORE_METHODS, ExpertScores
+from esft_jax.selection_config import DEFAULT_TOP_P, Allocation, SelectConfig
 from esft_jax.terminal import Terminal
 from esft_jax.values import Count, LocalPath, Seed, Share, Size
 
@@ -47,19 +48,25 @@ def main(argv: Sequence[str]) -> None:
         "--top-p",
         type=option(Share),
         metavar="P",
-        help="sum of scores to reach in each layer (default: "
-        + ", ".join(f"{top_p} for {method}" for method, top_p in DEFAULT_TOP_P.items())
-        + ")",
+        help=f"sum of scores to reach in each layer (default: {DEFAULT_TOP_P['token']}; for gate "
+        f"{DEFAULT_TOP_P['gate']})",
     )
     rule.add_argument("--top-k", type=option(Count), metavar="N", help="experts in every layer")
     rule.add_argument(
         "--max-parameters",
         type=option(Size),
         metavar="N",
-        help="the best experts of all layers, with at most N trained parameters",
+        help="at most N trained parameters",
     )
     rule.add_argument(
         "--max-bytes", type=option(Size), metavar="N", help="the same, by the adapter's size"
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=get_args(Allocation),
+        default="global",
+        help="how a budget is divided: the best of all layers, as many in each, or those of the "
+        "largest p that it allows (default: global)",
     )
     parser.add_argument(
         "--group-size", type=option(Count), default=1, metavar="N", help="select in groups"

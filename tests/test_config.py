@@ -8,9 +8,10 @@ import pytest
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from esft_jax.config import DataConfig, RunConfig, SelectConfig, load_config, save_config
+from esft_jax.config import DataConfig, RunConfig, load_config, save_config
 from esft_jax.data.chat_template import ChatFormat
 from esft_jax.errors import InputError
+from esft_jax.selection_config import SelectConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = """\
@@ -246,6 +247,13 @@ def test_flags_of_older_versions_are_read(file: Path) -> None:
         ("select.top_k=0", "select.top_k: expected greater than or equal to 1, got 0"),
         ("select={top_p: 0.1, top_k: 3}", "select.top_k: top_p is set too; expected one of them"),
         ("select={top_k: 3, group_size: 2}", "select.top_k: 3 is no multiple of group_size = 2"),
+        ("select.allocation=uniform", "select.allocation: there is no budget to divide; expected"),
+        ("select.allocation=even", "select.allocation: expected 'global', 'uniform' or 'top_p'"),
+        ("score.methods=[contrast]", "score.general: contrast compares with it; expected files"),
+        ("score.methods=[random, random]", "score.methods: one is named twice in random, random"),
+        ("score.methods=[token]", "score.methods.0: expected 'contribution', 'contrast', 'gate_t"),
+        ("score.general=[a]", "score.general: only contrast reads it; expected contrast in score"),
+        ("score.general_format=chat", "score.general_format: score.general names no files"),
         ("select.groups_from=x", "select.groups_from: group_size is 1; expected a larger one"),
         (
             "select={scores: [a, b], max_bytes: 3}",

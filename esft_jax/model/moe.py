@@ -1,9 +1,13 @@
 """The Mixture-of-Experts feed-forward layer: router, routed experts, shared experts.
 
-Letters: B rows, S tokens of each, D model width, E experts, F expert width, L MoE layers.
+Letters: B rows, S tokens of each, K experts per token, D model width, E experts, F expert width,
+L MoE layers.
 """
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -75,6 +79,8 @@ class MoE(nnx.Module):
         carried: Carried | None,
         mesh: Mesh | None,
         transport: Transport = "all_gather",
+        gate_probe: Float[Array, "B S K"] | None = None,
+        output_norms: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
@@ -84,15 +90,29 @@ class MoE(nnx.Module):
             layer: this layer's index among the MoE layers, to find its experts.
             adapted: what replaces or updates experts.
             carried: of it, from layer to layer (`carry_banks`).
+            gate_probe: the factor of each assignment is multiplied by 1 + its entry. At 0, the
+                derivative by an entry is the gate times the derivative by the gate.
+            output_norms: whether `RouterOutput` gets them.
         """
         shape, seen = x.shape, plain if self.router.config.input_norm else x
         routed = self.router(seen.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
         routed = jax.tree.map(lambda a: a.reshape(*shape[:2], -1), routed)
-        routing = Routing(routed.expert_ids, self.router.factors(routed, x.dtype))
+        factors = self.router.factors(routed, x.dtype)
+        if gate_probe is not None:
+            factors *= 1 + gate_probe
+        routing = Routing(routed.expert_ids, factors)
         experts, inner = self.experts.weights, self.input_norm(plain) if self.normed else x
-        out, carried = adapted_moe(
-            inner, routing, experts, self.activation, layer, adapted, carried, mesh, transport
-        )
+
+        def apply(routing: Routing, carried: Carried | None) -> tuple[Array, Carried | None]:
+            return adapted_moe(
+                inner, routing, experts, self.activation, layer, adapted, carried, mesh, transport
+            )
+
+        if output_norms:
+            out, norms, carried = _one_by_one(apply, routing, inner, carried)
+            routed = routed._replace(output_norms=norms)
+        else:
+            out, carried = apply(routing, carried)
         if self.normed:
             out = self.output_norm(out)
         if self.shared_experts is not None:
@@ -101,3 +121,27 @@ class MoE(nnx.Module):
                 shared *= jax.nn.sigmoid(x @ self.shared_gate[...].astype(x.dtype))
             out = out + (self.shared_norm(shared) if self.normed else shared)
         return out, routed, carried
+
+
+def _one_by_one(
+    apply: Callable[[Routing, Carried | None], tuple[Array, Carried | None]],
+    routing: Routing,
+    x: Float[Array, "B S D"],
+    carried: Carried | None,
+) -> tuple[Float[Array, "B S D"], Float[Array, "B S K"], Carried | None]:
+    """The sum over a token's experts, the norm of each term, and what is carried on.
+
+    Layers with one expert per token, one after the other: their outputs are the terms, whatever the
+    transport, and no array has K outputs of each token.
+    """
+
+    def add(before: tuple, assigned: Routing) -> tuple[tuple, Array]:
+        total, carried = before
+        out, carried = apply(assigned, carried)
+        out = out.astype(jnp.float32)
+        return (total + out, carried), jnp.linalg.norm(jax.lax.stop_gradient(out), axis=-1)
+
+    each = jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0)[..., None], routing)
+    begin = jnp.zeros(x.shape, jnp.float32), carried
+    (total, carried), norms = jax.lax.scan(add, begin, each)
+    return total.astype(x.dtype), jnp.moveaxis(norms, 0, -1), carried

@@ -28,11 +28,14 @@ class RouterOutput(NamedTuple):
         expert_ids: chosen experts, int32 `[..., K]`, best first.
         gates: their weights, float32 `[..., K]`.
         scores: over all experts before the choice, without its bias, float32 `[..., E]`.
+        output_norms: Euclidean norms of what the chosen experts add to the layer's sum, factors
+            included, float32 `[..., K]`; None unless they are asked for.
     """
 
     expert_ids: Int[Array, "... K"]
     gates: Float[Array, "... K"]
     scores: Float[Array, "... E"]
+    output_norms: Float[Array, "... K"] | None = None
 
 
 def choose(

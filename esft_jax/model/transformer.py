@@ -170,6 +170,9 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         positions: Int[Array | np.ndarray, "B S"] | None = None,
         earlier: Any = None,
+        *,
+        gate_probe: Float[Array, "L B S K"] | None = None,
+        output_norms: bool = False,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
         """What the head reads, and the router outputs; no logits.
 
@@ -177,6 +180,7 @@ class Transformer(nnx.Module):
             tokens, segment_ids, positions: those of `__call__`.
             earlier: a gradient of the banks of tuned experts, a tree of arrays `[R, ...]` as they
                 are; theirs here is added to it. Only for one expert group.
+            gate_probe, output_norms: of all MoE layers, see `MoE`.
         """
         tokens = jnp.asarray(tokens)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
@@ -201,7 +205,16 @@ class Transformer(nnx.Module):
             x, carried = carry
             x = attend(block, kind, x)
             out, router, carried = block.moe(
-                block.ffn_norm(x), x, keep, layer, adapted, carried, self.mesh, self.transport
+                block.ffn_norm(x),
+                x,
+                keep,
+                layer,
+                adapted,
+                carried,
+                self.mesh,
+                self.transport,
+                None if gate_probe is None else gate_probe[layer],
+                output_norms,
             )
             return (block.add_feed_forward(x, out), carried), LayerOutput(router)
 

@@ -15,7 +15,7 @@ from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import trained_roles
 from esft_jax.adapt.parts import check_rates
 from esft_jax.checkpoint.load import local_folder
-from esft_jax.config import RunConfig, SelectConfig
+from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.model.config import ModelConfig
@@ -31,6 +31,7 @@ from esft_jax.planning.program import (
 )
 from esft_jax.planning.roofline import Roofline
 from esft_jax.routing.choose import affordable_experts, given_experts
+from esft_jax.selection_config import SelectConfig
 from esft_jax.sharding import count_slices, make_mesh
 from esft_jax.topology import ahead_of_time_devices, hardware
 from esft_jax.training.fit import check_fit

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from esft_jax.reporting.comparison import forgotten
 from esft_jax.reporting.findings import Findings
+from esft_jax.routing.scores import score_words
 from esft_jax.sweeping.table import MethodRow
 
 _WIDTH = 5.6  # inches; a phone shows it at two thirds, which leaves 9 points legible
@@ -273,7 +274,7 @@ def _threshold(findings: Findings) -> Figure:
     panels[0].legend(loc="lower right")
     if has_costs:
         panels[1].set_title("Operations per token, of full fine-tuning")
-    panels[-1].set_xlabel(f"threshold p ({' or '.join(methods)} score)")
+    panels[-1].set_xlabel(f"threshold p ({' or '.join(map(score_words, methods))})")
     return figure
 
 

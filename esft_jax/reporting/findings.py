@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from esft_jax.config import ScoreMethod
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.reporting import analysis
@@ -14,7 +13,9 @@ from esft_jax.reporting.cost import Cost, CostModel
 from esft_jax.reporting.selection import find_selection
 from esft_jax.reporting.tasks import Choice, Task, choose
 from esft_jax.reporting.vocabulary import Word, rank_words
+from esft_jax.routing.scores import ROUTING_METHODS, SCORE_METHODS, score_words
 from esft_jax.routing.select import chosen_mask
+from esft_jax.selection_config import ScoreMethod
 
 ENOUGH = 0.9  # agreement of two samples from which more tokens change little
 SURE = 0.8  # of the resamples choose an expert
@@ -58,6 +59,12 @@ class Findings:
     costs: CostModel | None
     model: str | None
     words: list[list[Word] | None]
+
+    @property
+    def methods(self) -> list[ScoreMethod]:
+        """Those by which some task has scores."""
+        found = {method for choice in self.choices for method in choice.task.scores.methods}
+        return [method for method in SCORE_METHODS if method in found]
 
     @property
     def gate_method(self) -> ScoreMethod:
@@ -188,6 +195,11 @@ def sure(choice: Choice) -> str:
         return (
             "Not known: the scores of this task alone do not say why these experts were chosen"
             f" ({choice.selection.words}), so they cannot be chosen again from other samples."
+        )
+    if choice.selection.method not in ROUTING_METHODS:
+        return (
+            f"Not known: {score_words(choice.selection.method)}s are kept of the whole sample only,"
+            " so experts cannot be chosen again from parts of it."
         )
     if choice.certainty is None or choice.count_range is None:
         return (

@@ -10,8 +10,21 @@ from esft_jax.reporting.comparison import forgotten, verdict
 from esft_jax.reporting.findings import SURE, Findings, answers, count_text, size_text
 from esft_jax.reporting.tasks import Choice
 from esft_jax.reporting.vocabulary import MIN_COUNT
+from esft_jax.routing.scores import score_words
+from esft_jax.selection_config import ScoreMethod
 from esft_jax.sweeping.table import MethodRow
 
+_DEFINITIONS: dict[ScoreMethod, str] = {
+    "token": "The share of a layer's (token, expert) assignments that an expert serves.",
+    "gate": "An expert's mean gate over all tokens, 0 where it was not chosen.",
+    "gate_share": "An expert's mean share of a token's gates, over all tokens.",
+    "contribution": "The mean norm of what an expert adds to the layer's output, by its share.",
+    "contrast": "The token score over that of a general sample, smoothed by even routing, by its "
+    "share.",
+    "gate_taylor": "The mean size of a gate times the derivative of the loss by it, by its share: "
+    "what the loss would change by without the expert, to first order.",
+    "random": "Drawn by chance, as a control.",
+}
 _SHOWN = 20  # of a list, or of each of its ends; the CSV files have all
 
 
@@ -31,7 +44,11 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count_text": count_text, "size_text": size_text}
+    environment.filters |= {
+        "count_text": count_text,
+        "size_text": size_text,
+        "score_words": score_words,
+    }
     shown = [
         None if words is None else (words[:_SHOWN], words[_SHOWN:][-_SHOWN:])
         for words in findings.words
@@ -44,6 +61,7 @@ def render_page(
         effective=[_effective(choice, findings.top_k) for choice in findings.choices],
         words=shown,
         min_count=MIN_COUNT,
+        definitions=_DEFINITIONS,
         sure=SURE,
         compared=compared,
         forgotten=forgotten(compared),

@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float
 
 from esft_jax import strict_yaml
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.config import DEFAULT_TOP_P, RunConfig, ScoreMethod
+from esft_jax.config import RunConfig
 from esft_jax.errors import InputError
 from esft_jax.routing.choose import describe
 from esft_jax.routing.scores import ExpertScores, round_scores, score_words
-from esft_jax.routing.select import best_mask, chosen_mask, top_k_mask
+from esft_jax.routing.select import budget_mask, chosen_mask, top_k_mask
+from esft_jax.selection_config import DEFAULT_TOP_P, ScoreMethod
 from esft_jax.training.run_folder import RunFolder
 
 Rule = Callable[[Float[np.ndarray, "*N L E"]], Bool[np.ndarray, "*N L E"]]
@@ -161,7 +162,8 @@ def _own_rule(run: Run, scores: ExpertScores) -> tuple[Rule | None, float | None
     if select.top_k is not None:
         rule = partial(top_k_mask, k=select.top_k)
     elif select.max_parameters is not None or select.max_bytes is not None:
-        rule = partial(best_mask, count=experts.num_experts_selected)
+        count = experts.num_experts_selected
+        rule = partial(budget_mask, count=count, allocation=select.allocation)
     else:
         top_p = select.threshold
         assert top_p is not None

@@ -8,7 +8,7 @@ import numpy as np
 
 from esft_jax.reporting import analysis
 from esft_jax.reporting.findings import Findings
-from esft_jax.routing.scores import SCORE_METHODS
+from esft_jax.routing.scores import ROUTING_METHODS, SCORE_METHODS
 
 Table = tuple[Sequence[str], Iterable[Sequence[object]]]  # a header, and its rows
 
@@ -20,6 +20,7 @@ def tables(findings: Findings) -> dict[str, Table]:
         "layers": _layers(findings),
         "concentration": _concentration(findings),
         "threshold": _threshold(findings),
+        "scores": _scores(findings),
     }
     if findings.overlap is not None:
         names = [c.task.name for c in findings.choices if c.halves is not None]
@@ -54,11 +55,13 @@ def to_csv(table: Table) -> str:
 
 
 def _experts(findings: Findings) -> Table:
+    found = findings.methods
+    methods = [m for m in SCORE_METHODS if m in ROUTING_METHODS or m in found]
     header = (
         "task",
         "layer",
         "expert",
-        *(f"{method}_score" for method in SCORE_METHODS),
+        *(f"{method}_score" for method in methods),
         "chosen",
         "certainty",
     )
@@ -73,7 +76,7 @@ def _experts(findings: Findings) -> Table:
                     expert,
                     *(
                         float(scores.of(method)[row, expert]) if method in scores.methods else ""
-                        for method in SCORE_METHODS
+                        for method in methods
                     ),
                     int(chosen),
                     "" if certainty is None else float(certainty[row, expert]),
@@ -140,6 +143,15 @@ def _threshold(findings: Findings) -> Table:
                 cells = (cost.parameters, cost.adapter_bytes, cost.state_bytes, cost.operations)
             rows.append((choice.task.name, at.top_p, at.count, at.share, at.served, *cells))
     return header, rows
+
+
+def _scores(findings: Findings) -> Table:
+    rows = [
+        (choice.task.name, choice.selection.method, method, agreement)
+        for choice in findings.choices
+        for method, agreement in choice.agreements.items()
+    ]
+    return ("task", "chosen_by", "method", "agreement"), rows
 
 
 def _sample_sizes(findings: Findings) -> Table:

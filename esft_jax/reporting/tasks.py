@@ -12,7 +12,14 @@ from esft_jax.errors import InputError
 from esft_jax.reporting import analysis
 from esft_jax.reporting.selection import Run, Selection, find_run
 from esft_jax.routing.log import RoutingLog, load_routing
-from esft_jax.routing.scores import ExpertScores, as_wide, load_scores
+from esft_jax.routing.scores import (
+    ROUTING_METHODS,
+    ExpertScores,
+    as_wide,
+    load_scores,
+    round_scores,
+)
+from esft_jax.selection_config import ScoreMethod
 from esft_jax.training.run_folder import RunFolder
 
 MIN_SEQUENCES = 8  # of fewer, resamples say nothing
@@ -44,6 +51,8 @@ class Choice:
         count_range: 5th and 95th percentile of the number chosen.
         sizes: agreement of two independent samples, by size.
         halves: scores of two samples without a common sequence.
+        agreements: by each other method, with the experts that it would choose: as many in each
+            layer (see `analysis.agreement`).
     """
 
     task: Task
@@ -58,6 +67,7 @@ class Choice:
     count_range: tuple[int, int] | None
     sizes: list[analysis.SampleSize]
     halves: tuple[Float[np.ndarray, "L E"], Float[np.ndarray, "L E"]] | None
+    agreements: dict[ScoreMethod, float]
 
     @property
     def scores(self) -> Float64[np.ndarray, "L E"]:
@@ -175,7 +185,8 @@ def choose(task: Task, selection: Selection, top_k: int) -> Choice:
     if log is not None and log.num_sequences >= 2:
         counts, gates = log.sequence_sums()
         halves = analysis.alternate_halves(gates)
-        if rule is not None and log.num_sequences >= MIN_SEQUENCES:
+        known = selection.method in ROUTING_METHODS
+        if rule is not None and known and log.num_sequences >= MIN_SEQUENCES:
             sums = counts / log.top_k
             if selection.method != "token":
                 _, sums = log.sequence_sums(shares=selection.method == "gate_share")
@@ -198,4 +209,15 @@ def choose(task: Task, selection: Selection, top_k: int) -> Choice:
         count_range=count_range,
         sizes=sizes,
         halves=halves,
+        agreements={
+            method: _agreement(scores.of(method), chosen)
+            for method in scores.methods
+            if method != selection.method
+        },
     )
+
+
+def _agreement(scores: Float[np.ndarray, "L E"], chosen: Bool[np.ndarray, "L E"]) -> float:
+    ranks = np.argsort(np.argsort(-round_scores(scores), axis=1, kind="stable"), axis=1)
+    other = ranks < chosen.sum(axis=1, keepdims=True)
+    return float(analysis.agreement(chosen, other)) if chosen.any() else 0.0

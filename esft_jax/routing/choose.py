@@ -12,7 +12,6 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.partition import check_experts, trains
 from esft_jax.adapt.parts import check_also
 from esft_jax.checkpoint.identity import check_same_base
-from esft_jax.config import DEFAULT_TOP_P, SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.files import read_json
@@ -20,6 +19,7 @@ from esft_jax.model.config import ModelConfig
 from esft_jax.routing.groups import group_experts
 from esft_jax.routing.scores import ExpertScores, as_wide, load_scores, score_words
 from esft_jax.routing.select import combine_experts, random_experts, select_experts
+from esft_jax.selection_config import DEFAULT_TOP_P, Allocation, SelectConfig
 
 
 def choose_experts(
@@ -54,6 +54,7 @@ def choose_experts(
             select.threshold,
             top_k=select.top_k,
             max_experts=max_experts,
+            allocation=select.allocation,
             groups=groups,
         )
         for task in tasks
@@ -112,6 +113,14 @@ def given_experts(
     return experts
 
 
+# Beside a budget, in words.
+_ALLOCATED: dict[Allocation, str] = {
+    "global": "",
+    "uniform": ", as many in each layer",
+    "top_p": ", the same p in each layer",
+}
+
+
 def describe(select: SelectConfig, *, scored: bool = True) -> str:
     """The rule in words, such as `token score, p = 0.2`.
 
@@ -124,9 +133,9 @@ def describe(select: SelectConfig, *, scored: bool = True) -> str:
     elif select.top_k is not None:
         words.append(f"{select.top_k} per layer")
     elif select.max_parameters is not None:
-        words.append(f"at most {select.max_parameters:,} parameters")
+        words.append(f"at most {select.max_parameters:,} parameters{_ALLOCATED[select.allocation]}")
     elif select.max_bytes is not None:
-        words.append(f"at most {select.max_bytes:,} bytes")
+        words.append(f"at most {select.max_bytes:,} bytes{_ALLOCATED[select.allocation]}")
     else:
         words.append(f"p = {select.threshold:g}")
     if select.group_size > 1:
@@ -165,7 +174,7 @@ def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> 
     """How many experts a budget pays for, beside what else is trained; None without a budget.
 
     Raises:
-        InputError: not even one group of experts.
+        InputError: not even one group of experts, or where each layer gets some, one for each.
     """
     if select.max_parameters is not None:
         key, budget, unit = "max_parameters", select.max_parameters, 1
@@ -181,10 +190,11 @@ def affordable_experts(select: SelectConfig, model: ModelConfig, dtype: str) -> 
     )
     expert = unit * model.expert_size
     count = (budget - fixed) // expert
-    if count < select.group_size:
+    least = select.group_size * (1 if select.allocation == "global" else len(model.moe_layers))
+    if count < least:
         raise InputError(
             f"select.{key}: {budget:,} is too little; one expert takes {expert:,}, all that is "
-            f"trained besides {fixed:,}; expected at least {fixed + select.group_size * expert:,}"
+            f"trained besides {fixed:,}; expected at least {fixed + least * expert:,}"
         )
     return int(count)
 

@@ -3,7 +3,7 @@
 Letters: L MoE layers, B samples, S tokens of each, K experts per token, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Float64, Int, Integer
 
 from esft_jax.data.batch import Batch
+from esft_jax.errors import InputError
+from esft_jax.model.router import RouterOutput
 from esft_jax.model.transformer import Transformer
+from esft_jax.ops.cross_entropy import cross_entropy_sums
 from esft_jax.routing.log import RoutingLog
 from esft_jax.routing.scores import ExpertScores
-from esft_jax.sharding import place_batch
+from esft_jax.selection_config import FurtherMethod
+from esft_jax.sharding import RULES, place_batch
 
 # Tokens whose routing is kept beside the scores: as many as the paper scores, 61 MB before
 # compression for DeepSeek-V2-Lite.
@@ -62,88 +66,216 @@ def chosen_together(expert_ids: Int[Array, "L B S K"], num_experts: int) -> Int[
     return jax.lax.map(layer, expert_ids)
 
 
+def gate_effects(
+    model: Transformer, batch: dict[str, Array], *, output_norms: bool = False
+) -> tuple[Float[Array, "L B S K"], RouterOutput]:
+    """Each gate times the derivative of the loss by it, and the router outputs.
+
+    To first order, the loss changes by minus that if the token does without the expert (Taylor
+    criterion of Molchanov et al., arXiv 1906.10771). The loss is the sum over learned tokens, in
+    nats; rows do not depend on each other. No parameter is differentiated: one backward pass gives
+    the derivatives by all gates, and no gradient of a weight.
+    """
+    inputs = batch["tokens"], batch["segment_ids"], batch["positions"]
+
+    def loss(probe: Array) -> tuple[Array, RouterOutput]:
+        hidden, router = model.hidden_states(*inputs, gate_probe=probe, output_norms=output_norms)
+        targets, weights = batch["targets"], batch["loss_weights"]
+        total, _ = cross_entropy_sums(
+            hidden, model.head_weight(), targets, weights, model.mesh, model.config.logit_cap
+        )
+        return total, router
+
+    config = model.config
+    shape = len(config.moe_layers), *batch["tokens"].shape, config.router.top_k
+    probe = jnp.zeros(shape, jnp.float32)
+    if model.mesh is not None and model.mesh.size > 1:
+        rows = NamedSharding(model.mesh, PartitionSpec(None, RULES.batch))
+        probe = jax.lax.with_sharding_constraint(probe, rows)
+    return jax.grad(loss, has_aux=True)(probe)
+
+
+def contrast(
+    task: Float[np.ndarray, "L E"], general: Float[np.ndarray, "L E"]
+) -> Float64[np.ndarray, "L E"]:
+    """How much more the task uses each expert than a general sample does, from token scores.
+
+    The general ones count as halfway between what was measured and even routing: of an expert that
+    neither sample meets, a plain quotient would be noise, and the largest of all.
+    """
+    return _shares("contrast", task / (general + 1 / general.shape[1]))
+
+
+def _shares(method: FurtherMethod, values: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]:
+    """Divided by the sum over each layer."""
+    total = values.astype(np.float64).sum(axis=1, keepdims=True)
+    if not (total > 0).all():  # also of NaN
+        raise InputError(
+            f"score: {method}: 0 for all experts of a layer, or no number; expected finite "
+            "activations, and learned tokens for gate_taylor"
+        )
+    return values / total
+
+
+class _Sums(NamedTuple):
+    """Over rows, each averaged over its own tokens; and counts. None is not asked for."""
+
+    token: Float[Any, "L E"]
+    gate: Float[Any, "L E"] | None
+    gate_share: Float[Any, "L E"]
+    contribution: Float[Any, "L E"] | None
+    gate_taylor: Float[Any, "L E"] | None
+    samples: Int[Any, ""]
+    tokens: Int[Any, ""]
+    together: Int[Any, "L E E"]
+
+
+def _batch_sums(
+    model: Transformer, batch: dict[str, Array], further: Collection[FurtherMethod]
+) -> tuple[_Sums, RouterOutput]:
+    config, norms = model.config.router, "contribution" in further
+    effects = None
+    if "gate_taylor" in further:
+        # Activations of all layers would take more memory than training, which may rematerialise.
+        model.remat = "full"
+        effects, router = gate_effects(model, batch, output_norms=norms)
+    else:
+        inputs = batch["tokens"], batch["segment_ids"], batch["positions"]
+        _, router = model.hidden_states(*inputs, output_norms=norms)
+
+    def summed(values: Float[Array, "L B S K"]) -> tuple[Array, Array]:
+        return sample_scores(router.expert_ids, values, config.num_experts)
+
+    token, gate_share = summed(gate_shares(router.gates))
+    real = batch["segment_ids"] > 0
+    sums = _Sums(
+        token=token,
+        # Of a router that renormalises, gates are shares already.
+        gate=None if config.renormalise else summed(router.gates / config.scale)[1],
+        gate_share=gate_share,
+        contribution=None if router.output_norms is None else summed(router.output_norms)[1],
+        gate_taylor=None if effects is None else summed(jnp.abs(effects))[1],
+        samples=real.any(axis=1).sum(),
+        tokens=real.sum(),
+        together=chosen_together(router.expert_ids, config.num_experts),
+    )
+    return sums, router
+
+
 def score_experts(
     model: Transformer,
     batches: Iterable[Batch],
     provenance: dict[str, Any] | None = None,
+    *,
+    further: Collection[FurtherMethod] = (),
+    general: Iterable[Batch] = (),
+    seed: int = 0,
 ) -> ExpertScores:
-    """Run a model forward over task samples and average its routing.
+    """Run a model over task samples and average its routing.
 
-    Gate shares are measured of every router, mean gates of those that do not renormalise.
+    Gate shares are measured of every router, mean gates of those that do not renormalise. Other
+    scores are measured where they are asked for, in the same pass: `contribution` computes a
+    token's experts one by one, and `gate_taylor` adds a backward pass. `contrast` adds a pass over
+    the general sample.
 
     The routing itself is kept beside the averages, of the first documents that together have at
     most `ROUTING_TOKENS` tokens.
 
     Args:
         model: the base model.
-        batches: one row is one sample; only tokens, segment ids and positions are read. With a
-            mesh: this process's rows of the global batch.
+        batches: one row is one sample; only tokens, segment ids and positions are read, for
+            `gate_taylor` targets and loss weights, too. With a mesh: this process's rows of the
+            global batch.
         provenance: where the samples came from; kept with the scores.
+        further: scores to measure besides those of the routing.
+        general: batches of a general sample, for `contrast`.
+        seed: of `random`.
 
     Raises:
         ValueError: no sample holds a token.
+        InputError: a score that was asked for is 0 for all experts of a layer, or no number.
     """
     graph, params = nnx.split(model)
-    num_experts = model.config.router.num_experts
 
-    @partial(jax.jit, static_argnames="keep")
+    def sums_of(
+        params: nnx.State, batch: dict[str, Array], further: frozenset[FurtherMethod]
+    ) -> tuple[_Sums, RouterOutput]:
+        return _batch_sums(nnx.merge(graph, params), batch, further)
+
+    @partial(jax.jit, static_argnames=("further", "keep"))
     def add(
-        totals: tuple, params: nnx.State, batch: dict[str, Array], keep: bool
-    ) -> tuple[tuple, _Batch | None]:
-        model = nnx.merge(graph, params)
-        _, router = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
-        token, share = sample_scores(router.expert_ids, gate_shares(router.gates), num_experts)
-        gates = router.gates / model.config.router.scale
-        # Of a router that renormalises, gates are shares already.
-        gate = None
-        if not model.config.router.renormalise:
-            _, gate = sample_scores(router.expert_ids, gates, num_experts)
-        filled = (batch["segment_ids"] > 0).any(axis=1).sum()
-        tokens = (batch["segment_ids"] > 0).sum()
-        together = chosen_together(router.expert_ids, num_experts)
-        totals = jax.tree.map(jnp.add, totals, (token, gate, share, filled, tokens, together))
-        if not keep:
-            return totals, None
+        totals: _Sums,
+        params: nnx.State,
+        batch: dict[str, Array],
+        further: frozenset[FurtherMethod],
+        keep: bool,
+    ) -> tuple[_Sums, _Batch | None]:
+        sums, router = sums_of(params, batch, further)
         routing = _Batch(
             router.expert_ids.astype(jnp.uint16),
-            gates.astype(jnp.float16),
+            (router.gates / model.config.router.scale).astype(jnp.float16),
             batch["segment_ids"],
             batch["tokens"],
         )
-        if model.mesh is not None:  # every process reads all rows
+        found = jax.tree.map(jnp.add, totals, sums), routing if keep else None
+        if model.mesh is not None:  # every process reads all of it
             everywhere = NamedSharding(model.mesh, PartitionSpec())
-            routing = jax.lax.with_sharding_constraint(routing, everywhere)
-        return totals, routing
+            found = jax.lax.with_sharding_constraint(found, everywhere)
+        return found
 
-    zeros = jnp.zeros((len(model.config.moe_layers), num_experts), jnp.float32)
-    none = jnp.zeros((), jnp.int32)
-    pairs = jnp.zeros((*zeros.shape, num_experts), jnp.int32)
-    raw = None if model.config.router.renormalise else zeros
-    totals: Any = (zeros, raw, zeros, none, none, pairs)
-    kept: list[_Batch] = []
-    room = ROUTING_TOKENS
-    for batch in batches:
-        inputs = {
-            "tokens": batch["tokens"],
-            "segment_ids": batch["segment_ids"],
-            "positions": batch["positions"],
-        }
-        totals, routing = add(totals, params, place_batch(inputs, model.mesh), keep=room > 0)
-        if routing is not None:
-            kept.append(_Batch(*map(np.asarray, routing)))
-            room -= int((kept[-1].segment_ids > 0).sum())
-    token, gate, share, samples, tokens, together = jax.device_get(totals)
-    if samples == 0:
-        raise ValueError("no sample to score; expected at least one batch with tokens")
+    def run(
+        batches: Iterable[Batch], further: frozenset[FurtherMethod], room: int
+    ) -> tuple[_Sums, list[_Batch]]:
+        """Totals, and the routing of the first `room` tokens or some more."""
+        totals, kept = None, []
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key in _read(further)}
+            placed = place_batch(inputs, model.mesh)
+            if totals is None:
+                shapes, _ = jax.eval_shape(partial(sums_of, further=further), params, placed)
+                totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            totals, routing = add(totals, params, placed, further, keep=room > 0)
+            if routing is not None:
+                kept.append(_Batch(*map(np.asarray, routing)))
+                room -= int((kept[-1].segment_ids > 0).sum())
+        sums = None if totals is None else jax.device_get(totals)
+        if sums is None or sums.samples == 0:
+            raise ValueError("no sample to score; expected at least one batch with tokens")
+        return sums, kept
+
+    sums, kept = run(batches, frozenset(further) & {"contribution", "gate_taylor"}, ROUTING_TOKENS)
+    found = {**(provenance or {}), "samples": int(sums.samples), "tokens": int(sums.tokens)}
+    others: dict[str, Float64[np.ndarray, "L E"]] = {}
+    for method in ("contribution", "gate_taylor"):
+        if method in further:
+            others[method] = _shares(method, getattr(sums, method))
+    if "contrast" in further:
+        whole, _ = run(general, frozenset(), 0)
+        found |= {"general_samples": int(whole.samples), "general_tokens": int(whole.tokens)}
+        others["contrast"] = contrast(sums.token / sums.samples, whole.token / whole.samples)
+    if "random" in further:
+        draws = np.random.default_rng(seed).exponential(size=sums.token.shape)
+        others["random"] = _shares("random", draws)
+
+    def mean(total: Float[np.ndarray, "L E"]) -> Float64[np.ndarray, "L E"]:
+        return total.astype(np.float64) / sums.samples
+
     return ExpertScores(
         layers=model.config.moe_layers,
-        token=token.astype(np.float64) / samples,
-        gate=None if gate is None else gate.astype(np.float64) / samples,
-        provenance={**(provenance or {}), "samples": int(samples), "tokens": int(tokens)},
-        together=together.astype(np.int64),
-        routing=_routing_log(kept, model.config.moe_layers, num_experts),
-        gate_share=share.astype(np.float64) / samples,
+        token=mean(sums.token),
+        gate=None if sums.gate is None else mean(sums.gate),
+        provenance=found,
+        together=sums.together.astype(np.int64),
+        routing=_routing_log(kept, model.config.moe_layers, model.config.router.num_experts),
+        gate_share=mean(sums.gate_share),
+        **others,
     )
+
+
+def _read(further: Collection[FurtherMethod]) -> tuple[str, ...]:
+    """What is read of a batch."""
+    learned = ("targets", "loss_weights") if "gate_taylor" in further else ()
+    return "tokens", "segment_ids", "positions", *learned
 
 
 class _Batch(NamedTuple):

@@ -10,6 +10,14 @@ not choose are 0.
 - `gate_share`: the mean over all tokens of an expert's gate, divided by the sum of the token's
   gates. A layer's gate shares sum to 1. Of all routers.
 
+These three follow from the routing alone. The others are measured where they are asked for
+(`score_experts` says how), and divided by their sum over the layer, so that they sum to 1:
+
+- `contribution`: the mean norm of what an expert adds to a layer's output.
+- `contrast`: the token score over that of a general sample.
+- `gate_taylor`: the mean of a gate times the derivative of the loss by it.
+- `random`: exponential draws, which are uniform over all ways to divide 1 among the experts.
+
 Letters: L MoE layers, E experts, T tokens, K experts per token.
 """
 
@@ -27,13 +35,15 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from esft_jax.adapt.expert_config import layer_index
-from esft_jax.config import ScoreMethod
 from esft_jax.errors import InputError
 from esft_jax.files import checked, read_json, write_text_atomic
 from esft_jax.routing.groups import count_together
 from esft_jax.routing.log import ROUTING_FILE, RoutingLog, check_no_gap, find_logs, read_logs
+from esft_jax.selection_config import FURTHER_METHODS, ScoreMethod
 
 SCORE_METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+# What the routing alone tells: all that there is in the reference's files.
+ROUTING_METHODS = tuple(method for method in SCORE_METHODS if method not in FURTHER_METHODS)
 
 SCORES_FILE = "scores.json"
 SUMMARY_FILE = "summary.json"
@@ -43,12 +53,24 @@ _UNKNOWN: dict[ScoreMethod, str] = {
     "gate": "these are gate shares, of a router that renormalises its gates; expected gate_share",
     "gate_share": "these are mean gates, which do not tell the shares; expected routing logs or "
     "scores that `score` has measured anew",
+    **dict.fromkeys(
+        FURTHER_METHODS, "was not measured; expected scores by `score` that score.methods names"
+    ),
+}
+_WORDS: dict[ScoreMethod, str] = {
+    "token": "token score",
+    "gate": "gate score",
+    "gate_share": "gate share",
+    "contribution": "contribution",
+    "contrast": "contrast",
+    "gate_taylor": "gate-Taylor score",
+    "random": "random score",
 }
 
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Scores of every routed expert, by up to three methods.
+    """Scores of every routed expert, by some of the methods.
 
     Attributes:
         layers: Decoder layer indices of the rows, ascending.
@@ -61,6 +83,8 @@ class ExpertScores:
             many chose one.
         gate_share: Gate shares, one row per layer; None where they are not known, which is only of
             routers that do not renormalise.
+        contribution, contrast, gate_taylor, random: Scores by these methods, one row per layer;
+            None where they were not measured.
     """
 
     layers: tuple[int, ...]
@@ -70,6 +94,10 @@ class ExpertScores:
     routing: RoutingLog | None = field(default=None, compare=False, repr=False)
     together: Int64[np.ndarray, "L E E"] | None = field(default=None, compare=False, repr=False)
     gate_share: Float64[np.ndarray, "L E"] | None = None
+    contribution: Float64[np.ndarray, "L E"] | None = None
+    contrast: Float64[np.ndarray, "L E"] | None = None
+    gate_taylor: Float64[np.ndarray, "L E"] | None = None
+    random: Float64[np.ndarray, "L E"] | None = None
 
     def __post_init__(self) -> None:
         layers = list(self.layers)
@@ -106,17 +134,17 @@ class ExpertScores:
                 f"scores: chosen_together has shape {list(self.together.shape)}; expected a number "
                 "for each pair of experts of each layer"
             )
-        for layer, total in zip(self.layers, self.token.sum(axis=1), strict=True):
-            if abs(total - 1) > _tolerance(self.num_experts):
-                raise InputError(
-                    f"scores: layer {layer}: token scores sum to {total:.4f}, not to 1"
-                )
-        if self.gate_share is not None:
-            # Less than 1 where all gates of a token have vanished.
-            for layer, total in zip(self.layers, self.gate_share.sum(axis=1), strict=True):
-                if total > 1 + _tolerance(self.num_experts):
+        tolerance = _tolerance(self.num_experts)
+        for method in self.methods:
+            if method == "gate":
+                continue
+            for layer, total in zip(self.layers, self.of(method).sum(axis=1), strict=True):
+                # Gate shares have less where all gates of a token have vanished.
+                least = 0.0 if method == "gate_share" else 1.0
+                if not least - tolerance <= total <= 1 + tolerance:
                     raise InputError(
-                        f"scores: layer {layer}: gate shares sum to {total:.4f}, to more than 1"
+                        f"scores: layer {layer}: {score_words(method)}s sum to {total:.4f}, "
+                        + ("to more than 1" if least < 1 else "not to 1")
                     )
 
     @property
@@ -183,7 +211,7 @@ def _key(method: ScoreMethod) -> str:
 
 def score_words(method: ScoreMethod) -> str:
     """A score of a method, for messages: `token score`, `gate share`."""
-    return "gate share" if method == "gate_share" else f"{method} score"
+    return _WORDS[method]
 
 
 def _tolerance(num_experts: int) -> float:
@@ -295,23 +323,16 @@ def _of_tables(
     together: Int64[np.ndarray, "L E E"] | None = None,
 ) -> ExpertScores:
     """Scores by method, as a file has them; before there were gate shares, none had them."""
-    if "gate_share" in tables:
-        gates = {"gate": tables.get("gate"), "gate_share": tables["gate_share"]}
-    else:
-        gates = _told_apart(tables["gate"])
-    return ExpertScores(
-        layers,
-        tables["token"],
-        gates["gate"],
-        provenance,
-        together=together,
-        gate_share=gates["gate_share"],
-    )
+    every: dict[Any, Any] = dict(tables)
+    if "gate_share" not in tables:
+        every |= _told_apart(tables["gate"])
+    every.setdefault("gate", None)
+    return ExpertScores(layers, provenance=provenance, together=together, **every)
 
 
 def _from_summary(content: dict[str, Any], path: Path) -> ExpertScores:
     found: dict[ScoreMethod, dict[int, dict[int, Any]]] = {}
-    for method in SCORE_METHODS:
+    for method in ROUTING_METHODS:
         key, where = _key(method), f"{path}: {_key(method)}"
         if key not in content:
             continue

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int64, Num
 
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.parts import Part
-from esft_jax.config import ScoreMethod
 from esft_jax.errors import InputError
 from esft_jax.routing.scores import SCORE_METHODS, ExpertScores, round_scores
+from esft_jax.selection_config import Allocation, ScoreMethod
 
 _UNIT = 10_000  # released scores have 4 decimals: whole units make the sums exact
 
@@ -27,6 +27,7 @@ def select_experts(
     *,
     top_k: int | None = None,
     max_experts: int | None = None,
+    allocation: Allocation = "global",
     groups: Int64[np.ndarray, "L G N"] | None = None,
 ) -> ExpertConfig:
     """Take the best experts of each layer, or of the whole model, by one of three rules.
@@ -35,8 +36,10 @@ def select_experts(
     configurations, an expert is added while the sum before it is below `top_p`. For the gate score
     it is absolute gate mass: a layer whose top-K gates never reach it is selected whole.
     `top_k`: as many in each layer.
-    `max_experts`: this many in all layers together, the best of all. Every layer routes the same
-    tokens, so no other choice of as many experts serves more of them; a layer may get none.
+    `max_experts`: this many in all layers together. With the `allocation` `global` the best of all:
+    every layer routes the same tokens, so by token scores no other choice of as many experts serves
+    more of them; a layer may get none. With `uniform` as many in each layer, with `top_p` those of
+    the largest p for which they are no more.
 
     Scores count with 4 decimals, in descending order, ties to the lower layer, then the lower id.
 
@@ -47,12 +50,13 @@ def select_experts(
         also: Copied into the result.
         top_k: Experts per layer.
         max_experts: Experts in all.
+        allocation: Of `max_experts` among layers.
         groups: Experts that are taken together, all groups as large, with the sum of their scores.
             The three rules take whole groups, with no more experts than the last two say.
 
     Raises:
         InputError: Unknown method, no scores by it, or a rule that is out of range, or not exactly
-            one rule.
+            one rule; or fewer experts than an allocation needs, at least one for each layer.
     """
     if method not in SCORE_METHODS:
         raise InputError(f"method: {method!r} is unknown; expected {' or '.join(SCORE_METHODS)}")
@@ -63,9 +67,8 @@ def select_experts(
     if groups is None:
         groups = np.broadcast_to(np.arange(scores.num_experts)[:, None], (*units.shape, 1))
     size = groups.shape[2]
-    for name, least in {"top_k": top_k, "max_experts": max_experts}.items():
-        if least is not None and least < size:
-            raise InputError(f"{name}: {least} is out of range; expected at least {size}")
+    if top_k is not None and top_k < size:
+        raise InputError(f"top_k: {top_k} is out of range; expected at least {size}")
     grouped = np.take_along_axis(units[:, None], groups, axis=2).sum(axis=2)
     if top_p is not None:
         if not 0 < top_p <= 1:  # also false for NaN
@@ -75,7 +78,12 @@ def select_experts(
         taken = top_k_mask(grouped, top_k // size)
     else:
         assert max_experts is not None
-        taken = best_mask(grouped, max_experts // size)
+        least = size if allocation == "global" else size * len(scores.layers)
+        if max_experts < least:
+            raise InputError(
+                f"max_experts: {max_experts} is out of range; expected at least {least}"
+            )
+        taken = budget_mask(grouped / _UNIT, max_experts // size, allocation)
     experts = {}
     for layer, row, members, chosen in zip(scores.layers, units, groups, taken, strict=True):
         ids = np.sort(members[chosen].reshape(-1))
@@ -92,12 +100,19 @@ def rank_and_take(
         scores: with 4 decimals, or to be rounded so.
         top_p: sum to reach.
     """
-    units = np.rint(scores * _UNIT).astype(np.int64)
+    order, before = _sums_before(scores)
     # 0.07 * 10000 is a hair above 700, which would add one expert too many.
-    threshold = round(top_p * _UNIT, 6)
+    return order, before < round(top_p * _UNIT, 6)
+
+
+def _sums_before(
+    scores: Float[np.ndarray, "*N E"],
+) -> tuple[Int64[np.ndarray, "*N E"], Int64[np.ndarray, "*N E"]]:
+    """Experts in descending score, and the sum of the scores before each, in whole units."""
+    units = np.rint(scores * _UNIT).astype(np.int64)
     order = np.argsort(-units, axis=-1, kind="stable")
     ranked = np.take_along_axis(units, order, axis=-1)
-    return order, np.cumsum(ranked, axis=-1) - ranked < threshold
+    return order, np.cumsum(ranked, axis=-1) - ranked
 
 
 def chosen_mask(scores: Float[np.ndarray, "*N E"], top_p: float) -> Bool[np.ndarray, "*N E"]:
@@ -120,6 +135,29 @@ def best_mask(scores: Num[np.ndarray, "*N L E"], count: int) -> Bool[np.ndarray,
     """The best of all layers together."""
     flat = scores.reshape(*scores.shape[:-2], -1)
     return top_k_mask(flat, count).reshape(scores.shape)
+
+
+def budget_mask(
+    scores: Float[np.ndarray, "*N L E"], count: int, allocation: Allocation
+) -> Bool[np.ndarray, "*N L E"]:
+    """At most this many of all layers together, as an allocation divides them.
+
+    Args:
+        scores: with 4 decimals, or to be rounded so.
+    """
+    if allocation == "global":
+        return best_mask(scores, count)
+    layers, experts = scores.shape[-2:]
+    if allocation == "uniform":
+        return top_k_mask(scores, min(count // layers, experts))
+    # An expert is taken if the sum before it is less than p. Of all these sums, p is the one that
+    # `count` others do not exceed: then no more than these are less.
+    order, before = _sums_before(scores)
+    every = np.sort(before.reshape(*scores.shape[:-2], -1), axis=-1)
+    limit = every[..., count, None, None] if count < layers * experts else np.inf
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, before < limit, axis=-1)
+    return mask
 
 
 def random_experts(

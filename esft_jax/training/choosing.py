@@ -1,7 +1,7 @@
 """The experts that a run trains: given ones, or the best by scores that it measures first."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -11,7 +11,8 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.placement import Placement, expected_loads, place_experts
 from esft_jax.adapt.slots import TunedLayout
 from esft_jax.checkpoint.identity import check_same_base
-from esft_jax.data.pipeline import eval_batches, sample_rows
+from esft_jax.data.batch import Batch
+from esft_jax.data.pipeline import PackedDataset, eval_batches, sample_rows
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe, load_tasks
@@ -60,17 +61,13 @@ def _check_scored_on(setup: Setup) -> None:
 
 
 def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
-    """Score the base model's experts on samples of the task's training data, its `score_set`."""
-    config, dataset = setup.config, setup.score_set
+    """Score the base model's experts on samples of the task's training data, its `score_set`.
+
+    Raises:
+        InputError: a score cannot be measured; see `score_experts`.
+    """
+    config, dataset, general = setup.config, setup.score_set, setup.general_set
     assert dataset is not None, "only what has no experts yet is scored"
-    rows = sample_rows(dataset, config.score.samples, config.seed)
-    batches = eval_batches(
-        dataset,
-        device_multiple(min(config.score.batch_size, len(rows)), setup.mesh),
-        jax.process_index(),
-        jax.process_count(),
-        rows=rows,
-    )
     provenance = {
         "model": config.model,
         **setup.identity,
@@ -79,7 +76,29 @@ def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
         "sequence_length": dataset.sequence_length,
         "seed": config.seed,
     }
-    return score_experts(base, batches, provenance)
+    if general is not None:
+        provenance["general_sha256"] = general.stats.sha256
+    return score_experts(
+        base,
+        _sampled(setup, dataset),
+        provenance,
+        further=config.further_scores,
+        general=() if general is None else _sampled(setup, general),
+        seed=config.seed,
+    )
+
+
+def _sampled(setup: Setup, dataset: PackedDataset) -> Iterator[Batch]:
+    """Batches of the rows that are scored on."""
+    score = setup.config.score
+    rows = sample_rows(dataset, score.samples, setup.config.seed)
+    return eval_batches(
+        dataset,
+        device_multiple(min(score.batch_size, len(rows)), setup.mesh),
+        jax.process_index(),
+        jax.process_count(),
+        rows=rows,
+    )
 
 
 def loads_of(setup: Setup) -> Float[np.ndarray, "L E"] | None:

@@ -1,5 +1,6 @@
 """The rows that a run reads: of its task, mixed with other sources, held out, to score on."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,7 @@ from esft_jax.data.mix import MixedDataset, MixedSource
 from esft_jax.data.pipeline import Dataset, PackedDataset, build_dataset
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.selection_config import ScoreConfig
 
 
 def read_rows(
@@ -56,6 +58,23 @@ def score_rows(
         )
     pack = _packing(data, tokenizer, seed)
     return pack(data.train, sequence_length=length, length_key="score.sequence_length")
+
+
+def general_rows(
+    score: ScoreConfig, data: DataConfig, tokenizer: Tokenizer, seed: int
+) -> PackedDataset | None:
+    """The general sample in rows as long as those of the task that experts are scored on; None if
+    no files of one are named.
+
+    Raises:
+        InputError: naming file and line.
+    """
+    if not score.general:
+        return None
+    data = dataclasses.replace(data, format=score.general_format)
+    pack = _packing(data, tokenizer, seed)
+    length = score.sequence_length
+    return pack(score.general, sequence_length=length, length_key="score.sequence_length")
 
 
 def _packing(data: DataConfig, tokenizer: Tokenizer, seed: int) -> Callable[..., PackedDataset]:

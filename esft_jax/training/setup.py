@@ -31,7 +31,7 @@ from esft_jax.sharding import make_mesh
 from esft_jax.training.base import Base
 from esft_jax.training.fit import check_fit, check_memory
 from esft_jax.training.methods import trained_by
-from esft_jax.training.rows import read_rows, score_rows
+from esft_jax.training.rows import general_rows, read_rows, score_rows
 from esft_jax.training.run_folder import RunFolder
 
 
@@ -83,12 +83,14 @@ class Setup(Checked):
         valid_sets: by source name, `task` first; empty without `data.valid`.
         score_set: the rows of `data.train` as experts are scored on them; None where `experts`
             are given.
+        general_set: the rows of `score.general`; None where nothing is compared with them.
     """
 
     task_set: PackedDataset
     train_set: Dataset
     valid_sets: dict[str, PackedDataset]
     score_set: PackedDataset | None
+    general_set: PackedDataset | None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -121,6 +123,8 @@ class Setup(Checked):
         ]
         rows = self.score_set
         score = [] if rows is None or rows is self.task_set else [f"score: {rows.describe()}"]
+        if self.general_set is not None:
+            score.append(f"score, general sample: {self.general_set.describe()}")
         how, source = self.config.quantise.chosen, self.base.source
         quantised = describe_quantisation(source, how) if source and how else []
         return train + valid + score + quantised
@@ -135,16 +139,18 @@ def open_setup(config: RunConfig) -> Setup:
     checked = check_setup(config)
     data, seed = config.data, config.seed
     task_set, train_set, valid_sets = read_rows(data, checked.tokenizer, seed)
-    score_set = None
+    score_set = general_set = None
     if config.measures_scores and checked.experts is None:
         length = config.score.sequence_length
         score_set = score_rows(task_set, length, data, checked.tokenizer, seed)
+        general_set = general_rows(config.score, data, checked.tokenizer, seed)
     return Setup(
         **{field.name: getattr(checked, field.name) for field in fields(checked)},
         task_set=task_set,
         train_set=train_set,
         valid_sets=valid_sets,
         score_set=score_set,
+        general_set=general_set,
     )
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from esft_jax.config import DataConfig, RunConfig, ScoreConfig, save_config
+from esft_jax.config import DataConfig, RunConfig, save_config
+from esft_jax.selection_config import ScoreConfig
 
 
 @pytest.fixture

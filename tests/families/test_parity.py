@@ -261,10 +261,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
-    """A transformers model with random weights everywhere, and its folder."""
-    family, changes = CASES[request.param]
+def make_pair(case, folder):
+    """A transformers model with random weights everywhere, saved in a folder, and this folder."""
+    family, changes = CASES[case]
     keys = SHAPE | changes
     if "text_config" in changes:  # a model of several parts
         keys = changes | {"text_config": SHAPE | changes["text_config"]}
@@ -285,9 +284,14 @@ def pair(request, tmp_path_factory):
                 tensor.normal_(0 if "norm" in name and not tensor.any() else 1, 0.3)
             elif name.endswith(ROUTERS):
                 tensor.normal_(0, 0.5)
-    folder = tmp_path_factory.mktemp(family) / "model"
     model.eval().save_pretrained(folder)
     return model, folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """Of each family."""
+    return make_pair(request.param, tmp_path_factory.mktemp("pair") / "model")
 
 
 def test_every_family_is_here():

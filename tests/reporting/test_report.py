@@ -29,7 +29,7 @@ def test_writes_page_figures_and_numbers(report: Path) -> None:
     expected = {"concentration", "overlap", "layers", "sample-size", "threshold"}
     assert figures == expected | {"experts-0", "experts-1", "methods"}
     data = {path.stem for path in (report / "data").glob("*.csv")}
-    assert data == expected | {"experts", "words", "methods"}
+    assert data == expected | {"experts", "scores", "words", "methods"}
 
 
 def test_the_numbers_are_those_of_the_selection(report: Path, scored: list[Path]) -> None:

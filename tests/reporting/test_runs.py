@@ -1,6 +1,7 @@
 """Reports of run folders, which know what was trained, and of which model."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -8,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from esft_jax import report
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.config import RunConfig, SelectConfig, save_config
+from esft_jax.config import RunConfig, save_config
 from esft_jax.families import load_model_config
 from esft_jax.report import main
 from esft_jax.reporting.cost import CostModel
 from esft_jax.routing.choose import choose_experts
 from esft_jax.routing.scores import load_scores
 from esft_jax.routing.select import select_experts
+from esft_jax.selection_config import SelectConfig
 
 MakeRun = Callable[..., Path]
 
@@ -86,6 +89,11 @@ def words_of(output: Path) -> str:
         ({"method": "gate", "top_p": 0.15}, "gate score, p = 0.15", True),
         ({"top_k": 3}, "token score, 3 per layer", True),
         ({"max_parameters": 20_000}, "token score, at most 20,000 parameters", True),
+        (
+            {"max_parameters": 20_000, "allocation": "top_p"},
+            "token score, at most 20,000 parameters, the same p in each layer",
+            True,
+        ),
         ({"top_p": 0.4, "random_seed": 3}, "replaced by as many random ones (seed 3)", False),
         ({"top_k": 2, "group_size": 2, "groups_from": "SCORES"}, "groups of 2", False),
     ],
@@ -279,3 +287,32 @@ def test_what_a_report_cannot_be_of_is_named(
     (run / "config.yaml").unlink()
     (run / "config.yaml").symlink_to("nowhere")
     refused("config.yaml: cannot be read: No such file")
+
+
+def test_scores_that_resamples_cannot_tell(scored: list[Path], tmp_path: Path) -> None:
+    """They decide the choice, stand in the table, and are compared with the others."""
+    scores = load_scores(scored[0])
+    turned = scores.token[:, ::-1].copy()
+    further = dataclasses.replace(scores, contribution=turned, gate_taylor=scores.token)
+    further.save(tmp_path / "further")
+    out = tmp_path / "out"
+    arguments = ["--method", "contribution", "--top-p", "0.4", "--output", str(out)]
+    assert main([str(tmp_path / "further"), *arguments]) == 0
+    expected = select_experts(further, "contribution", 0.4).experts
+    assert chosen(out, "further") == {layer: set(ids) for layer, ids in expected.items()}
+    table = rows(out, "experts")
+    values = [float(row["contribution_score"]) for row in table]
+    assert values == pytest.approx(turned.flatten(), rel=1e-5)
+    assert "contrast_score" not in table[0]
+    assert {row["certainty"] for row in table} == {""}
+    assert "contributions are kept of the whole sample only" in words_of(out)
+    assert "The mean norm of what an expert adds" in words_of(out)
+    agreements = {row["method"]: float(row["agreement"]) for row in rows(out, "scores")}
+    assert set(agreements) == {"token", "gate", "gate_share", "gate_taylor"}
+    counts = [len(ids) for ids in expected.values()]
+    both = [
+        len(set(np.argsort(-token, kind="stable")[:count].tolist()) & set(expected[layer]))
+        for layer, token, count in zip(scores.layers, scores.token.round(4), counts, strict=True)
+    ]
+    share = pytest.approx(sum(both) / sum(counts), rel=1e-5)
+    assert agreements["token"] == agreements["gate_taylor"] == share

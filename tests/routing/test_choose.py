@@ -7,13 +7,13 @@ import pytest
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.parts import RATE_PARTS, part_of, roles_of
 from esft_jax.checkpoint.adapter import trained_names
-from esft_jax.config import SelectConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.params import CONSTANTS, Role
 from esft_jax.routing.choose import check_select, choose_experts, describe
 from esft_jax.routing.scores import ExpertScores
+from esft_jax.selection_config import SelectConfig
 
 EXPERT = 3 * 32 * 16  # parameters of one in the tiny model
 
@@ -155,6 +155,14 @@ def test_tasks_that_do_not_fit(model, scores):
         ({"method": "gate_share"}, "gate share, p = 0.2"),
         ({"top_k": 4, "group_size": 2}, "token score, 4 per layer, groups of 2"),
         ({"max_bytes": 12345}, "token score, at most 12,345 bytes"),
+        (
+            {"method": "gate_taylor", "max_parameters": 12345, "allocation": "uniform"},
+            "gate-Taylor score, at most 12,345 parameters, as many in each layer",
+        ),
+        (
+            {"method": "contribution", "max_bytes": 99, "allocation": "top_p"},
+            "contribution, at most 99 bytes, the same p in each layer",
+        ),
         (
             {"scores": ("a", "b"), "random_seed": 1},
             "token score, p = 0.2, union of 2 tasks, replaced by as many random ones (seed 1)",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from esft_jax.adapt.expert_config import ExpertConfig
-from esft_jax.config import DEFAULT_TOP_P
 from esft_jax.errors import InputError
 from esft_jax.routing.scores import ExpertScores, load_scores
 from esft_jax.routing.select import combine_experts, random_experts, select_experts
+from esft_jax.selection_config import DEFAULT_TOP_P
 
 
 def scores_of(*rows):
@@ -140,6 +140,30 @@ def test_a_budget_takes_the_best_of_all_layers():
     assert found[3] == {1: (0, 1), 2: (0, 1)}
     assert found[4] == {1: (0, 1), 2: (0, 1, 2)}
     assert found[5] == {1: (0, 1, 2), 2: (0, 1, 2)}
+
+
+def test_a_budget_may_be_divided_among_layers():
+    scores = scores_of([0.6, 0.2, 0.1, 0.1], [0.3, 0.3, 0.2, 0.2])
+
+    def found(count, allocation):
+        chosen = select_experts(scores, "token", max_experts=count, allocation=allocation)
+        return tuple(map(len, chosen.experts.values()))
+
+    assert [found(n, "uniform") for n in (2, 3, 4, 7, 8)] == [(n, n) for n in (1, 1, 2, 3, 4)]
+    # Sums before the experts: 0, .6, .8, .9 and 0, .3, .6, .8. Of two alike, p takes both or none.
+    expected = {2: (1, 1), 3: (1, 2), 4: (1, 2), 5: (2, 3), 6: (2, 3), 7: (3, 4), 8: (4, 4)}
+    for count, sizes in expected.items():
+        assert found(count, "top_p") == sizes
+        p = max(np.arange(1, 101) / 100, key=lambda p: _within(scores, p, count) * p)
+        by_p = select_experts(scores, "token", p)
+        assert by_p == select_experts(scores, "token", max_experts=count, allocation="top_p")
+    for allocation in ("uniform", "top_p"):
+        with pytest.raises(InputError, match="max_experts: 1 is out of range; expected at least 2"):
+            select_experts(scores, "token", max_experts=1, allocation=allocation)
+
+
+def _within(scores, p, count):
+    return select_experts(scores, "token", p).num_experts_selected <= count
 
 
 def test_no_choice_of_as_many_experts_serves_more_tokens():
