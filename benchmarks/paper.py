@@ -10,6 +10,8 @@ for each `SWEEP:METHOD`; `SWEEP:all` stands for all of a sweep in configs/paper:
   one; the base, which is named first, is not shown;
 - `domains`: the held-out loss of what was not trained on, by domain;
 - `search`: each learning rate that was tried;
+- `choices`: ways to choose experts, at equal trained parameters: what the first gains over the
+  base, and how far each other is from it, seed by seed;
 - `hours`: how long a sweep took to train.
 
 What a sweep has run is in benchmarks/records; `python -m esft_jax.sweep --config
@@ -48,6 +50,7 @@ from esft_jax.sweeping.record import CellResult, open_record
 from esft_jax.sweeping.table import MethodRow, Spread, summarise
 
 DOCUMENT = Path("docs/results.md")
+_SAME_SIZE = 0.05  # of the trained parameters, by which choices that are compared may differ
 _TABLE = re.compile(r"(<!-- table: (\w+) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -192,6 +195,71 @@ def mean_loss(result: CellResult) -> float:
     return statistics.fmean(result.retention.values())
 
 
+def choices_table(lines: Sequence[Line]) -> str:
+    """What the first choice of experts gains over the base, and how each other differs from it,
+    seed by seed; the base comes first.
+
+    Raises:
+        SystemExit: trained parameters differ by more than 5 %, or there is no seed in common.
+    """
+    base, first, *others = lines
+    tasks = list(first.row.values)
+    head = ["method", "trained", *tasks, "**average**", "validation loss", "forgotten, nats"]
+    rows = []
+    for line in [first, *others]:
+        off = line.row.trained_share / first.row.trained_share - 1
+        if abs(off) > _SAME_SIZE:
+            raise SystemExit(
+                f"{DOCUMENT}: {line.row.method} trains {line.row.trained_share:.2%}, "
+                f"{first.row.method} {first.row.trained_share:.2%}; expected as many parameters"
+            )
+        found = _differences(line, base if line is first else first)
+        rows.append(
+            [
+                line.row.method,
+                f"{line.row.trained_share:.1%}",
+                *(found[task].text(1) for task in tasks),
+                f"**{found['average'].text(1)}**",
+                found["loss"].text(3),
+                found["forgotten"].text(2),
+            ]
+        )
+    return to_markdown(head, rows)
+
+
+def _differences(line: Line, other: Line) -> dict[str, Spread]:
+    """To another line, of each seed that both have finished on all tasks; by task, and of means
+    over tasks. The base is the same with all seeds.
+    """
+    own, others = _by_seed(line), _by_seed(other)
+    if other.row.method == BASE:
+        others = dict.fromkeys(own, others[min(others)])
+    found: dict[str, list[float]] = {}
+    for seed in sorted(own.keys() & others.keys()):
+        for name, value in own[seed].items():
+            found.setdefault(name, []).append(value - others[seed][name])
+    if not found:
+        raise SystemExit(f"{DOCUMENT}: {line.row.method}, {other.row.method}: no common seed")
+    return {name: Spread.of(values) for name, values in found.items()}
+
+
+def _by_seed(line: Line) -> dict[int, dict[str, float]]:
+    """Metrics by task, and means over tasks of metric, validation loss and held-out loss."""
+    found = {}
+    for seed in sorted({result.cell.seed for result in line.results}):
+        results = [result for result in line.results if result.cell.seed == seed]
+        if len(results) < len(line.row.values):
+            continue
+        values = {r.cell.task: r.value for r in results if r.value is not None}
+        losses = [r.valid_loss for r in results if r.valid_loss is not None]
+        found[seed] = values | {
+            "average": statistics.fmean(values.values()),
+            "loss": statistics.fmean(losses),
+            "forgotten": statistics.fmean(map(mean_loss, results)),
+        }
+    return found
+
+
 def hours_table(lines: Sequence[Line]) -> str:
     """Runs of each sweep and the hours that their training took; in the end, of all."""
     rows, runs, hours = [], 0, 0.0
@@ -263,6 +331,7 @@ SWEEP_KINDS = {
     "first_seed": first_seed_table,
     "domains": domains_table,
     "search": search_table,
+    "choices": choices_table,
     "hours": hours_table,
 }
 FILE_KINDS = {"routing": routing_table, "step_cost": step_cost_table}

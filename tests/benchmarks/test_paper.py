@@ -1,5 +1,6 @@
 """Tables of documents are those of the recorded runs."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -197,6 +198,44 @@ def test_tables_are_filled(document: Path, paper: ModuleType) -> None:
     assert paper.main([]) == 0
     assert document.read_text() == FILLED
     assert paper.main(["--check"]) == 0
+
+
+def test_choices_of_experts_are_compared_seed_by_seed(document: Path, paper: ModuleType) -> None:
+    """Both gain 2 points with the second seed, so their difference has no spread."""
+    sweep = json.loads(Path("configs/paper/toy.yaml").read_text())
+    methods = {"token": [], "taylor": ["select.method=gate_taylor"]}
+    sweep |= {"output": "choices", "methods": methods, "learning_rates": {}}
+    Path("configs/paper/choices.yaml").write_text(json.dumps(sweep))
+    loaded = load_sweep("configs/paper/choices.yaml")
+    results = Path("choices") / "results.jsonl"
+
+    def finish(more: dict[str, int], trained: dict[str, int]) -> None:
+        results.unlink(missing_ok=True)
+        paper.lines_of.cache_clear()
+        record = Record(results)
+        for method, seed, task in itertools.product(more, (0, 1), ("one", "two")):
+            if (method, seed) == (BASE, 1):
+                continue
+            cell = Cell(task, method, None, seed)
+            sha256, kept = config_sha256(run_config(loaded, cell)), {"python": 2 + more[method] / 8}
+            value = 40.0 + more[method] + 2 * seed + (task == "two")
+            loss = 2 - more[method] / 20
+            sizes = {"trained": trained[method], "total": 1000}
+            record.add(CellResult(cell, sha256, "chrf", value, loss, kept, **sizes))
+
+    document.write_text("<!-- table: choices choices:all -->\n<!-- end -->\n")
+    more = {BASE: -10, "token": 0, "taylor": 5}
+    finish(more, {BASE: 0, "token": 100, "taylor": 104})
+    assert paper.main([]) == 0
+    gained = "11.0 ± 1.4 | 11.0 ± 1.4 | **11.0 ± 1.4** | -0.500 ± 0.000 | 1.25 ± 0.00"
+    more_than_that = "5.0 ± 0.0 | 5.0 ± 0.0 | **5.0 ± 0.0** | -0.250 ± 0.000 | 0.62 ± 0.00"
+    assert document.read_text().splitlines()[3:-1] == [
+        f"| token | 10.0% | {gained} |",
+        f"| taylor | 10.4% | {more_than_that} |",
+    ]
+    finish(more, {BASE: 0, "token": 90, "taylor": 104})
+    with pytest.raises(SystemExit, match="taylor trains 10.40%, token 9.00%; expected as many"):
+        paper.main([])
 
 
 def test_what_is_misspelt_is_not_taken_for_unfinished(document: Path, paper: ModuleType) -> None:
