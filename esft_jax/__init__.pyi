@@ -10,6 +10,9 @@ from .checkpoint.export import export_model as export_model
 from .checkpoint.export import save_model as save_model
 from .checkpoint.load import load_base as load_base
 from .checkpoint.load import load_model as load_model
+from .checkpoint.resident import attach_adapters as attach_adapters
+from .checkpoint.resident import choose_adapter as choose_adapter
+from .checkpoint.resident import exchange_adapter as exchange_adapter
 from .config import RunConfig as RunConfig
 from .config import load_config as load_config
 from .data.batch import Batch as Batch

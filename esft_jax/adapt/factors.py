@@ -76,6 +76,8 @@ class LowRankExperts(nnx.Module):
         layout: what their rows are.
     """
 
+    default_id = None
+
     def __init__(self, gate: LowRank, up: LowRank, down: LowRank, layout: LowRankLayout):
         self.gate, self.up, self.down, self.layout = gate, up, down, layout
 

@@ -1,6 +1,7 @@
 """Slots: which row of the banks beside the base experts holds which expert, and on which device.
 
-Letters: L MoE layers, E experts of a layer, R rows of a bank, W rows of a layer's window.
+Letters: L MoE layers, E experts of a layer, E1 = E + 1 with the phantom one, R rows of a bank, W
+rows of a layer's window.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,6 +117,12 @@ class TunedLayout:
             groups[:, layer, expert] = nothing
             groups[shard, layer, expert] = within - self.window_starts[shard, layer]
         return groups
+
+    def all_groups(
+        self, banks: Any, layer: Int[Array, ""] | int
+    ) -> Int[Array | np.ndarray, "shards E1"]:
+        """What computes the experts of a layer on every device."""
+        return jnp.asarray(self.groups)[:, layer]
 
     def rows(self) -> list[tuple[int, int, int]]:
         """All (index among the MoE layers, expert id, bank row)."""

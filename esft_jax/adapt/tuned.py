@@ -43,6 +43,8 @@ class TunedExperts(nnx.Module):
     [R, 2F]`, `down_bias [R, D]` of those that have biases.
     """
 
+    default_id = None
+
     def __init__(self, banks: ExpertWeights, layout: TunedLayout):
         for name, bank in banks._asdict().items():
             if bank is not None:

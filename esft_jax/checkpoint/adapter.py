@@ -284,15 +284,26 @@ def apply_adapter(
         param = params[path]
         for name, box in boxes:
             place, array = placements[name], param.get_value()
-            tensor = adapter.merged(name, partial(_read, array, box, place)).astype(array.dtype)
-            if not is_finite(tensor):
-                raise InputError(
-                    f"{adapter.folder}: merged, tensor {name!r} has values that are no finite "
-                    f"numbers in {array.dtype}"
-                )
-            block = place.to_block(tensor).reshape(box_shape(box))
-            param.set_value(write_blocks(array, [(box, block)]))
+            tensor = adapter.merged(name, partial(_read, array, box, place))
+            block = finite_block(tensor, name, place, array.dtype, adapter.folder)
+            param.set_value(write_blocks(array, [(box, block.reshape(box_shape(box)))]))
     nnx.update(model, nnx.from_flat_state(params))
+
+
+def finite_block(
+    tensor: np.ndarray, name: str, place: Placement, dtype: np.dtype, folder: Path
+) -> np.ndarray:
+    """A tensor of a model with an adapter, as it lies in a parameter of a type.
+
+    Raises:
+        InputError: it is not finite in this type; the message begins with the adapter's folder.
+    """
+    tensor = tensor.astype(dtype)
+    if not is_finite(tensor):
+        raise InputError(
+            f"{folder}: merged, tensor {name!r} has values that are no finite numbers in {dtype}"
+        )
+    return place.to_block(tensor)
 
 
 def _names_to_write(model: Transformer, adapter: Adapter | LoRAAdapter) -> list[str]:

@@ -13,7 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from esft_jax.adapt.factors import LowRank, LowRankExperts
+from esft_jax.adapt.resident import ResidentExperts
 from esft_jax.blocks import Box, read_block
+from esft_jax.errors import InputError
 from esft_jax.families import tensor_table
 from esft_jax.families.tensors import LeafPath
 from esft_jax.model.params import Role
@@ -42,6 +44,10 @@ class ModelTensors:
             if isinstance(module, LowRank)
         }
         tuned = model.tuned_experts
+        if isinstance(tuned, ResidentExperts):
+            raise InputError(
+                "the model has several adapters; expected a base, or one with an adapter merged"
+            )
         layout = None if tuned is None else tuned.layout
         rows = {} if layout is None else {(i, expert): row for i, expert, row in layout.rows()}
         self._positions = None if layout is None else layout.placement.positions

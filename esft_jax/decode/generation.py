@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.model.attention import Caches
-from esft_jax.model.transformer import Transformer
+from esft_jax.model.transformer import Transformer, check_adapter_ids
 from esft_jax.sharding import RULES, device_multiple, place_whole_batch
 
 # Prompts are padded to powers of two from here on: few shapes, so few compilations.
@@ -39,6 +39,7 @@ class DecodingOptions(TypedDict, total=False):
     batch_size: int
     stop: Callable[[list[int]], bool]
     advance: Callable[[int], object]
+    adapter_ids: Sequence[int]
 
 
 def generate_text(
@@ -81,6 +82,7 @@ def generate_tokens(
     batch_size: int = 16,
     stop: Callable[[list[int]], bool] | None = None,
     advance: Callable[[int], object] | None = None,
+    adapter_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """New tokens after each prompt, up to but without the first stop token.
 
@@ -98,6 +100,8 @@ def generate_tokens(
         stop: whether a completion that has these tokens needs no more. It is asked now and then, so
             that more tokens than those may come.
         advance: called with the number of prompts completed since the last call.
+        adapter_ids: the resident adapter of each prompt, -1 for the base (`attach_adapters`).
+            Default: that of `choose_adapter`.
 
     Raises:
         InputError: an empty prompt, one too long for the model or with tokens that it lacks, or an
@@ -116,6 +120,8 @@ def generate_tokens(
                 f"prompt {number}: tokens from {min(prompt)} to {max(prompt)}; the model has "
                 f"{vocabulary} (vocab_size)"
             )
+    if adapter_ids is not None:
+        _check_adapter_ids(model, prompts, adapter_ids)
     graph, params = nnx.split(model)
     sampling = None if temperature == 0 else (float(temperature), float(top_p))
     size = device_multiple(min(batch_size, len(prompts) or 1), model.mesh)
@@ -126,6 +132,9 @@ def generate_tokens(
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
         batch = _pad([prompts[number] for number in numbers], numbers, size, stop_ids[0])
+        if adapter_ids is not None:
+            batch["adapter_ids"] = np.full(size, -1, np.int32)
+            batch["adapter_ids"][: len(numbers)] = [adapter_ids[number] for number in numbers]
         new = _complete(
             graph,
             params,
@@ -142,6 +151,19 @@ def generate_tokens(
         if advance is not None:
             advance(len(numbers))
     return completions
+
+
+def _check_adapter_ids(
+    model: Transformer, prompts: Sequence[Sequence[int]], adapter_ids: Sequence[int]
+) -> None:
+    resident = model.tuned_experts
+    if resident is None or resident.default_id is None:
+        raise InputError("adapter_ids: the model has no resident adapters")
+    if len(adapter_ids) != len(prompts):
+        raise InputError(
+            f"adapter_ids: are {len(adapter_ids)}; expected {len(prompts)}, one for each prompt"
+        )
+    check_adapter_ids(adapter_ids, len(resident.layout.rooms))
 
 
 def check_length(name: str, length: int, max_new_tokens: int, max_positions: int) -> None:
@@ -196,6 +218,7 @@ class _Progress(NamedTuple):
         new: new tokens, filled up with the first stop token.
         last: position of each prompt's last token.
         keys: random key of each row.
+        adapter_ids: of each row; None if the call names none.
     """
 
     step: Int[Array, ""]
@@ -205,6 +228,7 @@ class _Progress(NamedTuple):
     last: Int[Array, " B"]
     keys: Array
     caches: Caches
+    adapter_ids: Int[Array, " B"] | None
 
 
 def _complete(
@@ -221,7 +245,8 @@ def _complete(
     """New tokens of each row, filled up with the first stop token.
 
     Args:
-        batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`.
+        batch: `tokens` `[B, P]`, `lengths` of the prompts in it and their `numbers` `[B]`; and
+            `adapter_ids` `[B]`, if the call names some.
         sampling: temperature and top_p; None for greedy decoding.
         stop: see `generate_tokens`.
     """
@@ -256,12 +281,14 @@ def _begin(
     last = batch["lengths"] - 1
     rows, width = batch["tokens"].shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["numbers"])
-    caches = _prefill(model, batch["tokens"], last, width + max_new_tokens)
+    adapter_ids = batch.get("adapter_ids")
+    caches = _prefill(model, batch["tokens"], last, width + max_new_tokens, adapter_ids)
     # The last prompt token is run as the first step: it alone needs logits.
     tokens = jnp.take_along_axis(batch["tokens"], last[:, None], axis=1)[:, 0]
     new = jnp.full((rows, max_new_tokens), stop_ids[0], jnp.int32)
     step = jnp.zeros((), jnp.int32)
-    return _Progress(step, batch["numbers"] < 0, tokens, new, last, keys, caches)
+    done = batch["numbers"] < 0
+    return _Progress(step, done, tokens, new, last, keys, caches, adapter_ids)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
@@ -286,7 +313,9 @@ def _extend(
         step, done = state.step, state.done
         positions = (state.last + step)[:, None]
         tokens = state.tokens[:, None]
-        logits, caches = model.decode(tokens, positions, ~done[:, None], state.caches)
+        logits, caches = model.decode(
+            tokens, positions, ~done[:, None], state.caches, state.adapter_ids
+        )
         tokens = choose_tokens(logits[:, 0], state.keys, step, sampling)
         tokens = jnp.where(done, stop_ids[0], tokens)
         return state._replace(
@@ -306,7 +335,11 @@ def _extend(
 
 
 def _prefill(
-    model: Transformer, tokens: Int[Array, "B P"], last: Int[Array, " B"], slots: int
+    model: Transformer,
+    tokens: Int[Array, "B P"],
+    last: Int[Array, " B"],
+    slots: int,
+    adapter_ids: Int[Array, " B"] | None,
 ) -> Caches:
     """Caches that hold each prompt up to but without its last token.
 
@@ -318,7 +351,8 @@ def _prefill(
     def run(caches: Caches, start: Array) -> tuple[Caches, None]:
         positions = jnp.broadcast_to(start + jnp.arange(block), (rows, block))
         part = jax.lax.dynamic_slice_in_dim(tokens, start, block, axis=1)
-        _, caches = model.decode(part, positions, positions < last[:, None], caches)
+        keep = positions < last[:, None]
+        _, caches = model.decode(part, positions, keep, caches, adapter_ids)
         return caches, None
 
     caches: Any = model.init_cache(rows, slots)

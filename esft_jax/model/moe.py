@@ -81,6 +81,7 @@ class MoE(nnx.Module):
         transport: Transport = "all_gather",
         gate_probe: Float[Array, "B S K"] | None = None,
         output_norms: bool = False,
+        adapter_ids: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterOutput, Carried | None]:
         """Apply the layer; tokens not in `keep` meet no routed expert.
 
@@ -93,6 +94,7 @@ class MoE(nnx.Module):
             gate_probe: the factor of each assignment is multiplied by 1 + its entry. At 0, the
                 derivative by an entry is the gate times the derivative by the gate.
             output_norms: whether `RouterOutput` gets them.
+            adapter_ids: of each row, if `adapted` is several adapters.
         """
         shape, seen = x.shape, plain if self.router.config.input_norm else x
         routed = self.router(seen.reshape(-1, shape[-1]), keep.reshape(-1), mesh)
@@ -100,7 +102,10 @@ class MoE(nnx.Module):
         factors = self.router.factors(routed, x.dtype)
         if gate_probe is not None:
             factors *= 1 + gate_probe
-        routing = Routing(routed.expert_ids, factors)
+        expert_ids = routed.expert_ids
+        if adapted is not None and adapter_ids is not None:
+            expert_ids = adapted.layout.of_adapters(expert_ids, adapter_ids)
+        routing = Routing(expert_ids, factors)
         experts, inner = self.experts.weights, self.input_norm(plain) if self.normed else x
 
         def apply(routing: Routing, carried: Carried | None) -> tuple[Array, Carried | None]:

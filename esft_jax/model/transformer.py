@@ -6,6 +6,7 @@ Dense blocks are stacked on a leading `layers` axis, MoE blocks on another, and 
 Letters: B rows, S tokens of each, D model width, V vocabulary, L layers.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from esft_jax.errors import InputError
 from esft_jax.model.attention import Attention, Cache, Caches, empty_cache, make_attention
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.mlp import MLP
@@ -33,6 +35,9 @@ from esft_jax.moe.transport import Transport
 from esft_jax.moe.weights import Adapted
 from esft_jax.ops.cross_entropy import soft_cap
 from esft_jax.sharding import RULES, constrain_batch
+
+# Which resident adapter each row of a batch has.
+AdapterIds = Int[Array | np.ndarray, " B"] | Sequence[int]
 
 
 class ModelOutput(NamedTuple):
@@ -111,7 +116,8 @@ class Transformer(nnx.Module):
         remat: what the backward pass computes again.
         experts_learn: base experts are differentiated. Without it they can be too, but the
             gradient of every layer is then made as large as that of all.
-        tuned_experts: the selected experts under training, or factors of experts, or None.
+        tuned_experts: the selected experts under training, or factors of experts, or the experts of
+            several adapters; or None.
     """
 
     def __init__(
@@ -151,6 +157,7 @@ class Transformer(nnx.Module):
         tokens: Int[Array | np.ndarray, "B S"],
         segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         positions: Int[Array | np.ndarray, "B S"] | None = None,
+        adapter_ids: AdapterIds | None = None,
     ) -> ModelOutput:
         """Logits and router outputs.
 
@@ -160,8 +167,14 @@ class Transformer(nnx.Module):
                 per row.
             positions: position of each token in its document. Default: counted from each
                 document's first token.
+            adapter_ids: the resident adapter of each row, -1 for the base (`attach_adapters`).
+                Default: that of `choose_adapter`. A row with the id of none gets logits that are
+                NaN, where it cannot be refused since it is known at run time only.
+
+        Raises:
+            InputError: `adapter_ids` for a model without resident adapters, or ids of none.
         """
-        hidden, router = self.hidden_states(tokens, segment_ids, positions)
+        hidden, router = self.hidden_states(tokens, segment_ids, positions, adapter_ids=adapter_ids)
         return ModelOutput(self.logits(hidden), router)
 
     def hidden_states(
@@ -173,11 +186,12 @@ class Transformer(nnx.Module):
         *,
         gate_probe: Float[Array, "L B S K"] | None = None,
         output_norms: bool = False,
+        adapter_ids: AdapterIds | None = None,
     ) -> tuple[Float[Array, "B S D"], RouterOutput]:
         """What the head reads, and the router outputs; no logits.
 
         Args:
-            tokens, segment_ids, positions: those of `__call__`.
+            tokens, segment_ids, positions, adapter_ids: those of `__call__`.
             earlier: a gradient of the banks of tuned experts, a tree of arrays `[R, ...]` as they
                 are; theirs here is added to it. Only for one expert group.
             gate_probe, output_norms: of all MoE layers, see `MoE`.
@@ -187,6 +201,7 @@ class Transformer(nnx.Module):
         positions = _positions(segment_ids) if positions is None else jnp.asarray(positions)
         rotations = [rotation(rope, positions) for _, rope in self.config.attentions]
         keep = segment_ids > 0
+        adapter_ids, known = self._adapters_of(adapter_ids, len(tokens))
 
         def attend(block: Block, kind: int, x: Array) -> Array:
             x = checkpoint_name(constrain_batch(x, self.mesh), BLOCK_INPUT)
@@ -215,10 +230,11 @@ class Transformer(nnx.Module):
                 self.transport,
                 None if gate_probe is None else gate_probe[layer],
                 output_norms,
+                adapter_ids,
             )
             return (block.add_feed_forward(x, out), carried), LayerOutput(router)
 
-        x, carried = self._embed(tokens), None
+        x, carried = self._embed(tokens, known), None
         routers: list[RouterOutput] = []
         # Layers below the lowest tuned expert run in a scan of their own that no tuned parameter
         # enters, so that the backward pass never reaches them.
@@ -282,6 +298,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B S"],
         keep: Bool[Array, "B S"],
         caches: Caches,
+        adapter_ids: AdapterIds | None = None,
     ) -> tuple[Float[Array, "B S V"], Caches]:
         """Logits of new tokens after those in the caches, and the caches with them.
 
@@ -289,8 +306,10 @@ class Transformer(nnx.Module):
             positions: slot and position of each token; later slots are not seen.
             keep: False for padding behind a row's tokens, which no expert computes.
             caches: see `init_cache`.
+            adapter_ids: see `__call__`.
         """
         config = self.config
+        adapter_ids, known = self._adapters_of(adapter_ids, len(tokens))
         rotations = [rotation(rope, positions) for _, rope in config.attentions]
 
         def attend(block: Block, kind: int, x: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -310,11 +329,18 @@ class Transformer(nnx.Module):
             x, carried = carry
             x, cache = attend(block, kind, x, cache)
             out, _, carried = block.moe(
-                block.ffn_norm(x), x, keep, layer, self.tuned_experts, carried, self.mesh
+                block.ffn_norm(x),
+                x,
+                keep,
+                layer,
+                self.tuned_experts,
+                carried,
+                self.mesh,
+                adapter_ids=adapter_ids,
             )
             return (block.add_feed_forward(x, out), carried), LayerOutput(cache=cache)
 
-        x, carried = self._embed(tokens), self._carried()
+        x, carried = self._embed(tokens, known), self._carried()
         found: list[list[Cache]] = [[] for _ in caches]
         for run in config.runs:
             parts: list[Any] = [None, None]
@@ -340,11 +366,51 @@ class Transformer(nnx.Module):
         return self.config.multipliers.logits * self.norm(constrain_batch(x, self.mesh))
 
     def _carried(self) -> Carried | None:
-        return carry_banks(self.tuned_experts.banks, self.mesh) if self.tuned_experts else None
+        if self.tuned_experts is None or self.tuned_experts.default_id is not None:
+            return None
+        return carry_banks(self.tuned_experts.banks, self.mesh)
 
-    def _embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def _embed(
+        self, tokens: Int[Array, "B S"], known: Bool[Array, " B"] | None
+    ) -> Float[Array, "B S D"]:
+        """Args: known: rows whose adapter there is; the others become NaN."""
         rows = constrain_batch(look_up(self.embedding[...], tokens, self.mesh), self.mesh)
-        return rows.astype(self.dtype) * self.config.multipliers.embedding
+        rows = rows.astype(self.dtype) * self.config.multipliers.embedding
+        return rows if known is None else jnp.where(known[:, None, None], rows, jnp.nan)
+
+    def _adapters_of(
+        self, adapter_ids: AdapterIds | None, rows: int
+    ) -> tuple[Int[Array, " B"] | None, Bool[Array, " B"] | None]:
+        """The resident adapter of each row, and whether there is one by its id; None without
+        resident adapters.
+        """
+        default = None if self.tuned_experts is None else self.tuned_experts.default_id
+        if default is None or self.tuned_experts is None:
+            if adapter_ids is not None:
+                raise InputError("adapter_ids: the model has no resident adapters")
+            return None, None
+        if adapter_ids is None:
+            return jnp.broadcast_to(default, rows), None
+        count = len(self.tuned_experts.layout.rooms)
+        if not isinstance(adapter_ids, jax.Array):
+            check_adapter_ids(adapter_ids, count)
+        ids = jnp.asarray(adapter_ids)
+        if ids.shape != (rows,):
+            raise InputError(
+                f"adapter_ids: has shape {ids.shape}; expected ({rows},), one for each row"
+            )
+        known = (ids >= -1) & (ids < count)
+        return jnp.where(known, ids, -1), known
+
+
+def check_adapter_ids(adapter_ids: Sequence[int] | np.ndarray, count: int) -> None:
+    """Raise an `InputError` for an id that none of `count` resident adapters has."""
+    for row, adapter in enumerate(adapter_ids):
+        if not -1 <= adapter < count:
+            raise InputError(
+                f"adapter_ids: row {row} is {adapter}; expected -1 for the base, or 0 to "
+                f"{count - 1}"
+            )
 
 
 def look_up(

@@ -148,7 +148,7 @@ def _apply_on_shard(
         window, carried = layout.layer_window(banks, carried, layer, shard)
     own = base.of_layer(layer)
     if shards > 1 and transport == "ragged_all_to_all":
-        owners = owners_of(layout, layer, len(own.down), shards)
+        owners = owners_of(layout, banks, layer, len(own.down), shards)
         quota = math.ceil(ROOM * expert_ids.size / shards)
         out = exchange_and_apply(x, expert_ids, gates, own, window, activation, owners, quota)
         return out.reshape(shape), carried

@@ -42,13 +42,13 @@ class Owners(NamedTuple):
 
 
 def owners_of(
-    layout: Layout | None, layer: Int[Array, ""] | int, local: int, shards: int
+    layout: Layout | None, banks: Any, layer: Int[Array, ""] | int, local: int, shards: int
 ) -> Owners:
-    """Owners in a layer, of which every device has `local` base experts."""
+    """Owners in a layer, of which every device has `local` base experts; inside `shard_map`."""
     if layout is None:
         experts = jnp.arange(local * shards + 1, dtype=jnp.int32)
         return Owners(experts // local, experts % local, local)
-    groups = jnp.asarray(layout.groups)[:, layer]
+    groups = layout.all_groups(banks, layer)
     count = layout.groups_per_device(local)
     group = groups.min(axis=0)
     return Owners(jnp.where(group < count, groups.argmin(axis=0), shards), group, count)

@@ -1,7 +1,8 @@
 """Weights of routed experts, as the products with them take them.
 
-Letters: L MoE layers, E experts of a layer, E1 = E + 1 with the phantom one, W rows of a window, G
-groups, M rows of tokens, D model width, F expert width, R rank of an update.
+Letters: L MoE layers, E experts of a layer, E1 = E + 1 with the phantom one (and again as many for
+each of several adapters, see `adapt/resident.py`), W rows of a window, G groups, M rows of tokens,
+D model width, F expert width, R rank of an update.
 """
 
 from collections.abc import Callable
@@ -119,17 +120,12 @@ class Layout(Protocol):
         """Index among the MoE layers of the lowest one with such an expert."""
         ...
 
-    @property
-    def groups(self) -> Any:
-        """What computes an expert's tokens on a device: int32 `[shards, L, E + 1]`."""
-        ...
-
     def groups_per_device(self, local: int) -> int:
         """Groups of a device with `local` base experts."""
         ...
 
-    def by_row(self) -> list[tuple[int, int] | None]:
-        """What every row holds: index among the MoE layers and expert id; None for padding."""
+    def all_groups(self, banks: Any, layer: Int[Array, ""] | int) -> Int[Array, "shards E1"]:
+        """What computes a layer's experts on every device, by groups of the device."""
         ...
 
     def layer_window(
@@ -143,6 +139,13 @@ class Adapted(Protocol):
     """Banks beside the base experts, which replace some of them or update them."""
 
     layout: Any
+
+    @property
+    def default_id(self) -> Int[Array, ""] | None:
+        """Which of several adapters the rows of a batch have that name none; None if the banks are
+        those of all rows, and may be differentiated.
+        """
+        ...
 
     @property
     def banks(self) -> Any:

@@ -154,9 +154,9 @@ def test_no_expert_computes_padding_or_finished_rows(model, greedy, monkeypatch)
     kept = []
     run = Transformer.decode
 
-    def spy(self, tokens, positions, keep, cache):
+    def spy(self, tokens, positions, keep, *rest):
         jax.debug.callback(lambda keep: kept.append(keep.sum(axis=1).tolist()), keep, ordered=True)
-        return run(self, tokens, positions, keep, cache)
+        return run(self, tokens, positions, keep, *rest)
 
     monkeypatch.setattr(Transformer, "decode", spy)
     eos = greedy[0][1]  # in no other row's first two tokens

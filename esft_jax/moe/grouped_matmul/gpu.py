@@ -139,7 +139,8 @@ def _schedule(groups: Groups, rows: int, block: int) -> Int[Array, "3 M"]:
     sizes, ends, of_group = groups.stretches(rows)
     blocks = (sizes + block - 1) // block
     block_ends = jnp.cumsum(blocks)
-    index = jnp.arange(rows // block + len(sizes), dtype=jnp.int32)
+    most = min(rows, rows // block + len(sizes))  # of a bank of many adapters, few groups have rows
+    index = jnp.arange(most, dtype=jnp.int32)
     stretch = jnp.searchsorted(block_ends, index, side="right", method="compare_all")
     start = (ends - sizes)[stretch] + (index - (block_ends - blocks)[stretch]) * block
     group = stretch.astype(jnp.int32)
