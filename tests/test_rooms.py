@@ -11,7 +11,7 @@ ROOT = Path(esft_jax.__file__).parent
 # From the ground up. Rooms of one line do not import each other.
 FLOORS = [
     {"errors", "huge_pages"},
-    {"files", "memory"},
+    {"files", "memory", "serving"},
     {"accelerators", "host_memory", "lock", "processes", "strict_yaml", "terminal"},
     {"blocks", "sharding", "topology"},
     {"ops"},

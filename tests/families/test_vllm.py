@@ -1,16 +1,21 @@
-"""What was trained here and exported, in vLLM: the same greedy tokens as here and in transformers.
+"""What was trained here, in vLLM, exported or put into a running engine: the same greedy tokens as
+here and in transformers.
 
 `ESFT_VLLM_PYTHON` names a Python that has vLLM, which does not go together with this project's own
 requirements.
 """
 
+import contextlib
 import json
 import os
-import re
 import shutil
+import socket
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
+import lazy_loader
 import pytest
 import transformers
 
@@ -58,6 +63,16 @@ MODELS = {
     },
 }
 
+slow = pytest.mark.slow
+no_vllm = pytest.mark.skipif(
+    not PYTHON, reason="needs vLLM: ESFT_VLLM_PYTHON names no Python that has it"
+)
+
+
+def needs_vllm(test):
+    """Minutes for each engine that starts."""
+    return slow(no_vllm(test))
+
 
 @pytest.fixture(params=MODELS)
 def base(request, tmp_path):
@@ -92,58 +107,113 @@ def tokens_in_transformers(folder, prompts):
     return completions
 
 
-def tokens_in_vllm(folder, prompts, loads, tmp_path):
-    """Of the engine started on a folder, then after each load of docs/serving.md's extension."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
-    (tmp_path / "experts.py").write_text(snippets[0])
-    job, result = tmp_path / "job.json", tmp_path / "result.json"
-    content = {"prompts": prompts, "new_tokens": NEW_TOKENS, "model": str(folder)}
-    content["loads"] = [[str(path) for path in load] for load in loads]
-    job.write_text(json.dumps(content))
-    # Without the settings of JAX and of this project.
+@pytest.fixture
+def environment(tmp_path):
+    """Of vLLM's Python: this package, and none of the settings of JAX."""
+    shutil.copytree(Path(lazy_loader.__file__).parent, tmp_path / "path" / "lazy_loader")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("XLA", "JAX"))}
-    settings = {
-        "PYTHONPATH": str(tmp_path),
+    return kept | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'path'}",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
     }
+
+
+def tokens_in_vllm(folder, prompts, adapters, environment, tmp_path):
+    """Of the engine started on a folder, then after each exchange of adapters."""
+    job, result = tmp_path / "job.json", tmp_path / "result.json"
+    content = {"prompts": prompts, "new_tokens": NEW_TOKENS, "model": str(folder)}
+    content["adapters"] = [adapter and str(adapter) for adapter in adapters]
+    job.write_text(json.dumps(content))
     command = [PYTHON, ROOT / "tests" / "families" / "vllm_engine.py", job, result]
-    done = subprocess.run(
-        command, env=kept | settings, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="needs vLLM: ESFT_VLLM_PYTHON names no Python that has it")
-def test_greedy_tokens_are_the_same_in_every_engine(base, chats, tmp_path):
+def make_adapter(base, chats, folder, top_p):
     content = {
         "model": str(base),
-        "output": str(tmp_path / "run"),
+        "output": str(folder),
         "dtype": "float32",
         "data": {"train": [str(chats)], "sequence_length": 32},
         "score": {"samples": 8, "sequence_length": 32, "batch_size": 8},
-        "select": {"top_p": 0.3},
+        "select": {"top_p": top_p},
         "train": {"steps": 4, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-2},
     }
-    (tmp_path / "run.json").write_text(json.dumps(content))
-    assert train.main(["--config", str(tmp_path / "run.json")]) == 0
-    adapter, exported = tmp_path / "run" / "adapter", tmp_path / "exported"
-    arguments = ["--base", base, "--adapter", adapter, "--to", exported]
+    folder.with_suffix(".json").write_text(json.dumps(content))
+    assert train.main(["--config", str(folder.with_suffix(".json"))]) == 0
+    arguments = ["--base", base, "--adapter", folder / "adapter", "--to", folder / "exported"]
     assert export.main([str(argument) for argument in arguments]) == 0
+    return folder / "adapter", folder / "exported"
 
+
+@needs_vllm
+def test_greedy_tokens_are_the_same_in_every_engine(base, chats, environment, tmp_path):
+    one, exported = make_adapter(base, chats, tmp_path / "one", 0.3)
+    other, exported_other = make_adapter(base, chats, tmp_path / "other", 0.1)
     tokenizer = Tokenizer.load(base)
     prompts = [tokenizer.encode_text(text) for text in TEXTS]
-    before, after = (tokens_in_transformers(folder, prompts) for folder in (base, exported))
-    assert all(old != new for old, new in zip(before, after, strict=True))
-    assert tokens_here(base, prompts) == before
-    assert tokens_here(exported, prompts) == after
+    folders = base, exported, exported_other
+    before, after, after_other = (tokens_in_transformers(folder, prompts) for folder in folders)
+    assert before != after != after_other != before
+    assert [tokens_here(folder, prompts) for folder in folders] == [before, after, after_other]
 
-    started, restored, loaded = tokens_in_vllm(
-        exported, prompts, [[base], [base, adapter]], tmp_path
-    )
-    assert started == after
-    assert restored == before
-    assert loaded == after
+    adapters = [one, other, None, other]
+    found = tokens_in_vllm(base, prompts, adapters, environment, tmp_path)
+    assert found == [before, after, after_other, before, after_other]
+    assert tokens_in_vllm(exported, prompts, [], environment, tmp_path) == [after]
+
+
+@needs_vllm
+@pytest.mark.parametrize("base", ["qwen3_moe"], indirect=True)
+def test_adapters_are_exchanged_in_a_running_server(base, chats, environment, tmp_path):
+    adapter, exported = make_adapter(base, chats, tmp_path / "one", 0.3)
+    tokenizer = Tokenizer.load(base)
+    prompts = [tokenizer.encode_text(text) for text in TEXTS]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    command += ["--worker-extension-cls", "esft_jax.serving.vllm.ExpertAdapters"]
+    command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", port]
+
+    def post(path, **content):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/{path}",
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.loads(answer.read() or "null")
+
+    def complete():
+        options = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        answers = [
+            post("v1/completions", prompt=ids, return_token_ids=True, **options) for ids in prompts
+        ]
+        return [answer["choices"][0]["token_ids"] for answer in answers]
+
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(1)
+        found = [complete()]
+        post("collective_rpc", method="load_esft_adapter", args=[str(adapter)])
+        assert post("reset_prefix_cache") == {"success": True}
+        found.append(complete())
+        post("collective_rpc", method="unload_esft_adapter")
+        assert post("reset_prefix_cache") == {"success": True}
+        found.append(complete())
+    finally:
+        server.terminate()
+        server.wait(60)
+    before, after = (tokens_here(folder, prompts) for folder in (base, exported))
+    assert found == [before, after, before] != [before] * 3

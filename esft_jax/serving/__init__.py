@@ -1,0 +1,1 @@
+"""Adapters in the engines that serve models: what runs in their processes, without JAX."""
