@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -18,10 +19,11 @@ from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from esft_jax.config import RunConfig, load_config
+from esft_jax.config import QuantiseConfig, RunConfig, load_config
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.files import local_path
 from esft_jax.huge_pages import restart_with_huge_pages
+from esft_jax.ops.quantisation import Quantisation
 from esft_jax.strict_yaml import explain
 from esft_jax.values import Count, CountOrZero
 
@@ -37,7 +39,8 @@ VERBS = {
     "sweep": "compare methods on tasks, in a table of runs",
     "evaluate": "let a model complete task prompts, and judge the completions",
     "harness": "run the tasks of lm-evaluation-harness on a model",
-    "generate": "let a model complete one prompt",
+    "generate": "let a model complete a prompt, or a file of them",
+    "chat": "talk to a model in the terminal, alone or beside its base",
     "adapters": "list, show, compare and combine adapters, or take one out of a model",
     "push": "publish an adapter or an exported model on the Hugging Face hub",
     "export": "merge an adapter into its base as a Hugging Face folder",
@@ -149,6 +152,28 @@ def option(kind: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(explain(error.errors(include_url=False)[0])) from None
 
     return parse
+
+
+def quantisation(text: str) -> Quantisation:
+    """What reads `--quantise` for `argparse`: the keys of a configuration's section `quantise`, as
+    KEY=VALUE,...
+    """
+    keys = [field.name for field in dataclasses.fields(QuantiseConfig)]
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    values = {key: value for key, _, value in pairs}
+    if len(values) < len(pairs) or not values.keys() <= set(keys):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected KEY=VALUE,..., each of {', '.join(keys)} once at most"
+        )
+    try:
+        config = TypeAdapter(QuantiseConfig).validate_strings(values)
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        key = ".".join(map(str, mistake["loc"]))
+        raise argparse.ArgumentTypeError(f"{key}: {explain(mistake)}") from None
+    if config.chosen is None:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected experts or rest")
+    return config.chosen
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, distributed: bool = True) -> None:

@@ -4,26 +4,25 @@ Memory holds a few tensors at a time. A conversion that was interrupted goes on 
 when the same command is run again. Several processes that see the same folders share the work.
 """
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 
 import jax
-from pydantic import TypeAdapter, ValidationError
 
 from esft_jax.checkpoint.convert import convert_checkpoint
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.quantise import quantise_converted
-from esft_jax.cli import Parser, add_process_arguments, command, join_processes, option
-from esft_jax.config import QuantiseConfig
+from esft_jax.cli import (
+    Parser,
+    add_process_arguments,
+    command,
+    join_processes,
+    option,
+    quantisation,
+)
 from esft_jax.errors import InputError
-from esft_jax.ops.quantisation import Quantisation
 from esft_jax.processes import use_cpu_only
-from esft_jax.strict_yaml import explain
 from esft_jax.values import LocalPath
-
-_KEYS = [field.name for field in dataclasses.fields(QuantiseConfig)]
 
 
 @command
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--quantise",
-        type=_quantisation,
+        type=quantisation,
         action="append",
         default=[],
         metavar="KEY=VALUE,...",
@@ -58,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
     use_cpu_only()
     join_processes(args)
     if args.source is None:
-        for quantisation in args.quantise:
-            quantise_converted(args.to, quantisation)
+        for how in args.quantise:
+            quantise_converted(args.to, how)
         done = f"Quantised {args.to}"
     else:
         folder = local_folder(args.source)
@@ -67,25 +66,6 @@ def main(argv: Sequence[str]) -> None:
         done = f"Converted {args.source}; written to {args.to}, fingerprint {fingerprint}"
     if jax.process_index() == 0:
         print(done)
-
-
-def _quantisation(text: str) -> Quantisation:
-    """The keys of `QuantiseConfig` for `argparse`."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    values = {key: value for key, _, value in pairs}
-    if len(values) < len(pairs) or not values.keys() <= set(_KEYS):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected KEY=VALUE,..., each of {', '.join(_KEYS)} once at most"
-        )
-    try:
-        config = TypeAdapter(QuantiseConfig).validate_strings(values)
-    except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        key = ".".join(map(str, mistake["loc"]))
-        raise argparse.ArgumentTypeError(f"{key}: {explain(mistake)}") from None
-    if config.chosen is None:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected experts or rest")
-    return config.chosen
 
 
 if __name__ == "__main__":

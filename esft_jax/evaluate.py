@@ -7,12 +7,16 @@ import jax
 
 from esft_jax.checkpoint.adapter import load_adapter
 from esft_jax.cli import Parser, add_config_arguments, command, open_config, option
+from esft_jax.config import RunConfig
+from esft_jax.errors import InputError
 from esft_jax.evaluation.report import print_measures, write_comparison
 from esft_jax.evaluation.run import (
+    EvaluationInputs,
+    EvaluationReport,
     check_evaluation,
     evaluate_in_full_precision,
     kept_evaluation,
-    run_evaluation,
+    run_evaluations,
 )
 from esft_jax.terminal import Terminal
 from esft_jax.values import LocalPath
@@ -26,26 +30,47 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--adapter",
         type=option(LocalPath),
+        action="append",
         metavar="DIR",
-        help="adapter folder (default: the base alone)",
+        help="adapter folder (default: the base alone); may be given several times, of one base",
     )
     args = parser.parse_args(argv)
     config = open_config(args)
     inputs = check_evaluation(config)
-    report = run_evaluation(config, args.adapter, inputs)
-    console, full = Terminal(quiet=jax.process_index() != 0), None
-    if args.adapter is not None:
-        full = evaluate_in_full_precision(config, args.adapter, inputs, console.say)
-    if jax.process_index() != 0:
-        return
+    adapters: list[str | None] = args.adapter or [None]
+    if len({*adapters}) < len(adapters):
+        raise InputError("--adapter: one is given twice; expected each once")
+    reports = run_evaluations(config, adapters, inputs)
+    console = Terminal(quiet=jax.process_index() != 0)
+    for number, (adapter, report) in enumerate(zip(adapters, reports, strict=True)):
+        full = None
+        if adapter is not None:
+            full = evaluate_in_full_precision(config, adapter, inputs, console.say)
+        if jax.process_index() != 0:
+            continue
+        if number == 0:
+            for name, held_out in inputs.describe().items():
+                console.say(f"held out, {name}: {held_out}")
+        if len(adapters) > 1:
+            console.say(f"{adapter}:")
+        _print(console, config, inputs, adapter, report, full)
+
+
+def _print(
+    console: Terminal,
+    config: RunConfig,
+    inputs: EvaluationInputs,
+    adapter: str | None,
+    report: EvaluationReport,
+    full: EvaluationReport | None,
+) -> None:
+    """What was found of an adapter, or of the base alone."""
     before = None
-    if args.adapter is not None:
+    if adapter is not None:
         before = kept_evaluation(config, inputs, report.base_fingerprint)
-    for name, held_out in inputs.describe().items():
-        console.say(f"held out, {name}: {held_out}")
     print_measures(console, report, before, full)
     lines = []
-    trained = None if args.adapter is None else load_adapter(args.adapter).run_dtype
+    trained = None if adapter is None else load_adapter(adapter).run_dtype
     if trained is not None and trained != config.dtype:
         lines.append(f"dtype: evaluated in {config.dtype}; the adapter's run had {trained}")
     if report.kept:

@@ -13,7 +13,7 @@ from esft_jax.checkpoint.load import load_base, load_model
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import generate_text, generate_tokens
 from esft_jax.errors import InputError
-from esft_jax.evaluation import run as evaluation
+from esft_jax.evaluation import load as evaluation
 from esft_jax.evaluation.metrics import read_completions
 from tests.checkpoint.checkpoints import save, torch_model
 
@@ -204,6 +204,82 @@ def test_generates_for_a_rendered_prompt_up_to_any_stop_token(model_folder, tmp_
     stop = next(number for number in range(1, 6) if ids[number] not in ids[:number])
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[stop]]}))
     assert generated("2 + 2 =") == tokenizer.decode(ids[:stop]) + "\n"
+
+
+def test_generates_for_each_prompt_of_a_file(model_folder, adapter, tmp_path, capsys):
+    texts = ["2 + 2 =", "a é", "2 + 3 ="]
+    arguments = ["--model", str(model_folder), "--adapter", str(adapter), "--max-new-tokens", "6"]
+    arguments += ["--quantise", "experts=int8"]
+    expected = []
+    for text in texts:
+        assert generate.main([*arguments, "--prompt", text]) == 0
+        expected.append({"prompt": text, "completion": capsys.readouterr().out.removesuffix("\n")})
+    lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("\n\n".join(texts), encoding="utf-8")
+    rows.write_text("".join(json.dumps({"id": 1, "prompt": text}) + "\n" for text in texts))
+    assert generate.main([*arguments, "--prompts", str(lines), "--batch-size", "2"]) == 0
+    found = capsys.readouterr().out
+    assert list(map(json.loads, found.splitlines())) == expected
+    written = tmp_path / "new" / "completions.jsonl"
+    assert generate.main([*arguments, "--prompts", str(rows), "--output", str(written)]) == 0
+    assert written.read_text(encoding="utf-8") == found
+    assert capsys.readouterr().out == f"3 completions written to {written}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"text": "a"}\n', (), "prompts.jsonl:1: prompt: missing; expected"),
+        ('{"prompt": 2}\n', (), "prompts.jsonl:1: prompt: is 2; expected a string"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', ("--max-new-tokens=60",), "prompts.jsonl:1: "),
+        ("", (), "prompts.jsonl: holds no examples"),
+        ('{"prompt": "a"}\n', ("--prompt=a",), "--prompt: not allowed with argument --prompts"),
+        (
+            '{"prompt": "a"}\n',
+            ("--quantise=experts=int3",),
+            "--quantise: experts: expected 'none', 'int8'",
+        ),
+    ],
+)
+def test_a_file_of_prompts_that_is_wrong_is_named(
+    model_folder, tmp_path, capsys, content, options, message
+):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    assert generate.main(["--model", str(model_folder), "--prompts", str(path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_adapters_are_evaluated_as_each_alone(config, adapter, model_folder, capsys):
+    path, run = config
+    other = adapter.with_name("other")
+    base, experts = load_base(model_folder, jnp.float32), ExpertConfig({1: (1, 2)})
+    names = trained_names(base.source.config, experts, "")
+    tensors = {name: -20 * base.source.tensor(name).astype(np.float32) for name in names}
+    save_adapter(other, tensors.items(), experts, {"base_fingerprint": base.fingerprint})
+    both = ["--adapter", str(adapter), "--adapter", str(other)]
+    assert evaluate.main(["--config", str(path), *both]) == 0
+    out = capsys.readouterr().out
+    assert f"{adapter}:" in out and f"{other}:" in out
+
+    def scores():
+        found = (json.loads(p.read_text()) for p in run.glob("evaluation/adapter-*/task-*/*.json"))
+        return {each.pop("adapter"): each for each in found if each.pop("seconds")}
+
+    together = scores()
+    assert together.keys() == {str(adapter), str(other)}
+    losses = {each["heldout"]["nats_per_token"] for each in together.values()}
+    assert len(losses) == 2
+    shutil.rmtree(run / "evaluation")
+    for each in (adapter, other):
+        assert evaluate.main(["--config", str(path), "--adapter", str(each)]) == 0
+    alone = scores()
+    for name, score in together.items():
+        loss = score.pop("heldout"), alone[name].pop("heldout")
+        assert loss[0]["nats_per_token"] == pytest.approx(loss[1]["nats_per_token"], rel=1e-5)
+        assert score == alone[name]
+    assert evaluate.main(["--config", str(path), *both[:2], *both[:2]]) == 2
+    assert "--adapter: one is given twice" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -18,10 +18,12 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.checkpoint.adapter import save_adapter, trained_names
 from esft_jax.checkpoint.export import export_model
 from esft_jax.checkpoint.load import load_base
+from esft_jax.config import QuantiseConfig
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
 from esft_jax.evaluation import lm_eval_model
 from esft_jax.evaluation.lm_eval_model import EsftJaxLM
+from esft_jax.model.quantised import is_quantised
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -338,3 +340,32 @@ def test_wrong_requests_are_named(
         both = requests("generate_until", [("a", right), ("a", options)])
         with pytest.raises(InputError, match=message):
             ours.generate_until(both, disable_tqdm=True)
+
+
+def test_weights_are_held_quantised_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    found: list[EvaluatorConfig] = []
+
+    def read_settings() -> None:
+        found.append(EvaluatorConfig.from_cli(HarnessCLI().parse_args()))
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", read_settings)
+    arguments = ["--model_args", f"pretrained={FOLDER}", "--tasks", "arc_easy"]
+    for quantise in (["--quantise=experts=int8"], ["--quantise", "experts=int8"]):
+        assert harness.main([*quantise, *arguments]) == 0
+    expected = {
+        "pretrained": str(FOLDER),
+        "quantise_experts": "int8",
+        "quantise_group_size": QuantiseConfig.group_size,
+    }
+    assert [each.model_args for each in found] == [expected] * 2
+    loaded = EsftJaxLM(**found[0].model_args, data=1)
+    assert is_quantised(loaded._model)
+
+    assert harness.main([*arguments, "--quantise", "experts=int3"]) == 2
+    assert "--quantise: experts: expected 'none', 'int8'" in capsys.readouterr().err
+    path = tmp_path / "settings.yaml"
+    path.write_text("{model_args: {pretrained: x}, tasks: [arc_easy]}")
+    assert harness.main(["--config", str(path), "--quantise", "experts=int8"]) == 2
+    assert "the configuration has model_args" in capsys.readouterr().err

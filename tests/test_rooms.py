@@ -28,7 +28,7 @@ FLOORS = [
     {"reporting"},
     {"cli"},
     {"adapters", "convert", "evaluate", "export", "generate", "harness", "plan"},
-    {"push", "select", "selfcheck", "sweep", "train"},
+    {"chat", "push", "select", "selfcheck", "sweep", "train"},
     {"report", "score", "show_data"},
 ]
 

@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
+from esft_jax.config import QuantiseConfig
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import DecodingOptions, check_options, generate_tokens
 from esft_jax.decode.likelihood import continuation_likelihoods
 from esft_jax.errors import InputError
-from esft_jax.evaluation.run import load_tuned
-from esft_jax.files import local_path
+from esft_jax.evaluation.load import load_tuned
+from esft_jax.files import checked, local_path
 from esft_jax.processes import split_cpu
 from esft_jax.sharding import make_mesh
 
@@ -43,6 +44,8 @@ class EsftJaxLM(TemplateLM):
             `add_bos_token` of `tokenizer_config.json`, else the post-processor of
             `tokenizer.json`).
         data, expert, cpu_devices: the mesh, as in a run's configuration.
+        quantise_experts, quantise_rest, quantise_group_size: how the base's weights are held, as in
+            a run's configuration.
         seed: of sampling.
         device, max_batch_size: ignored; the harness's command always sends them.
 
@@ -61,6 +64,9 @@ class EsftJaxLM(TemplateLM):
         data: int = -1,
         expert: int = 1,
         cpu_devices: int | None = None,
+        quantise_experts: str = "none",
+        quantise_rest: str = "none",
+        quantise_group_size: int = QuantiseConfig.group_size,
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -73,6 +79,12 @@ class EsftJaxLM(TemplateLM):
             raise InputError(f"model_args: dtype: {dtype!r}; expected bfloat16 or float32")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size: {batch_size!r}; expected a number of requests")
+        quantise = {
+            "experts": quantise_experts,
+            "rest": quantise_rest,
+            "group_size": quantise_group_size,
+        }
+        how = checked(QuantiseConfig, quantise, "model_args: quantise").chosen
         split_cpu(cpu_devices)
         pretrained = local_path(pretrained)
         adapter = None if adapter is None else local_path(adapter)
@@ -81,7 +93,7 @@ class EsftJaxLM(TemplateLM):
         mesh = make_mesh(data, expert)
         if jax.process_count() > 1:
             raise InputError("the harness runs in one process; expected no other ones")
-        self._model = load_tuned(pretrained, adapter, dtype, mesh).model
+        self._model = load_tuned(pretrained, adapter, dtype, mesh, how).model
         self._tokens.check_vocabulary(self._model.config.vocab_size)
         limit = self._model.config.max_positions
         if max_length is not None and not 1 < max_length <= limit:

@@ -6,25 +6,24 @@ import json
 import math
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from esft_jax.adapt.parts import roles_of
-from esft_jax.checkpoint.adapter import Adapter, apply_adapter, load_adapter
+from esft_jax.checkpoint.adapter import load_adapter
 from esft_jax.checkpoint.identity import tokenizer_fingerprint
-from esft_jax.checkpoint.load import LoadedBase, load_base, local_folder, open_source
-from esft_jax.checkpoint.manifest import MANIFEST, RUN_DTYPES, read_manifest, run_chat_format
+from esft_jax.checkpoint.load import local_folder, open_source
+from esft_jax.checkpoint.manifest import MANIFEST, read_manifest, run_chat_format
 from esft_jax.checkpoint.peft import ADAPTER_CONFIG
+from esft_jax.checkpoint.resident import choose_adapter
 from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.config import (
     DataConfig,
@@ -39,6 +38,7 @@ from esft_jax.data.read import source_sha256
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.evaluation.judge import Judge
+from esft_jax.evaluation.load import is_resident, load_resident, load_tuned
 from esft_jax.evaluation.metrics import METRICS, write_completions
 from esft_jax.evaluation.tasks import (
     HeldoutLoss,
@@ -50,10 +50,8 @@ from esft_jax.evaluation.tasks import (
 )
 from esft_jax.families import load_model_config, tensor_table
 from esft_jax.files import check_writable, checked, read_json, write_text_atomic
-from esft_jax.host_memory import Memory
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
-from esft_jax.ops.quantisation import Quantisation
 from esft_jax.processes import any_process
 from esft_jax.sharding import make_mesh
 from esft_jax.training.run_folder import RunFolder
@@ -283,38 +281,105 @@ def run_evaluation(
             before any compute.
         RunFailed: a held-out loss is not finite.
     """
+    return run_evaluations(config, [adapter], inputs or check_evaluation(config))[0]
+
+
+def run_evaluations(
+    config: RunConfig, adapters: Sequence[str | Path | None], inputs: EvaluationInputs
+) -> list[EvaluationReport]:
+    """As `run_evaluation`, of several adapters of one base, which is loaded once for all of those
+    that can be resident together (`attach_adapters`); others have it to themselves.
+
+    Args:
+        adapters: folders; None stands for the base alone.
+    """
+    pending = [_Pending.open(config, adapter, inputs) for adapter in adapters]
+    missing = [each for each in pending if each.missing]
+    several = len(missing) > 1
+    together = [each for each in missing if several and is_resident(each.adapter)]
+    alone = [[each] for each in missing if each not in together]
+    for group in filter(None, [together, *alone]):
+        _evaluate_missing(config, group, inputs)
+    return [each.report() for each in pending]
+
+
+@dataclass
+class _Pending:
+    """The evaluation of some weights: what is known of it, and what is missing.
+
+    Attributes:
+        target: None where nothing of such weights was evaluated before.
+        scores: by name; None where it is missing.
+        kept: names of those that an earlier evaluation found.
+        seconds: spent.
+    """
+
+    adapter: str | Path | None
+    target: _Target | None
+    scores: dict[str, Score | None]
+    kept: tuple[str, ...]
+    seconds: float
+
+    @classmethod
+    def open(
+        cls, config: RunConfig, adapter: str | Path | None, inputs: EvaluationInputs
+    ) -> "_Pending":
+        """What earlier evaluations have left."""
+        begin = time.perf_counter()
+        target, scores = None, dict[str, Score | None](dict.fromkeys(inputs.tasks))
+        run = RunFolder(config.output)
+        earlier = run.evaluation.glob(f"{_kind(run, config.model, adapter)}-*")
+        if any_process(any(earlier)):
+            target = _target(config, adapter, inputs, open_source(config.model).fingerprint)
+            scores = _kept_scores(target, inputs)
+        # Where processes see different files, all of them compute.
+        scores = {name: None if any_process(not score) else score for name, score in scores.items()}
+        kept = tuple(name for name, score in scores.items() if score is not None)
+        if len(kept) < len(scores):
+            _check_chat_format(adapter, inputs.tokenizer.chat_format)
+        return cls(adapter, target, scores, kept, time.perf_counter() - begin)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of what is still to be evaluated."""
+        return [name for name, score in self.scores.items() if score is None]
+
+    def report(self) -> EvaluationReport:
+        """What was found, once nothing is missing."""
+        done = {name: score for name, score in self.scores.items() if score is not None}
+        assert self.target is not None, "there is a task or domain, and its score is kept or new"
+        return _report(self.target, done, self.kept, self.seconds)
+
+
+def _evaluate_missing(
+    config: RunConfig, group: Sequence[_Pending], inputs: EvaluationInputs
+) -> None:
+    """Evaluate what is missing of one adapter, or of several that are loaded together."""
     begin = time.perf_counter()
-    inputs = inputs or check_evaluation(config)
-    target, scores = None, dict[str, Score | None](dict.fromkeys(inputs.tasks))
-    run = RunFolder(config.output)
-    earlier = run.evaluation.glob(f"{_kind(run, config.model, adapter)}-*")
-    if any_process(any(earlier)):
-        target = _target(config, adapter, inputs, open_source(config.model).fingerprint)
-        scores = _kept_scores(target, inputs)
-    # Where processes see different files, all of them compute.
-    scores = {name: None if any_process(not score) else score for name, score in scores.items()}
-    kept = tuple(name for name, score in scores.items() if score is not None)
-    if len(kept) < len(scores):
-        _check_chat_format(adapter, inputs.tokenizer.chat_format)
-        base = load_tuned(
-            config.model,
-            adapter,
-            jnp.dtype(config.dtype),
-            inputs.mesh,
-            config.quantise.chosen,
-            roles_of(config.select.also),
-            config.frozen_memory,
-        )
-        target = target or _target(config, adapter, inputs, base.fingerprint)
-        names = {"model": config.model, "adapter": None if adapter is None else str(adapter)}
-        for name in [name for name, score in scores.items() if score is None]:
+    options = (
+        jnp.dtype(config.dtype),
+        inputs.mesh,
+        config.quantise.chosen,
+        roles_of(config.select.also),
+        config.frozen_memory,
+    )
+    if len(group) == 1:
+        base = load_tuned(config.model, group[0].adapter, *options)
+    else:
+        base = load_resident(config.model, [str(each.adapter) for each in group], *options)
+    for number, each in enumerate(group):
+        if len(group) > 1:
+            choose_adapter(base.model, number)
+        target = each.target or _target(config, each.adapter, inputs, base.fingerprint)
+        adapter = None if each.adapter is None else str(each.adapter)
+        names = {"model": config.model, "adapter": adapter}
+        for name in each.missing:
             facts, folder = names | target.facts, target.folders[name]
-            scores[name] = _evaluate(
+            each.scores[name] = _evaluate(
                 config.evaluation, base.model, inputs, name, folder, facts, config.seed
             )
-    done = {name: score for name, score in scores.items() if score is not None}
-    assert target is not None, "there is a task or domain, and its score is kept or new"
-    return _report(target, done, kept, time.perf_counter() - begin)
+        each.target = target
+        each.seconds, begin = each.seconds + time.perf_counter() - begin, time.perf_counter()
 
 
 def evaluate_result(config: RunConfig, result: Path, inputs: EvaluationInputs) -> EvaluationReport:
@@ -391,52 +456,6 @@ def _check_chat_format(adapter: str | Path | None, chat_format: ChatFormat) -> N
                 f"{name}: is {shown(asked.get(key))}; {Path(adapter) / MANIFEST}: chat.{key}: is "
                 f"{shown(trained.get(key))}; expected what the adapter was trained with"
             )
-
-
-def load_tuned(
-    model: str | Path,
-    adapter: str | Path | None,
-    dtype: DTypeLike | None,
-    mesh: Mesh | None,
-    quantisation: Quantisation | None = None,
-    trained: frozenset[str] = frozenset(),
-    frozen_memory: Memory = "device",
-) -> LoadedBase:
-    """A model with an adapter merged into it, if there is one.
-
-    Args:
-        dtype: of weights and computation; default: that of the adapter's run, else what the model's
-            `config.json` names if it is float32 or bfloat16, else bfloat16.
-        quantisation, trained, frozen_memory: see `load_base`; what the adapter trained is not
-            quantised either.
-
-    Raises:
-        InputError: see `load_base` and `apply_adapter`.
-    """
-    opened = None
-    if adapter is not None:
-        opened = load_adapter(adapter)
-        source, tokenizer = open_source(model), None
-        if "tokenizer_fingerprint" in (opened.manifest or {}):
-            read = Tokenizer.load(source.folder, run_chat_format(adapter))
-            tokenizer = tokenizer_fingerprint(source.folder, read)
-        opened.check(source.config, tokenizer_fingerprint=tokenizer)  # before weights are read
-        dtype = dtype or opened.run_dtype
-    if isinstance(opened, Adapter):
-        trained |= roles_of(opened.expert_cfg.also)
-    dtype = dtype or _named_dtype(model)
-    base = load_base(model, dtype, mesh, quantisation, trained, frozen_memory)
-    if opened is not None:
-        apply_adapter(base.model, opened, base.fingerprint if opened.manifest else None)
-    return base
-
-
-def _named_dtype(model: str | Path) -> np.dtype:
-    """The type that a model's `config.json` names, if a run can compute in it, else bfloat16."""
-    path = local_folder(model) / "config.json"
-    raw = read_json(path)
-    named = raw.get("dtype") or raw.get("torch_dtype")  # the new and the old key
-    return jnp.dtype(named if named in RUN_DTYPES else jnp.bfloat16)
 
 
 def _evaluate(

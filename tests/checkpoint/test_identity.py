@@ -20,7 +20,7 @@ from esft_jax.checkpoint.tensor_files import TensorFiles
 from esft_jax.data.chat_template import DEFAULT_TEMPLATE, ChatFormat
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
-from esft_jax.evaluation.run import load_tuned
+from esft_jax.evaluation.load import load_tuned
 from tests.checkpoint.checkpoints import expert_names
 
 

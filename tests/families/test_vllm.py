@@ -199,12 +199,14 @@ def test_adapters_are_exchanged_in_a_running_server(base, chats, environment, tm
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+        begin, ready = time.monotonic(), False
+        while not ready:
+            said = (tmp_path / "server.log").read_text()[-3000:]
+            assert server.poll() is None and time.monotonic() - begin < 3600, said
+            time.sleep(1)
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            time.sleep(1)
+                ready = True
         found = [complete()]
         post("collective_rpc", method="load_esft_adapter", args=[str(adapter)])
         assert post("reset_prefix_cache") == {"success": True}
@@ -214,6 +216,6 @@ def test_adapters_are_exchanged_in_a_running_server(base, chats, environment, tm
         found.append(complete())
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(600)
     before, after = (tokens_here(folder, prompts) for folder in (base, exported))
     assert found == [before, after, before] != [before] * 3

@@ -9,7 +9,7 @@ import pytest
 
 from esft_jax.config import QuantiseConfig, RunConfig
 from esft_jax.errors import InputError
-from esft_jax.evaluation.run import load_tuned
+from esft_jax.evaluation.load import load_tuned
 from esft_jax.families import load_model_config
 from esft_jax.host_memory import is_on_host
 from esft_jax.planning.analysis import open_case

@@ -18,7 +18,7 @@ from esft_jax.checkpoint.load import expert_reader, load_base, open_source
 from esft_jax.config import RunConfig
 from esft_jax.data.pipeline import eval_batches
 from esft_jax.errors import InputError
-from esft_jax.evaluation.run import load_tuned
+from esft_jax.evaluation.load import load_tuned
 from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised, quantise
 from esft_jax.planning.analysis import open_case
