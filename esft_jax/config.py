@@ -22,6 +22,8 @@ from pydantic.dataclasses import dataclass
 
 from esft_jax import strict_yaml
 from esft_jax.adapt.lora import Target
+from esft_jax.data.formats import check_columns
+from esft_jax.data_config import DataConfig
 from esft_jax.errors import InputError
 from esft_jax.files import check_file
 from esft_jax.ops.quantisation import Quantisation
@@ -31,7 +33,7 @@ from esft_jax.values import (
     Count,
     CountOrZero,
     Flag,
-    Length,
+    FormatName,
     LocalPath,
     MetricName,
     Name,
@@ -39,7 +41,6 @@ from esft_jax.values import (
     Positive,
     Seed,
     Share,
-    TemplateArguments,
     Text,
     distinct_names,
 )
@@ -82,58 +83,6 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class SourceConfig:
-    """Examples that are mixed into those of the task.
-
-    Attributes:
-        train: As `data.train`.
-        valid: As `data.valid`.
-        weight: Packed rows of this source for each one of `data.train`.
-    """
-
-    train: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
-    valid: tuple[LocalPath, ...] = ()
-    weight: Positive = 1.0
-
-
-@dataclass(frozen=True, config=_STRICT)
-class DataConfig:
-    """Training and validation examples.
-
-    Attributes:
-        train: Files (JSONL, Parquet) or dataset names of the hub.
-        valid: The held-out split, for the evaluation loss; may be empty.
-        format: `chat` reads `{"messages": [...]}`, `text` reads `{"text": ...}`.
-        sequence_length: Tokens per packed row.
-        too_long: What to do with a chat longer than a row: stop, cut its end, or drop it.
-        chat_template: File of a chat template, instead of the model's.
-        template_arguments: What the chat template is given besides the chat, such as
-            `enable_thinking: false`; it has to read all of them.
-        stop_token: What ends an answer, and generation with it, where the chat template writes no
-            stop token there.
-        mix: Other sources to train on, by name, such as the alignment data of the model; experts
-            are scored on `train` alone.
-    """
-
-    train: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
-    valid: tuple[LocalPath, ...] = ()
-    format: Literal["chat", "text"] = "chat"
-    sequence_length: Length = 4096
-    too_long: Literal["error", "cut", "drop"] = "error"
-    chat_template: LocalPath | None = None
-    template_arguments: TemplateArguments = field(default_factory=dict)
-    stop_token: Text | None = None
-    mix: Annotated[dict[Name, SourceConfig], AfterValidator(distinct_names)] = field(
-        default_factory=dict
-    )
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """`task` for what is not in `mix`, and the names there."""
-        return ("task", *self.mix)
-
-
-@dataclass(frozen=True, config=_STRICT)
 class LoRAConfig:
     """Low-rank updates of frozen matrices, for `method: lora`. The defaults are the paper's.
 
@@ -158,6 +107,8 @@ class TrainConfig:
 
     Attributes:
         steps: Optimizer updates.
+        epochs: Passes over `data.train`, instead of `steps`, which are counted once the data are
+            read; with `data.mix`, what is mixed in comes on top.
         batch_size: Packed rows per update, over all devices and micro-batches.
         micro_batches: Parts of a batch whose gradients are accumulated one after the other.
         eval_every: Updates between two evaluation losses.
@@ -175,6 +126,7 @@ class TrainConfig:
     """
 
     steps: Count = 500
+    epochs: Positive | None = None
     batch_size: Count = 32
     micro_batches: Count = 1
     eval_every: Count = 100
@@ -221,14 +173,16 @@ class OtherConfig:
         metric: Name of a metric of `esft_jax.evaluation.metrics`.
         max_new_tokens: Tokens per completion, at most; none takes that of the run's own task.
         valid: Held-out files for the loss, in packed rows of `data.sequence_length`.
-        format: Of `valid`.
+        format: Of `valid`, as `data.format`.
+        columns: Of `valid`, as `data.columns`.
     """
 
     data: LocalPath | None = None
     metric: MetricName = "exact_match"
     max_new_tokens: Count | None = None
     valid: tuple[LocalPath, ...] = ()
-    format: Literal["chat", "text"] = "text"
+    format: FormatName | None = None
+    columns: dict[str, Text] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -317,10 +271,10 @@ class RunConfig:
         problem = self._lora_problem()
         if problem:
             pass
-        elif missing := [n for n, s in self.data.mix.items() if s.valid and not self.data.valid]:
-            problem = f"data.mix.{missing[0]}.valid: needs data.valid, which chooses the best step"
         elif self.method == "esft" and self.init == "random":
             problem = "init: random weights have no experts to select; expected pretrained"
+        elif mistake := self.data.problem() or self._others_problem():
+            problem = mistake
         elif mistake := self.select.problem():
             problem = f"select.{mistake}"
         elif mistake := self._score_problem():
@@ -357,7 +311,12 @@ class RunConfig:
             )
         elif mistake := optimizer.problem():
             problem = f"optimizer.{mistake}"
-        elif optimizer.warmup_steps > train.steps:
+        elif train.epochs is not None and train.steps != TrainConfig.steps:
+            problem = (
+                f"train.steps: {train.steps} beside train.epochs = {train.epochs:g}; expected one "
+                "of them (train.epochs: null takes epochs away)"
+            )
+        elif train.epochs is None and optimizer.warmup_steps > train.steps:
             problem = (
                 f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than train.steps"
                 f" = {train.steps}; expected at most that"
@@ -398,8 +357,14 @@ class RunConfig:
             return "general: only contrast reads it; expected contrast in score.methods"
         if contrasts and not score.general and (self.measures_scores or score.methods):
             return "general: contrast compares with it; expected files of a sample"
-        if score.general_format != "text" and not score.general:
+        if score.general_format is not None and not score.general:
             return "general_format: score.general names no files; expected some"
+        return None
+
+    def _others_problem(self) -> str | None:
+        for name, other in self.evaluation.others.items():
+            if mistake := check_columns(other.format, other.columns):
+                return f"evaluation.others.{name}.columns: {mistake}"
         return None
 
     def _lora_problem(self) -> str | None:

@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from esft_jax.errors import InputError, one_line, shown
 
 Value = TypeVar("Value")
 
+_BLANKS = re.compile(r"[ \t\n\r]*")
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/")
 _NAME_MAX, _PATH_MAX = 255, 4096  # bytes; of Linux, the shorter ones of all file systems in use
 
@@ -227,40 +228,95 @@ def read_json_lines(
     check_file(path)
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if growing and not line.endswith(b"\n"):
-                    return
-                if number == 1:
-                    check_not_pointer(path, line)
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                where = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{where}: byte {error.start} of the line is not UTF-8 text"
-                    ) from error
-                if text.strip():
-                    yield where, parse_json(text, where)
+            yield from parse_json_lines(file, path, growing=growing)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from error
+
+
+def parse_json_lines(
+    lines: Iterable[bytes], path: str | os.PathLike[str], *, growing: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """The same of the lines of an open file."""
+    for number, line in enumerate(lines, 1):
+        if growing and not line.endswith(b"\n"):
+            return
+        if number == 1:
+            check_not_pointer(path, line)
+            line = line.removeprefix(codecs.BOM_UTF8)
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: byte {error.start} of the line is not UTF-8 text"
+            ) from error
+        if text.strip():
+            yield where, parse_json(text, where)
 
 
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON; a syntax error or a repeated key is an `InputError` that starts with `where`."""
+    with _json_faults(where):
+        return json.loads(text, object_pairs_hook=_unique_keys)
 
-    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) < len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            repeated = next(key for key, count in counts.items() if count > 1)
-            raise InputError(f"{where}: key {repeated!r} appears twice in one object")
-        return mapping
 
+def parse_json_items(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """The place, `path:number`, and the value of each item of a list, one at a time.
+
+    Raises:
+        InputError: for the first item that is no JSON, by its number, which counts from 1.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    begin, number = _skip(text, 0), 0
+    if text[begin : begin + 1] != "[":
+        raise InputError(f"{path}: expected a list of JSON objects")
+    begin = _skip(text, begin + 1)
+    while number or text[begin : begin + 1] != "]":
+        number += 1
+        where = f"{path}:{number}"
+        with _json_faults(where):
+            value, end = decoder.raw_decode(text, begin)
+        yield where, value
+        end = _skip(text, end)
+        if text[end : end + 1] == "]":
+            begin = end
+            break
+        if text[end : end + 1] != ",":
+            raise InputError(
+                f"{where}: not valid JSON: expected a comma after it, or the list's end"
+            )
+        begin = _skip(text, end + 1)
+    if rest := text[begin + 1 :].strip():
+        raise InputError(f"{path}: {reprlib.repr(rest)} after the list; expected its end")
+
+
+def _skip(text: str, begin: int) -> int:
+    """Where the white space ends that begins somewhere."""
+    found = _BLANKS.match(text, begin)
+    assert found is not None
+    return found.end()
+
+
+class _RepeatedKey(Exception):
+    """A key that appears twice in one object."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _RepeatedKey(next(key for key, count in counts.items() if count > 1))
+    return mapping
+
+
+@contextlib.contextmanager
+def _json_faults(where: str) -> Iterator[None]:
+    """What is wrong with JSON, as an `InputError` that starts with a place."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except InputError:
-        raise
+        yield
+    except _RepeatedKey as error:
+        key = error.args[0]
+        raise InputError(f"{where}: key {key!r} appears twice in one object") from error
     except RecursionError as error:
         raise InputError(f"{where}: not valid JSON: nested too deeply") from error
     except ValueError as error:  # syntax, or a number of 5000 digits

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from esft_jax.adapt.parts import FLAGS, Part, known_part, merge_flags, ordered
-from esft_jax.values import Count, Length, LocalPath, Seed, Share, Size
+from esft_jax.values import Count, FormatName, Length, LocalPath, Seed, Share, Size
 
 # Scores that are measured only where they are asked for.
 FurtherMethod = Literal["contribution", "contrast", "gate_taylor", "random"]
@@ -40,7 +40,7 @@ class ScoreConfig:
             compare them: some of `contribution`, `contrast`, `gate_taylor`, `random`.
         general: Files of a general sample, which `contrast` compares the task with; as many rows
             are run.
-        general_format: Of `general`.
+        general_format: Of `general`, as `data.format`.
     """
 
     samples: Count = 32
@@ -48,7 +48,7 @@ class ScoreConfig:
     batch_size: Count = 4
     methods: tuple[FurtherMethod, ...] = ()
     general: tuple[LocalPath, ...] = ()
-    general_format: Literal["chat", "text"] = "text"
+    general_format: FormatName | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = Tokenizer.load(folder, chats)
     task_set, train_set, valid_sets = read_rows(data, tokenizer, config.seed)
     console = Terminal()
-    for number in range(min(args.show, len(task_set.documents.lines))):
+    for number in range(min(args.show, len(task_set.documents))):
         _show(console, task_set, tokenizer, number)
     sets = {"train": task_set}
     if isinstance(train_set, MixedDataset):
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _show(console: Terminal, dataset: PackedDataset, tokenizer: Tokenizer, number: int) -> None:
     """Print one example: where it is from, its text, its tokens."""
-    begin, end = (int(offset) for offset in dataset.documents.offsets[number : number + 2])
+    begin = int(dataset.documents.starts[number])
+    end = begin + int(dataset.documents.lengths[number])
     ids, learn = dataset.tokens[begin:end].tolist(), dataset.learn[begin:end].tolist()
     place = dataset.documents.place(begin)
     console.say(f"{place}: {len(ids):,} tokens, {sum(learn):,} with a loss")
@@ -108,8 +109,7 @@ def _printable(text: str, *, lines: bool = True) -> str:
 
 def _lengths(dataset: PackedDataset) -> str:
     """How long the examples are."""
-    lengths = np.diff(dataset.documents.offsets)
-    shares = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
+    shares = np.percentile(dataset.documents.lengths, [0, 50, 95, 100], method="nearest")
     low, median, high, longest = (f"{int(length):,}" for length in shares)
     return (
         f"tokens of an example: {low} at least, {median} in the middle, {high} or fewer in 95 of "

@@ -6,8 +6,9 @@ pydantic checks them; what a message says of a wrong one follows from here.
 import re
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
+from esft_jax.data.formats import Format
 from esft_jax.data.template_worker import GIVEN
 from esft_jax.errors import shown
 from esft_jax.files import local_path
@@ -34,6 +35,11 @@ def _argument_name(name: str) -> str:
             f"{shown(name)}"
         )
     return name
+
+
+def _format_of_today(name: object) -> object:
+    # Older files, and run folders, say `chat`.
+    return "messages" if name == "chat" else name
 
 
 def _plain_name(name: str) -> str:
@@ -88,6 +94,7 @@ Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 
+FormatName = Annotated[Format, BeforeValidator(_format_of_today)]
 TemplateArguments = dict[Annotated[Text, AfterValidator(_argument_name)], JsonValue]
 # Names of sources and of what is evaluated become names of metrics and of folders.
 Name = Annotated[Text, AfterValidator(_plain_name)]

@@ -8,8 +8,9 @@ import pytest
 from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
-from esft_jax.config import DataConfig, RunConfig, load_config, save_config
+from esft_jax.config import RunConfig, load_config, save_config
 from esft_jax.data.chat_template import ChatFormat
+from esft_jax.data_config import DataConfig
 from esft_jax.errors import InputError
 from esft_jax.selection_config import SelectConfig
 
@@ -253,7 +254,7 @@ def test_flags_of_older_versions_are_read(file: Path) -> None:
         ("score.methods=[random, random]", "score.methods: one is named twice in random, random"),
         ("score.methods=[token]", "score.methods.0: expected 'contribution', 'contrast', 'gate_t"),
         ("score.general=[a]", "score.general: only contrast reads it; expected contrast in score"),
-        ("score.general_format=chat", "score.general_format: score.general names no files"),
+        ("score.general_format=text", "score.general_format: score.general names no files"),
         ("select.groups_from=x", "select.groups_from: group_size is 1; expected a larger one"),
         (
             "select={scores: [a, b], max_bytes: 3}",

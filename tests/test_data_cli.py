@@ -65,10 +65,10 @@ def test_what_is_cut_and_dropped(shown, tmp_path: Path) -> None:
     options = ["--show", "0", f"data.train=[{path}]", "data.valid=[]"]
     drop, _ = shown(*options, "data.too_long=drop")
     cut, _ = shown(*options, "data.too_long=cut")
-    assert drop.startswith("train: 1 of 2 examples in 1 rows of 32, ") and drop.endswith(
-        "1 dropped"
-    )
-    assert cut.startswith("train: 2 examples in 2 rows of 32, ") and cut.endswith("1 cut to length")
+    assert drop.startswith("train: 1 of 2 examples in 1 rows of 32, ")
+    assert drop.endswith("1 dropped; read as messages")
+    assert cut.startswith("train: 2 examples in 2 rows of 32, ")
+    assert cut.endswith("1 cut to length; read as messages")
 
 
 def test_the_run_s_own_template(shown, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

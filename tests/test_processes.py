@@ -126,7 +126,7 @@ print(json.dumps(np.asarray(jax.jit(lambda x: x, out_shardings=replicated)(rows)
 
 @pytest.mark.slow
 def test_processes_evaluate_together(short_run: Path, chats: Path, tmp_path: Path) -> None:
-    others = f"evaluation.others={{chats: {{valid: [{chats}], format: chat}}}}"
+    others = f"evaluation.others={{chats: {{valid: [{chats}], format: messages}}}}"
     overrides = ["train.steps=2", f"evaluation.data={chats}", "evaluation.limit=12", others]
     overrides += ["evaluation.metric=chrf", "evaluation.max_new_tokens=5"]
     found, texts = [], []

@@ -19,7 +19,7 @@ FLOORS = [
     {"model"},
     {"data", "families"},
     {"adapt", "values"},
-    {"optimizer_config", "selection_config"},
+    {"data_config", "optimizer_config", "selection_config"},
     {"checkpoint", "config", "decode"},
     {"routing"},
     {"training"},

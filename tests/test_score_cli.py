@@ -40,7 +40,7 @@ def test_random_weights_are_not_scored(short_run: Path, tmp_path: Path, capsys) 
 def test_scores_that_are_asked_for(short_run: Path, chats: Path, tmp_path: Path, capsys) -> None:
     """All in one file; the run's own choice and `select` read them there."""
     run, further = tmp_path / "run", "contribution, contrast, gate_taylor, random"
-    general = f"score={{methods: [{further}], general: ['{chats}'], general_format: chat, "
+    general = f"score={{methods: [{further}], general: ['{chats}'], general_format: messages, "
     general += "samples: 8, sequence_length: 32, batch_size: 8}"
     arguments = ["--config", str(short_run), f"output={run}", "mesh.data=2", "mesh.expert=2"]
     arguments += ["select={method: contrast, top_k: 2}", general]

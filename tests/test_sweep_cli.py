@@ -25,7 +25,7 @@ def sweep_file(short_run: Path, chats: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("sweep")
     evaluation = ["train.steps=4", "train.eval_every=2", "evaluation.max_new_tokens=2"]
     evaluation += ["evaluation.limit=2", f"evaluation.data={chats}"]
-    others = f"evaluation.others={{numbers: {{valid: [{chats}], format: chat}}}}"
+    others = f"evaluation.others={{numbers: {{valid: [{chats}], format: messages}}}}"
     content = {
         "output": str(folder / "done"),
         "run": str(short_run),

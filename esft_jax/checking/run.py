@@ -16,7 +16,8 @@ from esft_jax.checking.check import Finding, check_kernels
 from esft_jax.checking.kernel import Limits, Subject
 from esft_jax.checking.small_step import check_steps
 from esft_jax.checkpoint.load import local_folder
-from esft_jax.config import DataConfig, QuantiseConfig, RunConfig
+from esft_jax.config import QuantiseConfig, RunConfig
+from esft_jax.data_config import DataConfig
 from esft_jax.errors import InputError
 from esft_jax.families import load_model_config
 from esft_jax.planning.analysis import what_is_trained

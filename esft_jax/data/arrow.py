@@ -1,31 +1,47 @@
-"""Rows of Parquet files and of other Arrow tables, as the values of JSON."""
+"""Rows of Parquet files and of other Arrow tables, as the values of JSON; compressed files."""
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esft_jax.errors import InputError, one_line
-from esft_jax.files import check_file, check_not_pointer, parse_json
+from esft_jax.files import parse_json
 
 # Rows in memory at once.
 BATCH_ROWS = 256
+# Bytes of a compressed file that are decompressed together.
+_BUFFER = 1 << 20
 
 
-def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    """The rows of one local file, whatever it is called.
+def decompressed(file: IO[bytes], compression: str) -> io.BufferedReader:
+    """What a compressed file holds; reading it raises an `OSError` if it is damaged or cut short.
+
+    Args:
+        compression: Arrow's name of it, such as `zstd`.
+    """
+    # A NativeFile is a raw stream but for its type.
+    stream: Any = pa.CompressedInputStream(file, compression)
+    return io.BufferedReader(stream, _BUFFER)
+
+
+def parquet_rows(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+    """The rows of an open file.
+
+    Args:
+        path: what messages begin with.
 
     Raises:
         InputError: naming the file, and the column if one is at fault.
     """
-    check_file(path)
     try:
-        with open(path, "rb") as file:  # a path could be taken for a URL
-            check_not_pointer(path, file.read(64))
-            table = pq.ParquetFile(file, page_checksum_verification=True)
-            yield from table_rows(table.iter_batches(BATCH_ROWS), path)
+        # The end of a compressed file is known once all of it is read.
+        whole: Any = file if file.seekable() else pa.BufferReader(file.read())
+        table = pq.ParquetFile(whole, page_checksum_verification=True)
+        yield from table_rows(table.iter_batches(BATCH_ROWS), path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 

@@ -11,15 +11,18 @@ _PLACEHOLDER = "\ue000"
 
 
 class Message(TypedDict):
-    """One turn of a chat; templates see all of it but ``mask``.
+    """One turn of a chat; templates see all of it but ``mask`` and ``spans``.
 
-    ``mask`` false keeps an assistant turn out of the loss. ``tool_calls`` and one of
-    `REASONING_KEYS` belong to the assistant, ``name`` and ``tool_call_id`` to the role ``tool``.
+    ``mask`` false keeps an assistant turn out of the loss; ``spans`` limits it to characters of the
+    content, from the first of a pair up to the second, and the end of the turn. ``tool_calls`` and
+    one of `REASONING_KEYS` belong to the assistant, ``name`` and ``tool_call_id`` to the role
+    ``tool``.
     """
 
     role: str
     content: str
     mask: NotRequired[bool]
+    spans: NotRequired[list[tuple[int, int]]]
     tool_calls: NotRequired[list[dict[str, Any]]]
     reasoning_content: NotRequired[str]
     thinking: NotRequired[str]
@@ -56,7 +59,8 @@ def reasoning(message: Mapping[str, Any]) -> dict[str, str]:
 
 def seen(message: Message) -> dict[str, Any]:
     """A message as templates see it. As in Transformers, reasoning has the names they look for."""
-    shown: dict[str, Any] = {key: value for key, value in message.items() if key != "mask"}
+    hidden = ("mask", "spans")
+    shown: dict[str, Any] = {key: value for key, value in message.items() if key not in hidden}
     if thoughts := list(reasoning(message).values()):
         shown = {"thinking": thoughts[0], **shown, "reasoning_content": thoughts[0]}
     return shown

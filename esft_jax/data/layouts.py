@@ -51,7 +51,7 @@ _RECORD_KEYS: tuple[tuple[re.Pattern[str], tuple[Kind, ...], str], ...] = (
     (
         re.compile(r"prompt|completion"),
         ("chat",),
-        "no message says it; expected the whole chat in messages",
+        "no message says it; expected the whole chat where it is read, or records without it",
     ),
     (
         re.compile(r"chosen|rejected|rejected_(response|messages)|kto_tag"),
@@ -91,38 +91,35 @@ _AS_MESSAGES = 'expected {"messages": [{"role", "content"}, ...]}'
 
 # Layouts by keys that all their records have, and where each is read or what makes it readable.
 _LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("messages",), "a chat, which data.format: chat reads (format: chat in evaluation.others)"),
+    (("messages",), "a chat, which format: messages reads"),
     (("prompt", "raw_answers"), "a prompt with answers, which evaluation.data reads"),
-    (
-        ("conversations",),
-        "a chat as ShareGPT or LIMA has it; rename conversations to messages, and write each as "
-        "an object of role (human is user, gpt is assistant) and content",
-    ),
-    (
-        ("conversation",),
-        "a chat as LMSYS-Chat has it; rename conversation to messages, with only role and content "
-        "in each",
+    *(
+        (
+            (key,),
+            f"a chat, which format: sharegpt reads with columns: {{messages: {key}}} where each "
+            "message has from and value, and format: messages where each has role and content",
+        )
+        for key in ("conversations", "conversation")
     ),
     (
         ("message_id", "parent_id"),
         "a message of a tree, as OpenAssistant has it; write the messages of a path as one chat",
     ),
     (("chosen", "rejected"), f"a preference, which nothing here learns; {_AS_MESSAGES}"),
-    (
-        ("instruction", "output"),
-        "as Alpaca has it; write instruction and input as a message of role user, output as one "
-        "of role assistant",
-    ),
+    (("instruction", "output"), "an instruction, which format: alpaca reads"),
+    (("prompt", "completion"), "a prompt, which format: prompt_completion reads"),
+    (("question", "answer"), "a question, which format: question_answer reads"),
     *(
         (
             (question, answer),
-            f"{question} and {answer}; write them as messages of the roles user and assistant",
+            "a question, which format: question_answer reads with columns: {question: "
+            f"{question}, answer: {answer}}}",
         )
         for question in ("prompt", "instruction", "input", "question", "query", "problem")
         for answer in ("completion", "output", "answer", "answers", "response", "solution")
     ),
     (("input_ids",), "token ids; expected text, which the model's own tokenizer encodes"),
-    (("text",), "a document, which data.format: text reads (format: text in evaluation.others)"),
+    (("text",), "a document, which format: text reads"),
 )
 
 

@@ -31,13 +31,18 @@ class PackPlan:
         return len(self.row_starts) - 1
 
 
-def plan_rows(offsets: Int64[np.ndarray, "D+1"], sequence_length: int, seed: int) -> PackPlan:
-    """Packs documents ``offsets[d]`` to ``offsets[d + 1]`` of a flat token array into rows.
+def plan_rows(
+    starts: Int64[np.ndarray, "D"],
+    lengths: Int64[np.ndarray, "D"],
+    sequence_length: int,
+    seed: int,
+) -> PackPlan:
+    """Packs documents, ``lengths[d]`` tokens from ``starts[d]`` on of a flat array, into rows.
 
     Documents longer than a row are split; pieces are placed longest first, each in the fullest
     row that still has room. The seed decides among pieces of equal length.
     """
-    starts, lengths = _split(offsets, sequence_length)
+    starts, lengths = _split(starts, lengths, sequence_length)
     rows = _best_fit(lengths, sequence_length, seed)
     order = np.argsort(rows, kind="stable")
     pieces_per_row = np.bincount(rows)
@@ -46,15 +51,15 @@ def plan_rows(offsets: Int64[np.ndarray, "D+1"], sequence_length: int, seed: int
 
 
 def _split(
-    offsets: Int64[np.ndarray, "D+1"], sequence_length: int
+    starts: Int64[np.ndarray, "D"], lengths: Int64[np.ndarray, "D"], sequence_length: int
 ) -> tuple[Int64[np.ndarray, "P"], Int64[np.ndarray, "P"]]:
     """Starts and lengths of the row-sized pieces of all documents."""
-    pairs = np.maximum(np.diff(offsets) - 1, 0)
+    pairs = np.maximum(lengths - 1, 0)
     counts = -(-pairs // sequence_length)
     document = np.repeat(np.arange(len(pairs)), counts)
     first_piece = np.cumsum(counts) - counts
     skipped = (np.arange(len(document)) - first_piece[document]) * sequence_length
-    return offsets[document] + skipped, np.minimum(pairs[document] - skipped, sequence_length)
+    return starts[document] + skipped, np.minimum(pairs[document] - skipped, sequence_length)
 
 
 def _best_fit(lengths: Int64[np.ndarray, "P"], capacity: int, seed: int) -> Int64[np.ndarray, "P"]:

@@ -5,28 +5,23 @@ B rows in a global batch (``esft_jax.data.batch``), S positions in a row.
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int32, Int64, UInt16
 
 from esft_jax.data.batch import Batch
-from esft_jax.data.chat import Chat
+from esft_jax.data.formats import Format
 from esft_jax.data.pack import PackPlan, plan_rows
-from esft_jax.data.read import ChatExample, TextExample, read_chat, read_text, source_sha256
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.data.tokens import Documents, TokenizedData, tokenize
 from esft_jax.errors import InputError
 
-Encoded = TypeVar("Encoded")
 TooLong = Literal["error", "cut", "drop"]
-# Examples encoded together: enough to keep the tokenizer's threads busy.
-_CHUNK = 1024
 # Training batches made ahead of the one in use. Making one takes far less than a step.
 _AHEAD = 2
 
@@ -58,37 +53,34 @@ class DataStats:
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where the documents of a flat token array begin, and where they were read.
+class PackedDataset:
+    """Random-access packed rows over one flat token array.
 
     Attributes:
-        offsets: first token of each document, and the end of the last.
-        sources: index in `paths` of each document's source.
-        lines: number of its record there, from 1.
+        data: the tokens.
+        documents: those that are in the rows, as they are in there.
+        plan: which piece of them lies where.
+        sequence_length: positions in a row.
+        pad_id: token of unused positions.
+        stats: what the rows hold.
     """
 
-    offsets: Int64[np.ndarray, "D+1"]
-    sources: Int32[np.ndarray, "D"]
-    lines: Int64[np.ndarray, "D"]
-    paths: tuple[str, ...]
-
-    def place(self, token: int) -> str:
-        """`path:line` of the document that holds a token."""
-        document = np.searchsorted(self.offsets, token, side="right") - 1
-        return f"{self.paths[self.sources[document]]}:{self.lines[document]}"
-
-
-@dataclass(frozen=True)
-class PackedDataset:
-    """Random-access packed rows over one flat token array."""
-
-    tokens: Int32[np.ndarray, "T"]
-    learn: Bool[np.ndarray, "T"]
+    data: TokenizedData
     documents: Documents
     plan: PackPlan
     sequence_length: int
     pad_id: int
     stats: DataStats
+
+    @property
+    def tokens(self) -> Int32[np.ndarray, "T"] | UInt16[np.ndarray, "T"]:
+        """Of all documents, see `TokenizedData`."""
+        return self.data.tokens
+
+    @property
+    def learn(self) -> Bool[np.ndarray, "T"]:
+        """Which tokens have a loss."""
+        return self.data.learn
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -106,7 +98,10 @@ class PackedDataset:
             f"{stats.tokens:,} tokens",
             f"{stats.target_tokens:,} with a loss",
         ]
-        return ", ".join(parts + lost)
+        read = f"; read as {self.data.format}"
+        if len(stats.sha256) > 1:
+            read += f" from {len(stats.sha256)} files"
+        return ", ".join(parts + lost) + read + ", tokens kept from before" * self.data.kept
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """One row: the arrays of a batch, ``[S]`` each."""
@@ -162,52 +157,95 @@ def build_dataset(
     paths: Sequence[str],
     tokenizer: Tokenizer,
     *,
-    format: Literal["chat", "text"],
+    format: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    sequence_length: int,
+    too_long: TooLong = "error",
+    seed: int = 0,
+) -> PackedDataset:
+    """Reads, tokenizes and packs.
+
+    Args:
+        paths: of files and folders, patterns, or hub names (see ``esft_jax.data.records``).
+        tokenizer: of the model.
+        format: of the records (``esft_jax.data.formats``); None recognises it. Chats have a loss on
+            assistant messages, texts (BOS, text, EOS) everywhere.
+        columns: keys of the records that differ from those of the format.
+        sequence_length: positions in a row.
+        too_long: what to do with a chat that does not fit a row: InputError, cut its end, or drop
+            it. Longer text documents are always continued in another row.
+        seed: of the packing order.
+
+    Raises:
+        InputError: naming file and line.
+    """
+    data = tokenize(paths, tokenizer, format, columns)
+    return pack(data, tokenizer.pad_id, sequence_length, too_long, seed)
+
+
+def pack(
+    data: TokenizedData,
+    pad_id: int,
     sequence_length: int,
     too_long: TooLong = "error",
     seed: int = 0,
     length_key: str = "data.sequence_length",
 ) -> PackedDataset:
-    """Reads, tokenizes and packs.
+    """Packs tokens into rows; see `build_dataset`.
 
     Args:
-        paths: local ``.jsonl`` / ``.parquet`` files or hub names (see ``esft_jax.data.read``).
-        tokenizer: of the model.
-        format: ``chat`` (loss on assistant messages) or ``text`` (BOS, text, EOS; loss everywhere).
-        sequence_length: positions in a row.
-        too_long: what to do with a chat that does not fit a row: InputError, cut its end, or drop
-            it. Longer text documents are always continued in another row.
-        seed: of the packing order.
         length_key: what messages call `sequence_length`.
 
     Raises:
-        InputError: naming file and line.
+        InputError: a chat is too long, or no example fits.
     """
-    if not paths:
-        raise InputError("data: no files given; expected at least one path")
-    flat = _FlatTokens()
-    if format == "chat":
-        _add_chats(flat, read_chat(paths), tokenizer, sequence_length, too_long, length_key)
-    else:
-        _add_texts(flat, read_text(paths), tokenizer)
-    tokens, learn, documents = flat.arrays()
-    plan = plan_rows(documents.offsets, sequence_length, seed)
+    documents, cut, dropped = data.documents, 0, data.untaught
+    if data.format.is_chat:
+        documents, cut = _fitted(data, sequence_length, too_long, length_key)
+        dropped += len(data.documents) - len(documents)
+    plan = plan_rows(documents.starts, documents.lengths, sequence_length, seed)
     if not len(plan):
         raise InputError(
-            f"{', '.join(paths)}: {flat.dropped} examples, and none has a target that a row of "
+            f"{', '.join(data.sha256)}: {dropped} examples, and none has a target that a row of "
             f"{sequence_length} tokens holds; expected a larger {length_key}"
         )
     stats = DataStats(
-        examples=len(documents.lines),
+        examples=len(documents),
         rows=len(plan),
         tokens=int(plan.piece_lengths.sum()),
-        target_tokens=int(learn.sum()),
-        cut=flat.cut,
-        dropped=flat.dropped,
-        text_bytes=flat.text_bytes,
-        sha256={path: source_sha256(path) for path in paths},
+        target_tokens=int(documents.targets.sum()),
+        cut=cut,
+        dropped=dropped,
+        text_bytes=int(documents.text_bytes.sum()),
+        sha256=data.sha256,
     )
-    return PackedDataset(tokens, learn, documents, plan, sequence_length, tokenizer.pad_id, stats)
+    return PackedDataset(data, documents, plan, sequence_length, pad_id, stats)
+
+
+def _fitted(
+    data: TokenizedData, sequence_length: int, too_long: TooLong, length_key: str
+) -> tuple[Documents, int]:
+    """Chats that fit a row, and how many of them were cut for that."""
+    documents, limit = data.documents, sequence_length + 1  # the last token is only a target
+    long = documents.lengths > limit
+    if not long.any():
+        return documents, 0
+    if too_long == "error":
+        first = int(long.argmax())
+        raise InputError(
+            f"{documents.place(documents.starts[first])}: {data.format.answer_key}: "
+            f"{documents.lengths[first]} tokens; expected at most {limit} ({length_key} + 1), or "
+            "data.too_long: cut or drop"
+        )
+    if too_long == "drop":
+        return documents.take(~long), 0
+    targets = documents.targets.copy()
+    for i in np.flatnonzero(long):
+        begin = documents.starts[i]
+        targets[i] = np.count_nonzero(data.learn[begin : begin + limit])
+    lengths = np.minimum(documents.lengths, limit)
+    documents = replace(documents, targets=targets, lengths=lengths)
+    return documents.take(targets > 0), int(np.count_nonzero(long & (targets > 0)))
 
 
 class Dataset(Protocol):
@@ -329,101 +367,6 @@ def eval_batches(
 def sample_rows(dataset: PackedDataset, count: int, seed: int) -> Int64[np.ndarray, "N"]:
     """Numbers of ``count`` different rows drawn at random; of all rows where there are fewer."""
     return np.random.default_rng(seed).permutation(len(dataset))[:count]
-
-
-class _FlatTokens:
-    """Grows one flat token array, document by document."""
-
-    def __init__(self) -> None:
-        self.cut = self.dropped = self.text_bytes = 0
-        self._tokens = array("i")
-        self._learn = bytearray()
-        self._offsets = array("q", [0])
-        self._paths: dict[str, int] = {}
-        self._sources, self._lines = array("i"), array("q")
-
-    def append(self, tokens: list[int], learn: bytes, where: str) -> bool:
-        """Add a document, unless it has no target: tell whether it has one."""
-        if not any(learn[1:]):
-            self.dropped += 1
-            return False
-        path, _, line = where.rpartition(":")
-        self._sources.append(self._paths.setdefault(path, len(self._paths)))
-        self._lines.append(int(line))
-        self._tokens.extend(tokens)
-        self._learn += b"\0"  # nothing predicts the first token
-        self._learn += learn[1:]
-        self._offsets.append(len(self._tokens))
-        return True
-
-    def arrays(
-        self,
-    ) -> tuple[Int32[np.ndarray, "T"], Bool[np.ndarray, "T"], Documents]:
-        return (
-            np.frombuffer(self._tokens, np.int32),
-            np.frombuffer(self._learn, np.bool_),
-            Documents(
-                np.frombuffer(self._offsets, np.int64),
-                np.frombuffer(self._sources, np.int32),
-                np.frombuffer(self._lines, np.int64),
-                tuple(self._paths),
-            ),
-        )
-
-
-def _add_texts(flat: _FlatTokens, examples: Iterator[TextExample], tokenizer: Tokenizer) -> None:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    while chunk := list(itertools.islice(examples, _CHUNK)):
-        texts = [tokenizer.bare(example.text) for example in chunk]
-        for example, text, ids in zip(
-            chunk, texts, _placed(chunk, tokenizer.encode_batch(texts)), strict=True
-        ):
-            tokens = [*bos, *ids, tokenizer.eos_id]
-            if flat.append(tokens, b"\1" * len(tokens), example.where):
-                flat.text_bytes += len(text.encode())
-
-
-def _add_chats(
-    flat: _FlatTokens,
-    examples: Iterator[ChatExample],
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    too_long: TooLong,
-    length_key: str,
-) -> None:
-    limit = sequence_length + 1  # the last token is only a target
-    while chunk := list(itertools.islice(examples, _CHUNK)):
-        encoded = tokenizer.encode_chats(Chat(e.messages, e.tools) for e in chunk)
-        for example, samples in zip(chunk, _placed(chunk, encoded), strict=True):
-            for tokens, learned in samples:
-                learn = bytes(learned)
-                if not any(learn[1:]):
-                    raise InputError(
-                        f"{example.where}: messages: no target; the chat template shows nothing of "
-                        "what is to be learned"
-                    )
-                if len(tokens) <= limit:
-                    flat.append(tokens, learn, example.where)
-                elif too_long == "error":
-                    raise InputError(
-                        f"{example.where}: messages: {len(tokens)} tokens; expected at most "
-                        f"{limit} ({length_key} + 1), or data.too_long: cut or drop"
-                    )
-                elif too_long == "drop":
-                    flat.dropped += 1
-                elif flat.append(tokens[:limit], learn[:limit], example.where):
-                    flat.cut += 1
-
-
-def _placed(
-    examples: Sequence[ChatExample] | Sequence[TextExample], encoded: Iterator[Encoded]
-) -> Iterator[Encoded]:
-    """What examples are encoded to; an `InputError` of one names its place."""
-    for example in examples:
-        try:
-            yield next(encoded)
-        except InputError as error:
-            raise InputError(f"{example.where}: {error}") from error
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:

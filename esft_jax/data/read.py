@@ -1,19 +1,12 @@
-"""Reads chat and text examples, and says exactly where one is wrong.
+"""Reads chats and texts from records of all formats, and says exactly where one is wrong."""
 
-A path is a local ``.jsonl`` or ``.parquet`` file, or the name of a Hugging Face dataset, as
-``owner/name`` or ``owner/name:split`` (split ``train`` where none is named).
-"""
-
-import hashlib
 import json
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from esft_jax.data.chat import REASONING_KEYS, Message, function, is_learned
+from esft_jax.data.formats import COLUMNS, MESSAGES, TEXT, Format, RecordFormat
 from esft_jax.data.layouts import (
     check_message_keys,
     check_record_keys,
@@ -22,8 +15,9 @@ from esft_jax.data.layouts import (
     says_nothing,
     short,
 )
+from esft_jax.data.records import read_records
 from esft_jax.errors import InputError, one_line
-from esft_jax.files import check_file, parse_json, read_json_lines
+from esft_jax.files import parse_json
 
 # Keys of messages by role, besides `role`, `content` and `mask`.
 ROLES = {
@@ -32,19 +26,18 @@ ROLES = {
     "assistant": ("tool_calls", *REASONING_KEYS),
     "tool": ("name", "tool_call_id"),
 }
-# With its owner: the library takes `json` and its like for "all such files in this folder".
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%-]+)?")
-_PACKED = "expected it unpacked"
-# What makes a file of another kind readable.
-_OTHER_KINDS = {
-    ".json": "`jq -c .[] FILE` writes an array as lines; what has a record in each line is .jsonl",
-    ".ndjson": "its lines are those of .jsonl; rename it",
-    ".csv": "`datasets.load_dataset('csv', data_files=FILE)['train'].to_json(NEW)` writes lines",
-    ".tsv": "`datasets.load_dataset('csv', data_files=FILE, sep='\\t')['train'].to_json(NEW)` "
-    "writes lines",
-    ".arrow": "`datasets.Dataset.from_file(FILE).to_parquet(NEW)` writes Parquet",
-    ".txt": 'write its texts as {"text": ...}, one in each line, for data.format: text',
-    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz"), _PACKED),
+# Names of what says whether a message is learned: ours, Axolotl's two, OpenAI's, ms-swift's; and of
+# what says it of characters, Axolotl's.
+MASKS = ("mask", "train", "training", "weight", "loss")
+SPANS = "train_detail"
+_SPAN_KEYS = ("begin_offset", "end_offset", "train")
+# Roles as ShareGPT, and the tools that read its format, name them.
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "assistant"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("observation", "tool", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 
 
@@ -65,45 +58,30 @@ class TextExample:
     text: str
 
 
-def read_chat(paths: Sequence[str]) -> Iterator[ChatExample]:
-    """Yields ``{"messages": [{"role", "content", ...}, ...], "tools"?}`` records, see `ROLES`.
+def read_chat(paths: Sequence[str], format: RecordFormat = MESSAGES) -> Iterator[ChatExample]:
+    """Yields the chats in records of a format; `{"messages": ...}` have messages as in `ROLES`.
 
     Other keys of a record are free, unless they would change what is said or learned.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
     for where, record in read_records(paths):
-        yield chat_example(where, record)
+        yield chat_example(where, record, format)
 
 
-def read_text(paths: Sequence[str]) -> Iterator[TextExample]:
+def read_text(paths: Sequence[str], format: RecordFormat = TEXT) -> Iterator[TextExample]:
     """Yields ``{"text": ...}`` records; other keys are free, as for chats.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
+    key = format.key("text")
     for where, record in read_records(paths):
-        if record.get("text") is None:
-            raise InputError(f'{where}: text: missing; expected {{"text": ...}}; {layout(record)}')
+        if record.get(key) is None:
+            raise InputError(
+                f'{where}: {key}: missing; expected {{"{key}": ...}}; {layout(record)}'
+            )
         check_record_keys(where, record, "text")
-        yield TextExample(where, checked_text(where, "text", record["text"]))
-
-
-def read_records(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place, ``path:line``, and the record of all lines and rows; they count from 1.
-
-    Raises InputError naming file and line of what is no record, and files without any.
-    """
-    for path in paths:
-        empty = True
-        for where, record in _open(path):
-            if not isinstance(record, dict):
-                raise InputError(
-                    f"{where}: is {short(record)}; expected a JSON object: one record in each line"
-                )
-            empty = False
-            yield where, record
-        if empty:
-            raise InputError(f"{path}: holds no examples; expected at least one")
+        yield TextExample(where, checked_text(where, key, record[key]))
 
 
 def checked_text(where: str, key: str, value: object) -> str:
@@ -123,58 +101,198 @@ def checked_text(where: str, key: str, value: object) -> str:
     return value
 
 
-def source_sha256(path: str) -> str:
-    """SHA-256 of the whole file; of its rows as JSON lines for a hub dataset."""
-    if not _on_hub(path):
-        check_file(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for row in _hub_rows(path):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def chat_example(where: str, record: dict[str, Any]) -> ChatExample:
-    """The chat in a record.
+def chat_example(
+    where: str, record: dict[str, Any], format: RecordFormat = MESSAGES
+) -> ChatExample:
+    """The chat in a record of a format.
 
     Raises InputError naming the key that is wrong.
     """
-    turns = record.get("messages")
-    if turns is None:
-        raise InputError(
-            f'{where}: messages: missing; expected a list of {{"role", "content"}}; '
-            f"{layout(record)}"
-        )
-    if not isinstance(turns, list) or not turns:
-        raise InputError(
-            f'{where}: messages: is {short(turns)}; expected a list of {{"role", "content"}}'
-        )
-    messages = [_message(where, f"messages[{i}]", turn) for i, turn in enumerate(turns)]
+    messages = list(_MESSAGES[format.name](_Record(where, record, format)))
     said = [message["content"] for message in messages]
-    check_record_keys(where, record, "chat", said, read=("tools",))
+    check_record_keys(where, record, "chat", said, read=format.keys)
     if not any(map(is_learned, messages)):
         raise InputError(
-            f"{where}: messages: no target; expected at least one assistant message "
+            f"{where}: {format.answer_key}: no target; expected at least one assistant message "
             "without mask: false"
         )
-    return ChatExample(where, messages, _tools(where, record.get("tools")))
+    has_tools = "tools" in COLUMNS[format.name]
+    tools = _tools(where, format.key("tools"), record) if has_tools else None
+    return ChatExample(where, messages, tools)
 
 
-def _message(where: str, key: str, turn: object) -> Message:
+class _Record(NamedTuple):
+    """A record of a format, and its place."""
+
+    where: str
+    record: dict[str, Any]
+    format: RecordFormat
+
+    def get(self, column: str) -> Any:
+        """What lies there; None if that is as good as nothing."""
+        value = self.record.get(self.format.key(column))
+        return None if says_nothing(value) else value
+
+    def text(self, column: str) -> str:
+        """A text that has to be there."""
+        key = self.format.key(column)
+        if self.record.get(key) is None:
+            raise InputError(
+                f"{self.where}: {key}: missing; expected a text; {layout(self.record)}"
+            )
+        return checked_text(self.where, key, self.record[key])
+
+    def answer(self, column: str) -> Message:
+        """An answer that is to be learned."""
+        text = self.text(column)
+        if not text.strip():
+            raise InputError(
+                f"{self.where}: {self.format.key(column)}: is {short(text)}; expected an answer to "
+                "learn"
+            )
+        return Message(role="assistant", content=text)
+
+    def turns(self, column: str) -> list[Message]:
+        """A list of messages, which tables may hold as the text of its JSON."""
+        where, key, format = self.where, self.format.key(column), self.format
+        role, content = (
+            (format.key("role"), format.key("content"))
+            if "role" in COLUMNS[format.name]
+            else ("role", "content")
+        )
+        turns = self.record.get(key)
+        if turns is None:
+            raise InputError(
+                f'{where}: {key}: missing; expected a list of {{"{role}", "{content}"}}; '
+                f"{layout(self.record)}"
+            )
+        found = parse_json(turns, f"{where}: {key}") if isinstance(turns, str) else turns
+        if not isinstance(found, list) or not found:
+            raise InputError(
+                f'{where}: {key}: is {short(turns)}; expected a list of {{"{role}", "{content}"}}'
+            )
+        read = _sharegpt_message if format.name == "sharegpt" else _message
+        return [read(where, f"{key}[{i}]", turn, role, content) for i, turn in enumerate(found)]
+
+    def system(self, messages: Sequence[Message] = ()) -> Iterator[Message]:
+        """The message of a system text that lies beside others, unless the first one says it."""
+        text = self.get("system")
+        if text is None:
+            return
+        key = self.format.key("system")
+        message = Message(role="system", content=checked_text(self.where, key, text))
+        if messages and messages[0]["role"] == "system":
+            if messages[0]["content"].strip() != text.strip():
+                raise InputError(
+                    f"{self.where}: {key}: is {short(text)} beside a message of the system that "
+                    "says another text; expected one of them"
+                )
+            return
+        yield message
+
+
+def _chat_messages(record: _Record) -> Iterator[Message]:
+    yield from record.turns("messages")
+
+
+def _sharegpt_messages(record: _Record) -> Iterator[Message]:
+    messages = record.turns("messages")
+    yield from record.system(messages)
+    yield from messages
+
+
+def _alpaca_messages(record: _Record) -> Iterator[Message]:
+    yield from record.system()
+    key, history = record.format.key("history"), record.get("history") or []
+    if isinstance(history, str):
+        history = parse_json(history, f"{record.where}: {key}")
+    for i, pair in enumerate(history if isinstance(history, list) else [history]):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(
+                f"{record.where}: {key}[{i}]: is {short(pair)}; expected [instruction, output]"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield Message(role=role, content=checked_text(record.where, f"{key}[{i}]", text))
+    asked = record.text("instruction")
+    if not _absent(record.record.get(record.format.key("input"))):
+        asked = f"{asked}\n{record.text('input')}"
+    yield Message(role="user", content=asked)
+    yield record.answer("output")
+
+
+def _prompt_completion_messages(record: _Record) -> Iterator[Message]:
+    """A text each, or messages each, of which those of the completion alone are learned."""
+    if isinstance(record.get("prompt"), list):
+        prompt = record.turns("prompt")
+        yield from record.system(prompt)
+        for message in prompt:
+            yield {**message, "mask": False} if message["role"] == "assistant" else message
+        yield from record.turns("completion")
+    else:
+        yield from record.system()
+        yield Message(role="user", content=record.text("prompt"))
+        yield record.answer("completion")
+
+
+def _question_answer_messages(record: _Record) -> Iterator[Message]:
+    yield from record.system()
+    yield Message(role="user", content=record.text("question"))
+    yield record.answer("answer")
+
+
+_MESSAGES: dict[Format, Callable[[_Record], Iterator[Message]]] = {
+    "messages": _chat_messages,
+    "sharegpt": _sharegpt_messages,
+    "alpaca": _alpaca_messages,
+    "prompt_completion": _prompt_completion_messages,
+    "question_answer": _question_answer_messages,
+}
+
+
+def _sharegpt_message(
+    where: str, key: str, turn: object, role_key: str, content_key: str
+) -> Message:
+    """A message whose role has another name, or which is a call of a tool in JSON."""
+    role = turn.get(role_key) if isinstance(turn, dict) else None
+    if not isinstance(turn, dict) or role is None:
+        return _message(where, key, turn, role_key, content_key)
+    name = role.lower() if isinstance(role, str) else ""
+    if name not in SHAREGPT_ROLES:
+        raise InputError(
+            f"{where}: {key}.{role_key}: is {short(role)}; expected one of "
+            f"{', '.join(SHAREGPT_ROLES)}"
+        )
+    turn = {**turn, role_key: SHAREGPT_ROLES[name]}
+    if name in ("function_call", "tool_call"):
+        place = f"{key}.{content_key}"
+        text = checked_text(where, place, turn.pop(content_key, None))
+        calls = parse_json(text, f"{where}: {place}")
+        turn["tool_calls"] = [
+            {"type": "function", "function": call} if isinstance(call, dict) else call
+            for call in (calls if isinstance(calls, list) else [calls])
+        ]
+    return _message(where, key, turn, role_key, content_key)
+
+
+def _message(
+    where: str, key: str, turn: object, role_key: str = "role", content_key: str = "content"
+) -> Message:
     if not isinstance(turn, dict):
         raise InputError(f"{where}: {key}: is {short(turn)}; expected an object")
-    role = turn.get("role")
+    role = turn.get(role_key)
     if role is None:
-        hint = "; ShareGPT's from and value are role and content" if "from" in turn else ""
-        raise InputError(f"{where}: {key}.role: missing; expected a string{hint}")
+        hint = "; ShareGPT's from and value are data.format: sharegpt" if "from" in turn else ""
+        raise InputError(f"{where}: {key}.{role_key}: missing; expected a string{hint}")
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(
-            f"{where}: {key}.role: is {short(role)}; expected one of {', '.join(ROLES)}"
+            f"{where}: {key}.{role_key}: is {short(role)}; expected one of {', '.join(ROLES)}"
             f"{role_advice(role)}"
         )
-    mask = _mask(where, f"{key}.mask", role, turn.get("mask"))
-    check_message_keys(f"{where}: {key}", turn, ("role", "content", "mask", *ROLES[role]))
+    mask = _mask(where, key, role, turn)
+    others = (SPANS,) if role == "assistant" else ()
+    check_message_keys(
+        f"{where}: {key}", turn, (role_key, content_key, *MASKS, *others, *ROLES[role])
+    )
     extras: dict[str, Any] = {
         name: checked_text(where, f"{key}.{name}", turn[name])
         for name in ROLES[role]
@@ -182,52 +300,90 @@ def _message(where: str, key: str, turn: object) -> Message:
     }
     if not says_nothing(turn.get("tool_calls")):
         extras["tool_calls"] = _calls(where, f"{key}.tool_calls", turn["tool_calls"])
-    content = turn.get("content")
+    content = turn.get(content_key)
     if content is None and "tool_calls" in extras:
         content = ""
-    if content is None and "content" not in turn:
-        raise InputError(f"{where}: {key}.content: missing; expected a string")
+    if content is None and content_key not in turn:
+        raise InputError(f"{where}: {key}.{content_key}: missing; expected a string")
     if isinstance(content, list):
         raise InputError(
-            f"{where}: {key}.content: is {short(content)}; parts are not read; expected "
+            f"{where}: {key}.{content_key}: is {short(content)}; parts are not read; expected "
             "one string that holds their texts"
         )
-    message = Message(role=role, content=checked_text(where, f"{key}.content", content))
+    message = Message(role=role, content=checked_text(where, f"{key}.{content_key}", content))
     # Keys and values were checked when `extras` was made.
     message.update(extras)  # type: ignore[typeddict-item]
+    if mask is not False and not says_nothing(turn.get(SPANS)):
+        spans = _spans(where, f"{key}.{SPANS}", turn[SPANS], message["content"])
+        if spans:
+            message["spans"] = spans
+        else:
+            mask = False
     if mask is not None:
         message["mask"] = mask
     if is_learned(message) and not message["content"].strip() and "tool_calls" not in message:
         raise InputError(
-            f"{where}: {key}.content: is {short(message['content'])}; expected an answer to "
+            f"{where}: {key}.{content_key}: is {short(message['content'])}; expected an answer to "
             "learn, or mask: false"
         )
     return message
 
 
-def _mask(where: str, key: str, role: str, mask: object) -> bool | None:
-    if mask is None:  # Parquet has a null where the key is left out
-        return None
-    if mask not in (0, 1):  # True and False included
-        raise InputError(f"{where}: {key}: is {short(mask)}; expected true or false")
-    if mask and role != "assistant":
+def _mask(where: str, key: str, role: str, turn: dict[str, Any]) -> bool | None:
+    """Whether a message is to be learned; None if nothing says it."""
+    said: dict[str, bool] = {}
+    for name in MASKS:
+        value = turn.get(name)
+        if value is None:  # Parquet has a null where the key is left out
+            continue
+        if value not in (0, 1):  # True and False included
+            raise InputError(f"{where}: {key}.{name}: is {short(value)}; expected true or false")
+        if value and role != "assistant":
+            raise InputError(
+                f"{where}: {key}.{name}: is {short(value)} on a {role} message; only assistant "
+                "messages can be learned"
+            )
+        said[name] = bool(value)
+    if len(set(said.values())) > 1:
         raise InputError(
-            f"{where}: {key}: is true on a {role} message; only assistant messages can be learned"
+            f"{where}: {key}: {' and '.join(said)} say different things; expected one of them"
         )
-    return bool(mask)
+    return next(iter(said.values()), None)
+
+
+def _spans(where: str, key: str, value: object, content: str) -> list[tuple[int, int]]:
+    """Characters of a message that are to be learned, as Axolotl's records say it."""
+    spans: list[tuple[int, int]] = []
+    for i, span in enumerate(_objects(where, key, value, "spans")):
+        begin, end, train = (span.get(name) for name in _SPAN_KEYS)
+        numbers = [n for n in (begin, end) if isinstance(n, int) and not isinstance(n, bool)]
+        if (
+            len(numbers) < 2
+            or not 0 <= numbers[0] <= numbers[1] < len(content)
+            or train not in (0, 1)
+            or not set(span) <= set(_SPAN_KEYS)
+        ):
+            raise InputError(
+                f"{where}: {key}[{i}]: is {short(span)}; expected begin_offset and end_offset, the "
+                f"first and the last of some of the message's {len(content)} characters, counted "
+                "from 0, and train: true or false"
+            )
+        if train:
+            spans.append((numbers[0], numbers[1] + 1))
+    return spans
 
 
 def _absent(value: object) -> bool:
     return value is None or value == ""
 
 
-def _tools(where: str, value: object) -> list[dict[str, Any]] | None:
+def _tools(where: str, key: str, record: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The functions that a chat offers, as OpenAI and Transformers describe them."""
-    if says_nothing(value):
+    if says_nothing(record.get(key)):
         return None
-    tools = _objects(where, "tools", value, "tools")
+    tools = _objects(where, key, record[key], "tools")
     for i in range(len(tools)):
-        _check_name(where, "tools", tools, i)
+        _check_name(where, key, tools, i)
     return tools
 
 
@@ -270,52 +426,3 @@ def _check_name(
             + '; expected {"type": "function", "function": {"name": ..., ...}}'
         )
     return named, place
-
-
-def _open(path: str) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each line or row."""
-    if _on_hub(path):
-        return ((f"{path}:{number}", row) for number, row in enumerate(_hub_rows(path), 1))
-    check_file(path)
-    kind = Path(path).suffix.lower()
-    if kind == ".jsonl":
-        return read_json_lines(path)
-    if kind == ".parquet":
-        from esft_jax.data.arrow import parquet_rows
-
-        return ((f"{path}:{number}", row) for number, row in enumerate(parquet_rows(path), 1))
-    advice = _OTHER_KINDS.get(kind, "expected lines of JSON objects, or Parquet")
-    raise InputError(
-        f"{path}: unknown kind of file {kind!r}; expected .jsonl or .parquet; {advice}"
-    )
-
-
-def _on_hub(path: str) -> bool:
-    """Whether a path names a dataset of the hub: it could, and nothing of this name is here."""
-    if os.path.lexists(path) or not _HUB_NAME.fullmatch(path):
-        return False
-    return Path(path).suffix.lower() not in (".jsonl", ".parquet", *_OTHER_KINDS)
-
-
-def _hub_rows(name: str) -> Iterator[dict[str, Any]]:
-    repository, _, split = name.partition(":")
-    if os.path.lexists(repository):  # the library would read it instead of the hub's
-        raise InputError(
-            f"{name}: {repository} is here, too; expected a local .jsonl or .parquet file, or the "
-            "name of a dataset of the hub that no local file or folder has"
-        )
-    import datasets  # takes a second to import, and files never need it
-
-    from esft_jax.data.arrow import BATCH_ROWS, table_rows
-
-    try:
-        dataset = datasets.load_dataset(repository, split=split or "train")
-        # As it is stored: what stands for an image needs no library that opens it.
-        tables = dataset.with_format("arrow").iter(BATCH_ROWS)
-        yield from table_rows(tables, name)
-    except InputError:
-        raise
-    except Exception as error:  # network, name, split: all are for the user to mend
-        raise InputError(
-            f"{name}: neither a local file nor a dataset that loads from the hub: {one_line(error)}"
-        ) from error

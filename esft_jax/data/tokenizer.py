@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -172,6 +173,23 @@ class Tokenizer:
                 f"{size}"
             )
 
+    @functools.cached_property
+    def definition_sha256(self) -> str:
+        """Hash of all that decides which tokens a text or a chat has, but for `depends_on_time`."""
+        content = {
+            "backend": self._backend.to_str(),
+            "special": [self._bos, self._eos, self.pad_id],
+            "stop_ids": self.stop_ids,
+            "chat_template": self.chat_template,
+            "chat_format": self.chat_format.to_json(),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether the chat template shows the time."""
+        return "strftime_now" in self.chat_template
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special token is added."""
         return call("cannot encode", self._backend.encode, text, add_special_tokens=False).ids
@@ -250,15 +268,18 @@ class Tokenizer:
             result: list[Encoded] = []
             for sample in samples:
                 self._check_contents(chat.messages, sample)
-                result += self._encode(sample, encoded)
+                result += self._encode(chat.messages, sample, encoded)
             yield result
         if failure is not None:
             raise failure
 
-    def _encode(self, sample: Sample, encoded: Iterator[list[int]]) -> list[Encoded]:
+    def _encode(
+        self, messages: Sequence[Message], sample: Sample, encoded: Iterator[list[int]]
+    ) -> list[Encoded]:
         """A sample as tokens. It takes several samples where answers are given other ends.
 
         Args:
+            messages: of the chat.
             encoded: the tokens of its pieces, and others after them.
         """
         tokens: list[int] = []
@@ -267,13 +288,15 @@ class Tokenizer:
         for piece in sample.pieces:
             begin = len(tokens)
             tokens += next(encoded)
-            learn += [piece.turn is not None] * (len(tokens) - begin)
-            if piece.turn is not None:
+            if piece.turn is None:
+                learn += [False] * (len(tokens) - begin)
+            else:
+                learn += self._learned(messages[piece.turn], piece.text, len(tokens) - begin)
                 first = spans[piece.turn].begin if piece.turn in spans else begin
                 spans[piece.turn] = _Span(first, len(tokens), begin, piece.text)
         cut: list[Encoded] = []
         for turn in sample.turns:
-            self._end_turn(turn, tokens, learn, spans.get(turn), cut)
+            self._end_turn(turn, messages[turn], tokens, learn, spans.get(turn), cut)
         found = [*cut, Encoded(tokens, learn)] if any(learn) or not cut else cut
         return [Encoded(tokens, [False, *learn[1:]]) for tokens, learn in found]
 
@@ -338,11 +361,18 @@ class Tokenizer:
     def _without_eos(self, messages: Sequence[Message]) -> list[Message]:
         """A chat whose answers do not end in EOS yet, which the template writes."""
         return [
-            {**message, "content": self.bare(message["content"])}
-            if message["role"] == "assistant"
-            else message
+            self._bare_answer(message) if message["role"] == "assistant" else message
             for message in messages
         ]
+
+    def _bare_answer(self, message: Message) -> Message:
+        content = message["content"]
+        bare = self.bare(content)
+        changed: Message = {**message, "content": bare}
+        if "spans" in message:
+            begin = content.find(bare)  # BOS was before it
+            changed["spans"] = [(max(i - begin, 0), j - begin) for i, j in message["spans"]]
+        return changed
 
     def _check_contents(self, messages: Sequence[Message], sample: Sample) -> None:
         """Refuse messages that are rendered already, hold nothing, or that the template cuts.
@@ -389,9 +419,30 @@ class Tokenizer:
                     "(data.chat_template), or messages without it"
                 )
 
+    def _learned(self, message: Message, text: str, count: int) -> list[bool]:
+        """Which tokens of a piece are learned: all, or those that hold characters of `spans`.
+
+        Args:
+            count: of the tokens.
+        """
+        if "spans" not in message:
+            return [True] * count
+        content = message["content"]
+        begin = text.rfind(content.strip())
+        if begin < 0:  # another piece of the turn
+            return [False] * count
+        begin -= len(content) - len(content.lstrip())
+        encode = self._backend.encode
+        places = call("cannot encode", encode, text, add_special_tokens=False).offsets
+        return [
+            any(begin + first < end and start < begin + last for first, last in message["spans"])
+            for start, end in places
+        ]
+
     def _end_turn(
         self,
         number: int,
+        message: Message,
         tokens: list[int],
         learn: list[bool],
         span: "_Span | None",
@@ -404,6 +455,7 @@ class Tokenizer:
 
         Args:
             number: of the message.
+            message: the message.
             tokens: of the chat.
             learn: which of them are learned; changed.
             span: what is learned of the turn.
@@ -415,6 +467,12 @@ class Tokenizer:
                 "expected its text, in a generation block if the template has some, or mask: false"
             )
         begin, end = span.begin, span.end
+        if "spans" in message and not any(learn[begin:end]):
+            raise InputError(
+                f"messages[{number}].train_detail: the chat template does not show the content as "
+                "it is, in which characters were counted; expected one that does "
+                "(data.chat_template), or no spans"
+            )
         stop = end
         while stop > begin and (tokens[stop - 1] in self.stop_ids or self._blank(tokens[stop - 1])):
             stop -= 1
@@ -422,8 +480,10 @@ class Tokenizer:
             stop += 1
         if stop == len(tokens) or tokens[stop] not in self.stop_ids:
             if self._last_id is not None:
-                last = [*self.encode(span.last_text.rstrip()), self._last_id]
-                flags = [i >= begin and learn[i] for i in range(span.last)] + [True] * len(last)
+                text = span.last_text.rstrip()
+                last = [*self.encode(text), self._last_id]
+                flags = [i >= begin and learn[i] for i in range(span.last)]
+                flags += [*self._learned(message, text, len(last) - 1), True]
                 if stop == len(tokens):  # nothing comes after it: other turns may stay
                     tokens[span.last :], learn[span.last :] = last, flags[span.last :]
                     return

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,12 @@ from esft_jax.checkpoint.manifest import MANIFEST, read_manifest, run_chat_forma
 from esft_jax.checkpoint.peft import ADAPTER_CONFIG
 from esft_jax.checkpoint.resident import choose_adapter
 from esft_jax.checkpoint.tensor_files import TensorFiles
-from esft_jax.config import (
-    DataConfig,
-    EvaluationConfig,
-    OtherConfig,
-    QuantiseConfig,
-    RunConfig,
-)
+from esft_jax.config import EvaluationConfig, OtherConfig, QuantiseConfig, RunConfig
 from esft_jax.data.chat_template import ChatFormat
-from esft_jax.data.pipeline import PackedDataset, build_dataset
-from esft_jax.data.read import source_sha256
+from esft_jax.data.pipeline import PackedDataset
+from esft_jax.data.records import expand, source_sha256
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.data_config import DataConfig
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.load import is_resident, load_resident, load_tuned
@@ -54,6 +49,7 @@ from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import any_process
 from esft_jax.sharding import make_mesh
+from esft_jax.training.rows import held_out_rows
 from esft_jax.training.run_folder import RunFolder
 
 # The run's own task, among the names of `evaluation.others`.
@@ -204,30 +200,23 @@ def _tasks(
         prompts: str | None,
         metric: str,
         max_new_tokens: int,
-        valid: tuple[str, ...],
-        format: Literal["chat", "text"],
+        heldout: PackedDataset | None,
+        share: float | None = None,
     ) -> TaskInputs:
+        paths = [] if prompts is None else expand([prompts])
         rows = [] if prompts is None else read_task(prompts)[: evaluation.limit]
         check_task(rows, tokenizer, metric, max_new_tokens, limit)
-        heldout = None
-        if valid:
-            heldout = build_dataset(
-                valid,
-                tokenizer,
-                format=format,
-                sequence_length=data.sequence_length,
-                too_long=data.too_long,
-                seed=seed,
-            )
         facts: dict[str, Any] = {
             "rows": len(rows),
             "seed": seed,
-            "sequence_length": data.sequence_length if valid else None,
-            "format": format if valid else None,
-            "too_long": data.too_long if valid else None,
-            "data_sha256": ({} if prompts is None else {prompts: source_sha256(prompts)})
-            | ({} if heldout is None else heldout.stats.sha256),
+            "sequence_length": data.sequence_length if heldout else None,
+            "format": str(heldout.data.format) if heldout else None,
+            "too_long": data.too_long if heldout else None,
+            "data_sha256": {path: source_sha256(path) for path in paths}
+            | (heldout.stats.sha256 if heldout else {}),
         }
+        if share is not None:
+            facts["valid_share"] = share
         if rows:
             facts |= {
                 "metric": METRICS[metric].label([row.answers for row in rows]),
@@ -251,13 +240,15 @@ def _tasks(
                 evaluation.data,
                 evaluation.metric,
                 evaluation.max_new_tokens,
-                data.valid,
-                data.format,
+                held_out_rows(data, data, tokenizer, seed),
+                data.valid if isinstance(data.valid, float) else None,
             ),
         )
     for name, other in evaluation.others.items():
         count = other.max_new_tokens or evaluation.max_new_tokens
-        yield name, read(other.data, other.metric, count, other.valid, other.format)
+        section = f"evaluation.others.{name}"
+        heldout = held_out_rows(other, data, tokenizer, seed, section)
+        yield name, read(other.data, other.metric, count, heldout)
 
 
 def run_evaluation(

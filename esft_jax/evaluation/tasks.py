@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 
 from esft_jax.data.batch import Batch
 from esft_jax.data.chat import Message
+from esft_jax.data.formats import MESSAGES, RecordFormat, fitting
 from esft_jax.data.layouts import check_record_keys, layout, says_nothing, short
 from esft_jax.data.pipeline import PackedDataset, eval_batches
-from esft_jax.data.read import chat_example, checked_text, read_records
+from esft_jax.data.read import chat_example, checked_text
+from esft_jax.data.records import read_records
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import DecodingOptions, check_length, generate_tokens
 from esft_jax.errors import InputError
@@ -95,16 +97,22 @@ def read_task(path: str | Path) -> list[TaskRow]:
     """Read a task's evaluation rows, from what training data may be read from too.
 
     Each is either `{"prompt", "raw_answers": [...]}` as in the reference, whose prompt may be a
-    chat rendered already; or a chat `{"messages": [...]}` as in training,
+    chat rendered already; or a chat in one of the formats of training, which is recognised, and
     whose last message is the answer.
 
     Raises:
         InputError: naming file, line and key.
     """
-    return [
-        _prompt_row(where, record) if record.get("messages") is None else _chat_row(where, record)
-        for where, record in read_records([str(path)])
-    ]
+    return [_row(where, record) for where, record in read_records([str(path)])]
+
+
+def _row(where: str, record: dict[str, Any]) -> TaskRow:
+    if record.get("messages") is not None:
+        return _chat_row(where, record, MESSAGES)
+    formats = [] if "raw_answers" in record else fitting([record])
+    if len(formats) == 1 and formats[0].is_chat:
+        return _chat_row(where, record, formats[0])
+    return _prompt_row(where, record)
 
 
 def _prompt_row(where: str, record: dict[str, Any]) -> TaskRow:
@@ -131,26 +139,26 @@ def _prompt_row(where: str, record: dict[str, Any]) -> TaskRow:
     return TaskRow(where, prompt, None, tuple(answers))
 
 
-def _chat_row(where: str, record: dict[str, Any]) -> TaskRow:
-    example = chat_example(where, record)
+def _chat_row(where: str, record: dict[str, Any], format: RecordFormat) -> TaskRow:
+    example, key = chat_example(where, record, format), format.answer_key
     *turns, answer = example.messages
     if answer["role"] != "assistant" or not turns:
         raise InputError(
-            f"{where}: messages: expected a prompt, and the assistant's answer as the last message"
+            f"{where}: {key}: expected a prompt, and the assistant's answer as the last message"
         )
     if not answer.get("mask", True):
         raise InputError(
-            f"{where}: messages[{len(turns)}].mask: is false on the answer; expected an answer "
+            f"{where}: {key}[{len(turns)}].mask: is false on the answer; expected an answer "
             "that counts as right"
         )
     if "tool_calls" in answer:
         raise InputError(
-            f"{where}: messages[{len(turns)}].tool_calls: is {short(answer['tool_calls'])} on the "
+            f"{where}: {key}[{len(turns)}].tool_calls: is {short(answer['tool_calls'])} on the "
             "answer; metrics compare texts; expected an answer without calls"
         )
     if not says_nothing(record.get("raw_answers")):
         raise InputError(
-            f"{where}: raw_answers: is {short(record['raw_answers'])} beside messages, whose last "
+            f"{where}: raw_answers: is {short(record['raw_answers'])} beside {key}, whose last "
             "one is the answer; expected one of them"
         )
     prompt = "\n\n".join(turn["content"] for turn in turns)

@@ -22,7 +22,8 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import partition
 from esft_jax.adapt.parts import roles_of
-from esft_jax.config import DataConfig, TrainConfig
+from esft_jax.config import TrainConfig
+from esft_jax.data_config import DataConfig
 from esft_jax.host_memory import PINNED, Memory
 from esft_jax.model.config import ModelConfig
 from esft_jax.model.params import expert_matrices_on_host

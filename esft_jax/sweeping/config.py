@@ -154,9 +154,12 @@ def load_sweep(path: str | Path) -> SweepConfig:
 
 
 def _judged_by(config: RunConfig) -> tuple[object, ...]:
+    data = config.data
     return (
-        config.data.format,
-        config.data.valid,
+        data.format,
+        data.columns,
+        data.valid,
+        data.train if isinstance(data.valid, float) else (),
         dataclasses.replace(config.evaluation, batch_size=1),
     )
 

@@ -31,7 +31,9 @@ _CHANGEABLE = {
     "mesh.transport",
     "mesh.cpu_devices",
     "frozen_memory",
+    "data.cache",
     "train.steps",
+    "train.epochs",
     "train.eval_every",
     "train.save_every",
     "train.log_every",
@@ -135,13 +137,16 @@ class RunFolder:
             changeable = changeable | {"train.micro_batches"}
         for key, before, value in changes(load_config(self.config), config):
             section = key.split(".")[0]
+            if key.endswith("format") and None in (before, value):
+                continue  # of the same data, the same format is recognised
             if key not in changeable and section not in ("evaluation", "output"):
                 raise InputError(
                     f"output: {self.path} holds a run with {key} = {before!r}, not {value!r}; "
                     "expected the same settings to resume it, or another folder"
                 )
         done = self.last_step()
-        if done is not None and done > config.train.steps:
+        # Epochs are counted as steps once the data are read, and checked then.
+        if done is not None and config.train.epochs is None and done > config.train.steps:
             raise InputError(
                 f"train.steps: {config.train.steps}; the run in {self.path} has made {done} "
                 "updates; expected at least as many, or another folder"

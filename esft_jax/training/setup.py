@@ -31,7 +31,13 @@ from esft_jax.sharding import make_mesh
 from esft_jax.training.base import Base
 from esft_jax.training.fit import check_fit, check_memory
 from esft_jax.training.methods import trained_by
-from esft_jax.training.rows import general_rows, read_rows, score_rows
+from esft_jax.training.rows import (
+    count_steps,
+    describe_passes,
+    general_rows,
+    read_rows,
+    score_rows,
+)
 from esft_jax.training.run_folder import RunFolder
 
 
@@ -107,8 +113,8 @@ class Setup(Checked):
         }
 
     def describe(self) -> list[str]:
-        """A line for each source of rows, and for each part that a converted base may keep
-        quantised.
+        """A line for each source of rows, one for how often they are used, and one for each part
+        that a converted base may keep quantised.
         """
         if isinstance(self.train_set, MixedDataset):
             train = [
@@ -127,7 +133,8 @@ class Setup(Checked):
             score.append(f"score, general sample: {self.general_set.describe()}")
         how, source = self.config.quantise.chosen, self.base.source
         quantised = describe_quantisation(source, how) if source and how else []
-        return train + valid + score + quantised
+        passes = [describe_passes(self.config, self.train_set)]
+        return train + passes + valid + score + quantised
 
 
 def open_setup(config: RunConfig) -> Setup:
@@ -139,13 +146,15 @@ def open_setup(config: RunConfig) -> Setup:
     checked = check_setup(config)
     data, seed = config.data, config.seed
     task_set, train_set, valid_sets = read_rows(data, checked.tokenizer, seed)
+    config = count_steps(config, train_set)
     score_set = general_set = None
     if config.measures_scores and checked.experts is None:
         length = config.score.sequence_length
         score_set = score_rows(task_set, length, data, checked.tokenizer, seed)
         general_set = general_rows(config.score, data, checked.tokenizer, seed)
+    found = {field.name: getattr(checked, field.name) for field in fields(checked)}
     return Setup(
-        **{field.name: getattr(checked, field.name) for field in fields(checked)},
+        **{**found, "config": config},
         task_set=task_set,
         train_set=train_set,
         valid_sets=valid_sets,

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from esft_jax.config import DataConfig, RunConfig, save_config
+from esft_jax.config import RunConfig, save_config
+from esft_jax.data_config import DataConfig
 from esft_jax.selection_config import ScoreConfig
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from esft_jax.config import DataConfig, EvaluationConfig, RunConfig, TrainConfig, save_config
+from esft_jax.config import EvaluationConfig, RunConfig, TrainConfig, save_config
+from esft_jax.data_config import DataConfig
 from esft_jax.selection_config import ScoreConfig
 
 

@@ -15,10 +15,12 @@ from esft_jax.data.pipeline import (
     PackedDataset,
     build_dataset,
     eval_batches,
+    pack,
     sample_rows,
     train_iterator,
 )
 from esft_jax.data.tokenizer import Tokenizer
+from esft_jax.data.tokens import tokenize
 from esft_jax.errors import InputError
 
 S = 56
@@ -36,7 +38,7 @@ TEXTS = ["the lazy dog " * n + str(n) for n in range(40)]
 
 @pytest.fixture
 def chats(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> PackedDataset:
-    return build_dataset([jsonl(*CHATS)], tokenizer, format="chat", sequence_length=S)
+    return build_dataset([jsonl(*CHATS)], tokenizer, format="messages", sequence_length=S)
 
 
 @pytest.fixture
@@ -125,11 +127,11 @@ def test_too_long_is_an_error_that_names_the_line(
     length = len(tokenizer.encode_chat(long["messages"])[0][0])
     path = jsonl(CHATS[0], long)
     with pytest.raises(InputError) as caught:
-        build_dataset([path], tokenizer, format="chat", sequence_length=S)
+        build_dataset([path], tokenizer, format="messages", sequence_length=S)
     assert str(caught.value).startswith(
         f"{path}:2: messages: {length} tokens; expected at most {S + 1} "
     )
-    exact = build_dataset([path], tokenizer, format="chat", sequence_length=length - 1)
+    exact = build_dataset([path], tokenizer, format="messages", sequence_length=length - 1)
     assert exact.stats.cut == 0
 
 
@@ -137,36 +139,31 @@ def test_too_long_is_cut_and_counted(tokenizer: Tokenizer, jsonl: Callable[..., 
     long = chat("hi", "dog " * 60)
     hopeless = chat("dog " * 60, "hi")
     path = jsonl(CHATS[0], long, hopeless)
-    dataset = build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="cut")
+    dataset = build_dataset([path], tokenizer, sequence_length=S, too_long="cut")
     assert (dataset.stats.examples, dataset.stats.cut, dataset.stats.dropped) == (2, 1, 1)
     assert dataset.describe().startswith(f"2 of 3 examples in 2 rows of {S}, ")
-    assert dataset.describe().endswith(" with a loss, 1 cut to length, 1 dropped")
+    assert dataset.describe().endswith(" with a loss, 1 cut to length, 1 dropped; read as messages")
     tokens, targets, weights = segments(dataset[0])[0]
     expected, learn = tokenizer.encode_chat(long["messages"])[0]
     assert [*tokens, targets[-1]] == expected[: S + 1]
     assert weights == [float(flag) for flag in learn[1 : S + 1]]
     path = jsonl(hopeless)
     with pytest.raises(InputError, match="1 examples, and none has a target"):
-        build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="cut")
+        build_dataset([path], tokenizer, sequence_length=S, too_long="cut")
 
 
 def test_too_long_is_dropped_and_counted(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> None:
     long = chat("hi", "dog " * 60)
     path = jsonl(long, CHATS[0], long)
-    dataset = build_dataset([path], tokenizer, format="chat", sequence_length=S, too_long="drop")
+    dataset = build_dataset(
+        [path], tokenizer, format="messages", sequence_length=S, too_long="drop"
+    )
     assert (dataset.stats.examples, dataset.stats.cut, dataset.stats.dropped) == (1, 0, 2)
     assert dataset.places([0]) == [f"{path}:2"]
     assert dataset.describe().startswith(f"1 of 3 examples in 1 rows of {S}, ")
-    assert dataset.describe().endswith(" with a loss, 2 dropped")
+    assert dataset.describe().endswith(" with a loss, 2 dropped; read as messages")
     with pytest.raises(InputError, match=r"2 examples, and none .* larger score\.length"):
-        build_dataset(
-            [jsonl(long, long)],
-            tokenizer,
-            format="chat",
-            sequence_length=S,
-            too_long="drop",
-            length_key="score.length",
-        )
+        pack(tokenize([jsonl(long, long)], tokenizer), 0, S, "drop", length_key="score.length")
 
 
 def test_a_document_without_a_target_is_counted(
@@ -202,7 +199,7 @@ def test_an_answer_that_ends_in_no_stop_token_names_the_line(
         chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
     )
     with pytest.raises(InputError, match=r"data\.jsonl:1: messages\[1\]: the answer ends in"):
-        build_dataset([jsonl(CHATS[0])], endless, format="chat", sequence_length=S)
+        build_dataset([jsonl(CHATS[0])], endless, format="messages", sequence_length=S)
 
 
 def test_a_template_that_shows_no_answer_is_an_error(
@@ -217,7 +214,7 @@ def test_a_template_that_shows_no_answer_is_an_error(
     with pytest.raises(
         InputError, match=r"data\.jsonl:1: messages\[1\]\.content: .* is not, or not"
     ):
-        build_dataset([jsonl(CHATS[0])], blind, format="chat", sequence_length=S)
+        build_dataset([jsonl(CHATS[0])], blind, format="messages", sequence_length=S)
 
 
 def test_template_error_names_the_line(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> None:
@@ -229,7 +226,7 @@ def test_template_error_names_the_line(tokenizer: Tokenizer, jsonl: Callable[...
     )
     path = jsonl(CHATS[0])
     with pytest.raises(InputError, match=r"data\.jsonl:1: chat template: no roles"):
-        build_dataset([path], strict, format="chat", sequence_length=S)
+        build_dataset([path], strict, format="messages", sequence_length=S)
 
 
 def test_no_paths(tokenizer: Tokenizer) -> None:
@@ -318,7 +315,7 @@ def test_epochs_hold_every_row_once_in_new_orders(chats: PackedDataset) -> None:
 
 def test_batch_larger_than_the_data(tokenizer: Tokenizer, jsonl: Callable[..., str]) -> None:
     path = jsonl(CHATS[0])
-    dataset = build_dataset([path], tokenizer, format="chat", sequence_length=S)
+    dataset = build_dataset([path], tokenizer, format="messages", sequence_length=S)
     assert len(dataset) == 1
     batch = next(train_iterator(dataset, batch_size=4, seed=0))
     assert (batch["tokens"] == dataset[0]["tokens"]).all()

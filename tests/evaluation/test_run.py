@@ -43,7 +43,7 @@ def config(short_run: Path, chats: Path, tmp_path: Path) -> Path:
         "batch_size": 8,
         "others": {
             "text": {"valid": [str(tmp_path / "text.jsonl")]},
-            "chats": {"data": str(chats), "valid": [str(chats)], "format": "chat"},
+            "chats": {"data": str(chats), "valid": [str(chats)]},
             "sums-short": {"data": str(tmp_path / "sums.jsonl"), "max_new_tokens": 2},
         },
     }
@@ -222,14 +222,15 @@ def test_scores_depend_on_all_that_is_read(
 
     def evaluated(*overrides: str) -> list[str]:
         done.clear()
-        overridden = load_config(config, [f"model={model}", *overrides])
+        text = "evaluation.others.text.format=text"
+        overridden = load_config(config, [f"model={model}", text, *overrides])
         run_evaluation(overridden, adapter.parent)
         return list(done)
 
     adapter.write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     everything = evaluated()
     assert evaluated() == []
-    assert evaluated("evaluation.others.text.format=chat") == ["text"]
+    assert evaluated("evaluation.others.text.format=messages") == ["text"]
     evaluated()
     adapter.write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 2}')
     assert evaluated() == everything
