@@ -13,7 +13,8 @@ from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
 from esft_jax.cli import Parser, command, option, quantisation
 from esft_jax.data.chat_template import ChatFormat
-from esft_jax.data.read import checked_text, read_records
+from esft_jax.data.read import checked_text
+from esft_jax.data.records import read_records
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.decode.generation import check_length, generate_tokens
 from esft_jax.errors import InputError
