@@ -6,4 +6,5 @@ imported on first use, so that `esft --help` needs no JAX.
 
 import lazy_loader
 
+__version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -49,3 +49,5 @@ from .training.step import jit_train_step as jit_train_step
 from .training.step import make_eval_step as make_eval_step
 from .training.step import make_train_step as make_train_step
 from .training.step import token_loss as token_loss
+
+__version__: str

@@ -1,6 +1,6 @@
 """What all commands share, and `esft`, the one script that groups them.
 
-`esft VERB ...` is the same as `python -m esft_jax.VERB ...`.
+`esft VERB ...` is the same as `python -m esft_jax.VERB ...`, and `esft` as `python -m esft_jax`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
 import io
@@ -15,10 +16,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
+import esft_jax
 from esft_jax.config import QuantiseConfig, RunConfig, load_config
 from esft_jax.errors import InputError, RunFailed, shown
 from esft_jax.files import local_path
@@ -28,6 +31,7 @@ from esft_jax.strict_yaml import explain
 from esft_jax.values import Count, CountOrZero
 
 VERBS = {
+    "init": "write a quickstart: a small model, a task, and the configuration that trains it",
     "convert": "write a Hugging Face checkpoint as a sharded Orbax checkpoint",
     "data": "show training examples as they are rendered, and what of them is learned",
     "score": "measure how relevant each expert is to a task",
@@ -308,11 +312,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Expert-Specialized Fine-Tuning of Mixture-of-Experts language models.",
         epilog="\n".join(["verbs:", *(f"  {verb:<10}{text}" for verb, text in VERBS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="esft [-h] VERB ...",
+        usage="esft [-h] [--version] VERB ...",
     )
-    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="`esft VERB --help` says more")
+    parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument("verb", nargs="?", metavar="VERB", help="`esft VERB --help` says more")
     # Everything after the verb belongs to the verb.
     verb = parser.parse_args(arguments[:1]).verb
+    if verb is None:
+        parser.print_help()
+        return 0
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {nearest[0]}? Expected" if nearest else "expected"
+        return _fail(f"{shown(verb)}: unknown verb; {hint} one of {', '.join(VERBS)}", 2)
     if argv is None and verb in ("train", "sweep"):
         restart_with_huge_pages()
     sys.argv[0] = f"esft {verb}"  # the name of the command in its own usage line
@@ -320,5 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _versions() -> str:
+    """The versions that the report of a defect needs."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"esft_jax {esft_jax.__version__} (JAX {metadata.version('jax')}, Python {python})"

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import esft_jax
 from esft_jax import cli
 from esft_jax.errors import InputError
 from esft_jax.values import LocalPath, Seed
@@ -240,17 +242,33 @@ def test_others_that_nobody_names() -> None:
     assert done.stderr.splitlines()[-1].startswith("error: --distributed: JAX finds no others")
 
 
-def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("tain", "'tain': unknown verb; did you mean train? Expected one of init, convert, "),
+        ("Report", "'Report': unknown verb; did you mean report? Expected one of init, "),
+        ("xyz", "'xyz': unknown verb; expected one of init, convert, "),
+        ("", "'': unknown verb; expected one of init, convert, "),
+    ],
+)
+def test_unknown_verb(verb: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["tain"])
-    assert caught.value.code == 2
-    assert "invalid choice: 'tain'" in capsys.readouterr().err
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert esft_jax.__version__ == version("esft-jax")
+    expected = f"esft_jax {esft_jax.__version__} (JAX {version('jax')}, Python 3."
+    assert capsys.readouterr().out.startswith(expected)
 
 
-def test_help_names_every_verb_without_importing_jax() -> None:
+def test_the_package_lists_its_verbs_without_importing_jax() -> None:
     code = (
-        "import sys; from esft_jax import cli\n"
-        "try: cli.main(['--help'])\n"
+        "import runpy, sys; sys.argv = ['-m']\n"
+        "try: runpy.run_module('esft_jax', run_name='__main__')\n"
         "finally: assert 'jax' not in sys.modules, 'jax was imported'"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -30,6 +30,7 @@ FLOORS = [
     {"adapters", "convert", "evaluate", "export", "generate", "harness", "plan"},
     {"chat", "push", "select", "selfcheck", "sweep", "train"},
     {"report", "score", "show_data"},
+    {"__main__", "init"},
 ]
 
 
