@@ -1,8 +1,10 @@
 """`esft init`: in a checkout, and from a wheel in an empty folder."""
 
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,8 @@ def test_a_file_in_the_place_of_a_folder(
 @pytest.mark.slow
 def test_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     """Three commands: install, init, train. The same files come from a wheel and a checkout."""
-    pytest.importorskip("hatchling", reason="needs hatchling, which builds the wheel")
+    for builder in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(builder, reason=f"needs {builder} to build the wheel")
 
     def run(*command: str | Path, **options: object) -> str:
         done = subprocess.run(command, capture_output=True, text=True, **options)
@@ -83,6 +86,12 @@ def test_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
 
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        page = archive.read(metadata).decode()
+    targets = re.findall(r"(?:\]\(|src=\")([^)\"]+)", page)
+    assert "https://raw.githubusercontent.com" in "".join(targets)
+    assert not [target for target in targets if not target.startswith(("https://", "#"))]
     installed, empty, checkout = (tmp_path / name for name in ("installed", "empty", "checkout"))
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"]
