@@ -316,11 +316,8 @@ class RunConfig:
                 f"train.steps: {train.steps} beside train.epochs = {train.epochs:g}; expected one "
                 "of them (train.epochs: null takes epochs away)"
             )
-        elif train.epochs is None and optimizer.warmup_steps > train.steps:
-            problem = (
-                f"optimizer.warmup_steps: {optimizer.warmup_steps} is more than train.steps"
-                f" = {train.steps}; expected at most that"
-            )
+        elif train.epochs is None and (mistake := optimizer.schedule_problem(train.steps)):
+            problem = f"optimizer.{mistake}"
         if problem:
             raise ValueError(problem)
 

@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from esft_jax.adapt.parts import RATE_PARTS, RatePart, known_part
-from esft_jax.values import CountOrZero, Decay, Fraction, NonNegative, Positive
+from esft_jax.values import CountOrZero, Decay, Fraction, NonNegative, Positive, Share
 
+Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
 # What each optimizer reads besides what all do, and its own defaults.
 OPTIMIZER_KEYS: dict[OptimizerName, dict[str, float]] = {
@@ -43,9 +44,13 @@ class OptimizerConfig:
         learning_rate: Peak learning rate.
         rates: Peak learning rates of parts that have their own: the names of `select.also`, and
             `experts`. Where two name a parameter, the narrower one counts.
-        schedule: What follows the warm-up: `constant`, or `cosine` decay to the last step.
+        schedule: What follows the warm-up: `constant`; `linear` or `cosine` decay to the last step;
+            `wsd`, constant and then a linear decay; `inverse_sqrt`, the peak times the root of the
+            warm-up's updates over those made.
         warmup_steps: Updates over which the learning rate rises linearly from 0.
-        final_lr_fraction: Learning rate after the cosine decay, as a fraction of the peak.
+        warmup_share: The same as a share of all steps, instead.
+        decay_share: Share of all steps over which `wsd` decays, the last ones; None elsewhere.
+        final_lr_fraction: Learning rate after a decay, as a fraction of the peak.
         beta1: Decay of the first moment; of Lion, in the update.
         beta2: Decay of the second moment; of Lion, of the only one.
         epsilon: Added to the root of the second moment.
@@ -61,8 +66,10 @@ class OptimizerConfig:
     rates: dict[Annotated[RatePart, BeforeValidator(_known_rate)], Positive] = field(
         default_factory=dict
     )
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: CountOrZero = 0
+    warmup_share: Fraction | None = None
+    decay_share: Share | None = None
     final_lr_fraction: Fraction = 0.1
     # Those of AdamW: what runs depend on is told apart by what differs from the defaults.
     beta1: Decay | None = 0.9
@@ -83,6 +90,8 @@ class OptimizerConfig:
         defaults = next((keys for name, keys in OPTIMIZER_KEYS.items() if name == named), {})
         keys = ("beta1", "beta2", "epsilon", "momentum")
         absent = {key: defaults.get(key) for key in keys if given.get(key) is None}
+        if given.get("decay_share") is None:
+            absent["decay_share"] = 0.2 if given.get("schedule") == "wsd" else None
         filled = given | absent
         return ArgsKwargs(values.args, filled) if isinstance(values, ArgsKwargs) else filled
 
@@ -95,4 +104,35 @@ class OptimizerConfig:
                 return f"{key}: {self.name} reads none ({others} would); expected null"
         if self.name == "sgd" and not self.momentum and self.moments != "float32":
             return f"moments: sgd without momentum has none to keep in {self.moments}"
+        if self.warmup_share is not None and self.warmup_steps:
+            return "warmup_share: warmup_steps is set too; expected one of them"
+        if self.decay_share is not None and self.schedule != "wsd":
+            return f"decay_share: {self.schedule} reads none (wsd would); expected null"
         return None
+
+    def schedule_problem(self, steps: int) -> str | None:
+        """What does not fit into a number of steps, starting with the key to change."""
+        warmup, decay = self.warmup(steps), self.decay(steps)
+        if self.warmup_steps > steps:
+            return (
+                f"warmup_steps: {warmup} is more than train.steps = {steps}; expected at most that"
+            )
+        if warmup + decay > steps:
+            return (
+                f"decay_share: {decay} updates, after {warmup} of the warm-up, are more than "
+                f"train.steps = {steps}; expected a smaller share"
+            )
+        if self.schedule == "inverse_sqrt" and not warmup:
+            return (
+                "schedule: inverse_sqrt falls by the updates of the warm-up; expected warmup_steps "
+                "or warmup_share"
+            )
+        return None
+
+    def warmup(self, steps: int) -> int:
+        """Updates of the warm-up of a run with this number of steps."""
+        return self.warmup_steps or round((self.warmup_share or 0) * steps)
+
+    def decay(self, steps: int) -> int:
+        """Updates of the decay of `wsd`; 0 for other schedules."""
+        return 0 if self.decay_share is None else max(round(self.decay_share * steps), 1)

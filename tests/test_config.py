@@ -395,6 +395,13 @@ def test_an_optimizer_has_its_own_defaults(file: Path, tmp_path: Path) -> None:
         (["name=sgd", "momentum=0", "moments=bfloat16"], "moments: sgd without momentum has none"),
         (["name=[adam]"], "name: expected 'adamw', 'adafactor', 'lion', 'muon' or 'sgd', got"),
         (["moments=float16"], "moments: expected 'float32' or 'bfloat16', got"),
+        (["warmup_steps=5", "warmup_share=0.1"], "warmup_share: warmup_steps is set too; expected"),
+        (["decay_share=0.1"], "decay_share: constant reads none (wsd would); expected null"),
+        (
+            ["schedule=wsd", "warmup_share=0.9"],
+            "decay_share: 100 updates, after 450 of the warm-up, are more than train.steps = 500",
+        ),
+        (["schedule=inverse_sqrt"], "schedule: inverse_sqrt falls by the updates of the warm-up"),
     ],
 )
 def test_what_an_optimizer_does_not_read_is_refused(

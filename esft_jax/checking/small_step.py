@@ -147,7 +147,13 @@ class _SmallRun:
         self.train = dataclasses.replace(config.train, batch_size=ROWS * parts, micro_batches=parts)
         self.data = dataclasses.replace(config.data, sequence_length=self.length, mix={})
         optimizer = dataclasses.replace(
-            config.optimizer, learning_rate=LEARNING_RATE, rates={}, warmup_steps=0
+            config.optimizer,
+            learning_rate=LEARNING_RATE,
+            rates={},
+            schedule="constant",
+            warmup_steps=0,
+            warmup_share=None,
+            decay_share=None,
         )
         self.optimizer = make_optimizer(optimizer, config.train.steps)
 

@@ -21,22 +21,38 @@ _OTHER = "other"  # what has no rate of its own
 def make_schedule(
     config: OptimizerConfig, steps: int, part: RatePart | None = None
 ) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0, then constant or cosine decay.
+    """Learning rate by update: linear warm-up from 0, then what `config.schedule` names.
 
     Args:
+        steps: of the run.
         part: one of `config.rates`; None: what is in none of these parts.
     """
     peak = config.learning_rate if part is None else config.rates[part]
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(
-            peak, max(steps - config.warmup_steps, 1), alpha=config.final_lr_fraction
-        )
-    else:
-        after = optax.constant_schedule(peak)
-    if not config.warmup_steps:
+    final, warmup = config.final_lr_fraction * peak, config.warmup(steps)
+    rest = max(steps - warmup, 1)
+    after: optax.Schedule
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "linear":
+            after = optax.linear_schedule(peak, final, rest)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_lr_fraction)
+        case "wsd":  # warm-up, stable, decay (arXiv 2404.06395)
+            decay = config.decay(steps)
+            after = optax.join_schedules(
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
+                [steps - warmup - decay],
+            )
+        case "inverse_sqrt":
+
+            def after(update: Any) -> Any:
+                # Asked for updates of the warm-up, too, which count as negative ones.
+                return peak * jnp.sqrt(warmup / (warmup + jnp.maximum(update, 0)))
+
+    if not warmup:
         return after
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def changed_rate(config: OptimizerConfig, before: int, steps: int, updates: int) -> str | None:
@@ -49,9 +65,12 @@ def changed_rate(config: OptimizerConfig, before: int, steps: int, updates: int)
     old, new = (float(make_schedule(config, count)(updates)) for count in (before, steps))
     if old == new:
         return None
+    why = "the warm-up is over a share"
+    if config.schedule in ("linear", "cosine", "wsd"):
+        why = f"the {config.schedule} schedule is over all"
     return (
-        f"train.steps: {steps} instead of {before}; the {config.schedule} schedule is over all of "
-        f"them, so the learning rate of the next update is {new:.3g} instead of {old:.3g}"
+        f"train.steps: {steps} instead of {before}; {why} of them, so the "
+        f"learning rate of the next update is {new:.3g} instead of {old:.3g}"
     )
 
 

@@ -9,7 +9,7 @@ from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.errors import InputError
 from esft_jax.model.params import Role
 from esft_jax.optimizer_config import OptimizerConfig
-from esft_jax.training.optimizer import make_optimizer, make_schedule
+from esft_jax.training.optimizer import changed_rate, make_optimizer, make_schedule
 
 
 def test_schedule_warms_up_then_stays() -> None:
@@ -23,6 +23,42 @@ def test_schedule_cosine_ends_at_its_fraction() -> None:
     )
     schedule = make_schedule(config, steps=110)
     np.testing.assert_allclose([schedule(10), schedule(60), schedule(110)], [1.0, 0.55, 0.1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # At its begin, in and after the warm-up, in the middle of the rest, before and at its end.
+        ({"schedule": "linear", "warmup_steps": 20}, [0, 0.5, 1, 0.55, 0.1 + 0.9 / 80, 0.1]),
+        ({"schedule": "wsd", "warmup_share": 0.2}, [0, 0.5, 1, 1, 0.1 + 0.9 / 20, 0.1]),
+        (
+            {"schedule": "wsd", "warmup_steps": 20, "decay_share": 0.8, "final_lr_fraction": 0},
+            [0, 0.5, 1, 0.5, 1 / 80, 0],
+        ),
+        (
+            {"schedule": "inverse_sqrt", "warmup_share": 0.2},
+            [0, 0.5, 1, 3**-0.5, (20 / 99) ** 0.5, 5**-0.5],
+        ),
+    ],
+)
+def test_schedules(config: dict, expected: list[float]) -> None:
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, **config), steps=100)
+    rates = [float(schedule(update)) / 2 for update in (0, 10, 20, 60, 99, 100)]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"schedule": "constant", "warmup_share": 0.1}, 200, "the warm-up is over a share of them"),
+        ({"schedule": "linear"}, 200, "the linear schedule is over all of them"),
+        ({"schedule": "wsd"}, 200, None),  # before its decay, and after its warm-up
+        ({"schedule": "wsd"}, 61, "the wsd schedule is over all of them"),
+    ],
+)
+def test_what_more_steps_do_to_the_rate(before: dict, after: int, said: str | None) -> None:
+    found = changed_rate(OptimizerConfig(**before), 100, after, 10 if after == 200 else 60)
+    assert said in found if said else found is None
 
 
 def _params() -> dict[str, nnx.State]:
