@@ -79,7 +79,8 @@ def measure(config: RunConfig, steps: int) -> dict[str, Any]:
         result = loop.run_training(open_setup(config))
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").open()]
     tokens = config.train.batch_size * config.data.sequence_length
-    seconds = [tokens / line["tokens_per_second"] for line in lines]
+    rate = "speed/tokens_per_second"
+    seconds = [tokens / line[rate] for line in lines if rate in line]
     waited = np.reshape(turns[0].waited, (-1, steps)).mean(axis=1).tolist()
     return {
         # The save at the end of a cycle is met by the next one.

@@ -29,10 +29,9 @@ from esft_jax.files import check_file
 from esft_jax.ops.quantisation import Quantisation
 from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.selection_config import FURTHER_METHODS, FurtherMethod, ScoreConfig, SelectConfig
+from esft_jax.train_config import TrainConfig
 from esft_jax.values import (
     Count,
-    CountOrZero,
-    Flag,
     FormatName,
     LocalPath,
     MetricName,
@@ -99,45 +98,6 @@ class LoRAConfig:
     targets: Annotated[
         tuple[Annotated[Target, BeforeValidator(_known_target)], ...], Field(min_length=1)
     ] = ("attention", "dense_mlps", "shared_experts", "experts")
-
-
-@dataclass(frozen=True, config=_STRICT)
-class TrainConfig:
-    """The training loop.
-
-    Attributes:
-        steps: Optimizer updates.
-        epochs: Passes over `data.train`, instead of `steps`, which are counted once the data are
-            read; with `data.mix`, what is mixed in comes on top.
-        batch_size: Packed rows per update, over all devices and micro-batches.
-        micro_batches: Parts of a batch whose gradients are accumulated one after the other.
-        eval_every: Updates between two evaluation losses.
-        save_every: Updates between two checkpoints.
-        log_every: Updates between two lines of metrics.
-        max_skipped: Updates that may be skipped, since their loss or gradients are not finite,
-            before the run stops.
-        balance_loss: Weight of the router's load-balancing loss; only with `method: full`.
-        remat: What is rematerialised in the backward pass, from nothing (`none`) to whole layers
-            (`full`); between them, memory falls from `dots` over `experts` to `attention`.
-            `offload` is `full` with the inputs of layers kept in the memory of the host.
-        profile_step: First update of a profiler trace; 0 makes none.
-        profile_steps: Updates in a trace, of this one and of those asked for by SIGUSR1.
-        verify_frozen: Check after training that every frozen weight kept its bits.
-    """
-
-    steps: Count = 500
-    epochs: Positive | None = None
-    batch_size: Count = 32
-    micro_batches: Count = 1
-    eval_every: Count = 100
-    save_every: Count = 100
-    log_every: Count = 10
-    max_skipped: CountOrZero = 10
-    balance_loss: NonNegative = 0.0
-    remat: Literal["none", "dots", "experts", "attention", "full", "offload"] = "none"
-    profile_step: CountOrZero = 0
-    profile_steps: Count = 3
-    verify_frozen: Flag = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -304,20 +264,15 @@ class RunConfig:
             problem = f"evaluation.others.{empty[0]}: nothing to evaluate; expected data or valid"
         elif self.mesh.data == 0:
             problem = "mesh.data: no devices; expected -1 (all the rest) or at least 1"
-        elif train.batch_size % train.micro_batches:
-            problem = (
-                f"train.micro_batches: {train.micro_batches} equal parts do not make up a batch;"
-                f" expected a divisor of train.batch_size = {train.batch_size}"
-            )
+        elif mistake := train.problem():
+            problem = f"train.{mistake}"
+        elif train.early_stopping.patience is not None and not self.data.valid:
+            problem = "train.early_stopping.patience: needs data.valid, whose loss stops the run"
         elif mistake := optimizer.problem():
             problem = f"optimizer.{mistake}"
-        elif train.epochs is not None and train.steps != TrainConfig.steps:
-            problem = (
-                f"train.steps: {train.steps} beside train.epochs = {train.epochs:g}; expected one "
-                "of them (train.epochs: null takes epochs away)"
-            )
-        elif train.epochs is None and (mistake := optimizer.schedule_problem(train.steps)):
-            problem = f"optimizer.{mistake}"
+        elif train.epochs is None:  # else the steps are not known yet
+            mistake = optimizer.schedule_problem(train.steps)
+            problem = mistake and f"optimizer.{mistake}"
         if problem:
             raise ValueError(problem)
 
@@ -414,18 +369,18 @@ def changes(before: RunConfig, after: RunConfig) -> Iterator[tuple[str, Any, Any
 
     A key that one of them does not have, of a source in `data.mix` for one, is None there.
     """
-    old, new = _by_key(asdict(before)), _by_key(asdict(after))
+    old, new = by_key(asdict(before)), by_key(asdict(after))
     for key in new | old:
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
 
 
-def _by_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_key(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested sections, by keys with dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _by_key(value, f"{prefix}{key}.")
+            flat |= by_key(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

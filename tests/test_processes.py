@@ -82,7 +82,7 @@ def test_processes_together_make_the_run_of_one(
     assert f"step {STEPS} of {STEPS}" in first
     for text in others:
         assert "step" not in text and "experts" not in text, text
-    for name in ("loss", "valid_loss", "target_tokens", "grad_norm"):
+    for name in ("train/loss", "valid/loss", "train/target_tokens", "train/grad_norm"):
         np.testing.assert_allclose(metrics(output, name), metrics(alone, name), rtol=0, atol=1e-5)
     chosen = [json.loads((folder / "expert_cfg.json").read_text()) for folder in (output, alone)]
     assert chosen[0] == chosen[1]
@@ -182,7 +182,8 @@ def test_a_lost_process_ends_the_run_and_another_count_continues_it(
     # One process, on another mesh, takes it from the last checkpoint.
     resumed = start(short_run, output, 1, "mesh.data=4", "mesh.expert=2")
     finish(resumed)
-    np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
+    found, expected = (metrics(folder, "train/loss") for folder in (output, alone))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -197,4 +198,5 @@ def test_a_signal_to_one_process_stops_all_and_more_of_them_continue(
     assert "the same command continues the run" in first
     assert not (output / "adapter").exists()
     finish(start(short_run, output, 4))
-    np.testing.assert_allclose(metrics(output, "loss"), metrics(alone, "loss"), rtol=0, atol=1e-5)
+    found, expected = (metrics(folder, "train/loss") for folder in (output, alone))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -22,7 +22,6 @@ from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import Trained
 from esft_jax.adapt.partition import partition
 from esft_jax.adapt.parts import roles_of
-from esft_jax.config import TrainConfig
 from esft_jax.data_config import DataConfig
 from esft_jax.host_memory import PINNED, Memory
 from esft_jax.model.config import ModelConfig
@@ -34,6 +33,7 @@ from esft_jax.ops.quantisation import Quantisation
 from esft_jax.planning.gpu_memory import granted, memory_fraction
 from esft_jax.sharding import param_shardings
 from esft_jax.topology import lowering_platform
+from esft_jax.train_config import TrainConfig
 from esft_jax.training.program import known_refusals, trace_step
 from esft_jax.training.state import TrainState, init_state, state_shardings
 

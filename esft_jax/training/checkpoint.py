@@ -35,29 +35,32 @@ class Position:
         steps: that the run was to make, which its learning rate may depend on; None if an older
             version wrote it.
         spent: time, see `RunTiming`.
+        stopping: what early stopping goes by; None if an older version wrote it.
     """
 
     data: Any
     best_loss: float | None
     steps: int | None
     spent: Spent
+    stopping: dict[str, Any] | None = None
 
 
 class Checkpoints:
-    """The checkpoints of a run: the last two, and the one with the best validation loss.
+    """The checkpoints of a run: the last ones, and the one with the best validation loss.
 
     A checkpoint holds the trained parameters, the optimizer's state, the position in the data,
     `facts` about the run that a restore must find unchanged, and which row of the tuned bank holds
     which expert. Frozen weights are never in it. It can be restored on another mesh.
     Orbax writes to a temporary folder and renames it, so a half-written one is never found. It does
     not notice flipped bits, so checksums are saved, too, and compared when it is read.
-    The last but one is kept for the case that the last is damaged.
+    Those before the last are kept for the case that the last is damaged.
 
     Args:
         rows: of the tuned bank, if there is one.
+        keep: how many to resume from are kept.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], rows: Rows | None):
+    def __init__(self, folder: Path, facts: dict[str, Any], rows: Rows | None, keep: int = 2):
         self._quiet = ExitStack()
         self._quiet.enter_context(_one_voice())
         self._facts, self._rows = facts, rows and [row and list(row) for row in rows]
@@ -67,13 +70,13 @@ class Checkpoints:
             ocp.CheckpointManager(
                 (folder / name).absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
+                    max_to_keep=most,
                     multiprocessing_options=ocp.options.MultiprocessingOptions(
                         barrier_sync_key_prefix=name
                     ),
                 ),
             )
-            for name, keep in (("last", 2), ("best", 1))
+            for name, most in (("last", keep), ("best", 1))
         )
 
     @property
@@ -141,7 +144,7 @@ class Checkpoints:
                     f"{self._last.directory}: checkpoint of step {step} has {key} = {found!r}; "
                     f"this run has {value!r}"
                 )
-        position = {"steps": None} | position
+        position = {"steps": None, "stopping": None} | position
         names = [field.name for field in dataclasses.fields(Position)]
         if missing := [name for name in names if name not in position]:
             raise InputError(

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh
 
-from esft_jax.config import QuantiseConfig, RunConfig, TrainConfig
+from esft_jax.config import QuantiseConfig, RunConfig
 from esft_jax.errors import InputError
 from esft_jax.memory import check_fits
 from esft_jax.model.config import ModelConfig
 from esft_jax.sharding import EXPERT
+from esft_jax.train_config import TrainConfig
 from esft_jax.training.program import batch_shapes
 
 

@@ -1,6 +1,5 @@
 """A whole training run, from a configuration to an adapter."""
 
-import dataclasses
 import math
 import signal
 import time
@@ -28,12 +27,15 @@ from esft_jax.errors import Diverged, InputError
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import most_of_processes, on_first_process
+from esft_jax.progress import progress_over
 from esft_jax.sharding import place_batch
 from esft_jax.training.checkpoint import Checkpoints, Position, abstract_state
 from esft_jax.training.choosing import describe_placement, experts_to_train, loads_of
 from esft_jax.training.hooks import Caller, Hook, Report, StepInfo
+from esft_jax.training.loggers import Logger, open_trackers
 from esft_jax.training.methods import trained_by
-from esft_jax.training.metrics_log import MetricsLog, peak_memory
+from esft_jax.training.metrics import Interval, grouped, peak_memory, speed_of
+from esft_jax.training.metrics_log import MetricsLog
 from esft_jax.training.operations import model_operations
 from esft_jax.training.optimizer import make_optimizer, make_schedule
 from esft_jax.training.profiler import Profiler
@@ -51,7 +53,8 @@ from esft_jax.training.signals import on_user_signal, stop_signal
 from esft_jax.training.skipped import Skipped
 from esft_jax.training.state import place_state
 from esft_jax.training.step import Loss, make_eval_step, token_loss
-from esft_jax.training.timing import Percentiles, RunTiming, Spent, Stopwatch
+from esft_jax.training.stopping import EarlyStopping
+from esft_jax.training.timing import RunTiming, Spent, Stopwatch
 
 
 def run_training(
@@ -71,9 +74,10 @@ def run_training(
     Args:
         setup: what `open_setup` made of a configuration.
         say: receives a line of text for every stage.
-        on_log: receives step and metrics of every logged step, such as `loss` and
-            `tokens_per_second`.
-        on_eval: receives step and losses of every evaluation, `valid_loss` first.
+        on_log: receives step and metrics of every logged step, such as `train/loss` and
+            `speed/tokens_per_second`.
+        on_eval: receives step and losses of every evaluation, `valid/loss` first; at step 0 those
+            of the model before training.
         hooks: called after every n-th step.
         optimizer: instead of the one that the section `optimizer` describes; any optax
             transformation, of the trained parameters only (`tuned_only`).
@@ -97,12 +101,17 @@ def run_training(
     if optimizer is not None:
         say("optimizer: the caller's own; the section says `moments` and `masters` alone")
     if caller.own_loss and setup.config.data.mix:
-        say("loss: the caller's own; training losses are not logged by source")
-    with own_run(setup):
-        return _train(setup, caller, begin)
+        say(
+            "loss: the caller's own; neither training losses by source nor the load of experts are "
+            "logged"
+        )
+    elif caller.own_loss:
+        say("loss: the caller's own; the load of experts is not logged")
+    with own_run(setup), open_trackers(setup.run, setup.config, say) as trackers:
+        return _train(setup, caller, trackers, begin)
 
 
-def _train(setup: Setup, caller: Caller, begin: float) -> RunResult:
+def _train(setup: Setup, caller: Caller, trackers: Sequence[Logger], begin: float) -> RunResult:
     config, say = setup.config, caller.say
     model = setup.load_base()
     experts = loads = None
@@ -123,7 +132,7 @@ def _train(setup: Setup, caller: Caller, begin: float) -> RunResult:
         )
     # A signal in the end must not cut the last checkpoint or the result short.
     with stop_signal() as stopped, closing(run.checkpoints):
-        outcome = run.train(stopped)
+        outcome = run.train(stopped, trackers)
         path = None if outcome.tuned is None else run.write(outcome)
     if path is not None and (late := stopped()):
         signal.raise_signal(late)  # too late for the loop, but what comes next is to stop
@@ -169,8 +178,10 @@ class _Run:
         rows = self.layout.by_row() if self.layout else None
         self._compile(tuned)
         facts = facts_of(setup, trained, self.state.opt_state, caller.loss)
-        self.checkpoints = Checkpoints(self.folder.checkpoints, facts, rows)
+        keep = self.config.train.keep_checkpoints
+        self.checkpoints = Checkpoints(self.folder.checkpoints, facts, rows, keep)
         self.best_loss: float | None = None
+        self.stopping = EarlyStopping(self.config.train.early_stopping)
         self.skipped = Skipped(
             self.folder.skipped, self.train_set, self.config.train, self.config.seed
         )
@@ -193,6 +204,7 @@ class _Run:
             self.caller.loss,
             self.config.seed,
         )
+        self.caller.say("train step: compiling")
         with known_refusals():
             self.train_step = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -205,7 +217,7 @@ class _Run:
             check_fits(self.step_bytes, "train: arguments and temporaries of the step take")
         self.eval_step = jax.jit(make_eval_step(self.graph, self.caller.loss))
 
-    def train(self, stopped: Callable[[], int | None]) -> Outcome:
+    def train(self, stopped: Callable[[], int | None], trackers: Sequence[Logger]) -> Outcome:
         """Run to the last step, or until a signal has asked to stop."""
         config = self.config.train
         iterator = train_iterator(
@@ -216,50 +228,73 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        start = self.checkpoints.last_step
         watch = Stopwatch(self.folder.begun(), self._resume(iterator))
         on_first_process(lambda: self.folder.keep(self.config), "run folder")
-        first = int(self.state.step)
         loss = None
         profiler = Profiler(self.folder.profile, config)
+        board = "tensorboard" in config.log_to
         with (
             closing(iterator),
-            MetricsLog(self.folder, first, config.steps) as log,
+            MetricsLog(
+                self.folder, start, config.steps, tensorboard=board, trackers=trackers
+            ) as log,
             closing(profiler),
             on_user_signal(profiler.request),
         ):
-            for step in range(first + 1, config.steps + 1):
+            interval = Interval()
+
+            def log_interval(step: int) -> None:
+                laps = watch.lap()  # waits for the step
+                self.skipped.check(step)
+                scalars = self._scalars(step, interval.take()) | self._speed(*laps)
+                log.write(step, scalars)
+                if self.caller.on_log is not None:
+                    with watch.of_others():
+                        self.caller.on_log(step, scalars)
+                self.checkpoints.check()
+
+            def evaluate(step: int) -> float:
+                with watch.other("evaluation"):
+                    losses = self.evaluate()
+                    loss = _finite("validation loss", step, losses["valid/loss"])
+                log.write(step, losses)
+                if self.caller.on_eval is not None:
+                    with watch.of_others():
+                        self.caller.on_eval(step, losses)
+                self.stopping.see(loss)
+                return loss
+
+            if self.valid_sets and start is None:
+                evaluate(0)
+            step = start or 0
+            last = step == config.steps or self._stops_early(step)
+            while not last:
+                step += 1
                 last = step == config.steps
                 with profiler.step(step):
                     with watch.waiting_for_input():
                         batch = next(iterator)
                     self.state, metrics = self.train_step(self.state, self.frozen, batch)
+                interval.add(metrics)
                 self.skipped.add(metrics["skipped"])
                 profiler.finish_step(metrics["skipped"])
                 watch.step(metrics["skipped"])
                 log.advance()
                 if last or step % config.log_every == 0:
-                    laps = watch.lap()  # waits for the step
-                    self.skipped.check(step)
-                    scalars = self._scalars(step, metrics) | self._speed(*laps)
-                    log.write(step, scalars)
-                    if self.caller.on_log is not None:
-                        with watch.of_others():
-                            self.caller.on_log(step, scalars)
-                    self.checkpoints.check()
+                    log_interval(step)
                 if self.valid_sets and (last or step % config.eval_every == 0):
-                    with watch.other("evaluation"):
-                        losses = self.evaluate()
-                        loss = _finite("validation loss", step, losses["valid_loss"])
-                    log.write(step, losses)
-                    if self.caller.on_eval is not None:
-                        with watch.of_others():
-                            self.caller.on_eval(step, losses)
+                    loss = evaluate(step)
                     # Without an update so far, the parameters are those of the base.
                     updated = int(self.state.skipped) < step
                     if updated and (self.best_loss is None or loss < self.best_loss):
                         self.best_loss = loss
                         with watch.other("checkpoints"):
                             self.checkpoints.save_best(step, self.state)
+                    if not last and self._stops_early(step):
+                        last = True
+                        if interval:
+                            log_interval(step)
                 # Several processes agree where they would wait for each other anyway. At the last
                 # step there is nothing to stop, and the signal is left for what comes after.
                 ask = not last and (jax.process_count() == 1 or step % config.log_every == 0)
@@ -269,7 +304,11 @@ class _Run:
                     self.skipped.check(step)
                     with watch.other("checkpoints"):
                         position = Position(
-                            iterator.get_state(), self.best_loss, config.steps, watch.spent
+                            iterator.get_state(),
+                            self.best_loss,
+                            config.steps,
+                            watch.spent,
+                            self.stopping.position(),
                         )
                         self.checkpoints.save(step, self.state, position)
                 if due := self.caller.due(step):
@@ -282,6 +321,17 @@ class _Run:
                 if stop:
                     return Outcome(step, None, loss, watch.timing(), stop)
         return self._outcome(loss, watch.timing())
+
+    def _stops_early(self, step: int) -> bool:
+        """Whether the run ends here, since the validation loss falls no longer; says so."""
+        if not self.stopping.due:
+            return False
+        config = self.config.train
+        self.caller.say(
+            f"early stopping: no lower validation loss in {config.early_stopping.patience} "
+            f"evaluations; the run ends at step {step} of {config.steps}"
+        )
+        return True
 
     def _outcome(self, loss: float | None, timing: RunTiming) -> Outcome:
         """What the run keeps at its end.
@@ -308,34 +358,37 @@ class _Run:
         if self.checkpoints.last_step is None:
             return None
         self.state, position = restore(self.checkpoints, self.state, self.shardings, iterator)
+        steps = self.config.train.steps
+        self.caller.say(f"continues from step {int(self.state.step)} of {steps}")
+        self.stopping.restore(position.stopping)
         if self.checkpoints.best_step is not None:
             self.best_loss = position.best_loss
         self.skipped.count = int(self.state.skipped)
         if self.caller.optimizer is None:
             # Until a run goes on, `config.yaml` is that of its last start.
             before = position.steps or load_config(self.folder.config).train.steps
-            changed = new_rate(self.config.optimizer, before, self.config.train.steps, self.state)
+            changed = new_rate(self.config.optimizer, before, steps, self.state)
             if changed is not None:
                 self.caller.say(changed)
         return position.spent
 
     def _speed(self, steps: Sequence[float], waited: float) -> dict[str, float]:
-        """Of the steps since the last logged one: tokens are positions, padding included."""
-        seconds = sum(steps)
-        tokens = len(steps) * self.config.train.batch_size * self.train_set.sequence_length
-        flops = self.token_flops * tokens / seconds / self.mesh.size
-        peak = peak_flops(jax.devices()[0].device_kind)
-        times = dataclasses.asdict(Percentiles.of(steps))
-        return {
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_second_per_process": tokens / seconds / jax.process_count(),
-            "model_flops_per_second_per_device": flops,
-            **({} if peak is None else {"mfu": flops / peak}),
-            **{f"step_seconds_{name}": value for name, value in times.items()},
-            "input_seconds": most_of_processes(waited) / len(steps),
-        }
+        """Of the updates since the last line; see `speed_of`."""
+        tokens = self.config.train.batch_size * self.train_set.sequence_length
+        return speed_of(
+            steps,
+            most_of_processes(waited),
+            tokens,
+            self.token_flops * tokens / self.mesh.size,
+            peak_flops(jax.devices()[0].device_kind),
+        )
 
-    def _scalars(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+    def _scalars(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """What a line says besides the speed.
+
+        Args:
+            metrics: of the updates since the last line, without groups.
+        """
         config, rates = self.config.optimizer, {}
         if self.caller.optimizer is None:
             # Updates that were skipped do not count for the schedule.
@@ -346,39 +399,43 @@ class _Run:
                 )
                 for part in (None, *config.rates)
             }
-        return {
-            **{name: float(value) for name, value in jax.device_get(metrics).items()},
+        scalars = {
+            **metrics,
             **rates,
             **self.train_set.epochs(step * self.config.train.batch_size),
             "peak_memory_bytes": peak_memory(),
             "trained_share": self.trained / self.total,
         }
+        return {grouped(name): value for name, value in scalars.items()}
 
     def evaluate(self) -> dict[str, float]:
         """Mean losses over the validation sets in nats per token, by metric name.
 
-        `valid_loss` is that of the task. Of several sources: also `valid_loss/NAME` and
-        `valid_target_tokens/NAME` (of an own loss, `valid_loss_weight/NAME`).
+        `valid/loss` is that of the task. Of several sources: also `valid/loss/NAME` and
+        `valid/target_tokens/NAME` (of an own loss, `valid/loss_weight/NAME`).
         """
         sums = {name: self._valid_sums(dataset) for name, dataset in self.valid_sets.items()}
         means = {
             name: total / weight if weight else math.nan for name, (total, weight) in sums.items()
         }
-        metrics = {"valid_loss": means["task"]}
+        metrics = {"valid/loss": means["task"]}
         if self.config.data.mix:
             weighed = "loss_weight" if self.caller.own_loss else "target_tokens"
             for name, (_, weight) in sums.items():
-                metrics |= {f"valid_loss/{name}": means[name], f"valid_{weighed}/{name}": weight}
+                metrics |= {f"valid/loss/{name}": means[name], f"valid/{weighed}/{name}": weight}
         return metrics
 
     def _valid_sums(self, dataset: PackedDataset) -> tuple[float, float]:
         """Sum and weight of the loss over a validation set."""
         size = self.config.train.batch_size // self.config.train.micro_batches
-        # Read at the end, so that the next batch is made while one is computed.
-        sums = [
-            self.eval_step(self.state.tuned, self.frozen, place_batch(batch, self.mesh))
-            for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count())
-        ]
+        batches = eval_batches(dataset, size, jax.process_index(), jax.process_count())
+        sums: list[Any] = []
+        for batch in progress_over(
+            batches, "validate", math.ceil(len(dataset) / size), leave=False
+        ):
+            batch = place_batch(batch, self.mesh)
+            sums.append(self.eval_step(self.state.tuned, self.frozen, batch))
+            jax.block_until_ready(sums[-2:-1])  # the next batch is made while one is computed
         total, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(total), float(weight)
 

@@ -1,58 +1,64 @@
-"""Metrics of a run: a progress bar, JSON lines, TensorBoard."""
+"""Metrics of a run as they come: a progress bar, `metrics.jsonl`, other loggers."""
 
 import json
 import math
-import resource
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from types import TracebackType
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from esft_jax.errors import InputError
-from esft_jax.files import reason, write_text_atomic
+from esft_jax.files import write_text_atomic
+from esft_jax.progress import Progress, with_prefix
+from esft_jax.training.loggers import Logger, TensorBoard, written
 from esft_jax.training.run_folder import RunFolder
 
-# What the progress bar has room for.
-_SHOWN = ("loss", "valid_loss", "tokens_per_second", "mfu")
-# Seconds after which TensorBoard sees what is new.
-_FLUSH = 30
+# What is shown of a line, and how; the progress bar has room for all but the last.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "train/loss": "loss {:.4g}".format,
+    "valid/loss": "valid {:.4g}".format,
+    "speed/tokens_per_second": lambda rate: f"{with_prefix(rate)} tokens/s",
+    "speed/mfu": "mfu {:.0%}".format,
+}
 
 
 class MetricsLog:
     """Writes scalars by step. Only process 0 writes or shows anything.
 
-    Raises:
-        InputError: a file cannot be written, for one when a disk is full.
-
     Lines past `start`, left by a run that was stopped after its last checkpoint, are removed, so
     that a step never stands twice in the file.
+
+    Args:
+        start: the step that the run goes on from; None of a new run.
+        tensorboard: write event files for it, too.
+        trackers: more loggers, which their owner closes.
+
+    Raises:
+        InputError: a file cannot be written, for one when a disk is full.
     """
 
-    def __init__(self, folder: RunFolder, start: int, steps: int):
+    def __init__(
+        self,
+        folder: RunFolder,
+        start: int | None,
+        steps: int,
+        *,
+        tensorboard: bool = False,
+        trackers: Sequence[Logger] = (),
+    ):
         self._active, self._folder = jax.process_index() == 0, folder
         if not self._active:
             return
         _drop_after(folder, start)
-        with _written(folder.path):
+        with written(folder.path):
             self._file = folder.metrics.open("a", encoding="utf-8")
-            folder.tensorboard.mkdir(exist_ok=True)
-            # Not `SummaryWriter`: its thread dies with a traceback when the disk is full.
-            self._board = EventsWriter(str(folder.tensorboard / "events"))
-            # What an earlier process wrote past the checkpoint is not shown.
-            begin = SessionLog(status=SessionLog.START)
-            self._board.write_event(Event(step=start + 1, file_version="brain.Event:2"))
-            self._board.write_event(Event(step=start + 1, session_log=begin))
-        self._flushed = time.monotonic()
-        # disable=None: a bar on terminals only; elsewhere every logged step is a line.
-        self._bar = tqdm(initial=start, total=steps, desc="train", unit="step", disable=None)
+        self._board = TensorBoard(folder.tensorboard, start) if tensorboard else None
+        self._loggers = [*trackers, *([self._board] if self._board else [])]
+        # Elsewhere than on terminals, every logged step is a line.
+        self._progress = Progress("train", steps, initial=start or 0, lines=False)
         self._steps = steps
         self._shown: dict[str, str] = {}
 
@@ -60,27 +66,25 @@ class MetricsLog:
         """Record scalars, but those that are not finite, and show them beside the progress bar."""
         if not self._active:
             return
+        now = time.time()
         scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        with _written(self._folder.metrics):
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        with written(self._folder.metrics):
+            self._file.write(json.dumps({"step": step, "time": now, **scalars}) + "\n")
             self._file.flush()
-        with _written(self._folder.tensorboard):
-            for name, value in scalars.items():
-                event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
-                self._board.write_event(event)
-            if time.monotonic() - self._flushed > _FLUSH:  # which waits for the disk
-                self._board.flush()
-                self._flushed = time.monotonic()
-        self._shown |= {name: f"{scalars[name]:.4g}" for name in _SHOWN if name in scalars}
-        self._bar.set_postfix(self._shown)
-        if self._bar.disable:
-            values = ", ".join(f"{name} {scalars[name]:.4g}" for name in _SHOWN if name in scalars)
-            print(f"step {step} of {self._steps}: {values}", flush=True)
+        for logger in self._loggers:
+            logger.write(step, now, scalars)
+        shown = {name: show(scalars[name]) for name, show in _SHOWN.items() if name in scalars}
+        self._shown |= shown
+        self._progress.show(", ".join(v for k, v in self._shown.items() if k != "speed/mfu"))
+        if not self._progress.on_terminal:
+            values = ", ".join(shown.values())
+            left = f", {self._progress.left} left" if 0 < step < self._steps else ""
+            print(f"step {step} of {self._steps}: {values}{left}", flush=True)
 
     def advance(self) -> None:
         """One more step done."""
         if self._active:
-            self._bar.update()
+            self._progress.advance()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -93,46 +97,22 @@ class MetricsLog:
     ) -> None:
         if not self._active:
             return
-        self._bar.close()
-        for close, path in (
-            (self._close_board, self._folder.tensorboard),
-            (self._file.close, self._folder.metrics),
-        ):
+        self._progress.close()
+        closings: list[Callable[[], None]] = [self._close_file]
+        if self._board is not None:
+            closings.append(partial(self._board.close, error is not None))
+        for close in closings:
             # An error that is on its way says it already.
-            with _written(path) if error is None else suppress(OSError):
+            with nullcontext() if error is None else suppress(InputError):
                 close()
 
-    def _close_board(self) -> None:
-        """Close the events' file also where its last flush fails.
-
-        tensorboardX leaves it open then, and Python complains of it when it collects it.
-        """
-        try:
-            self._board.close()
-        except OSError:
-            with suppress(OSError):
-                self._board._py_recordio_writer.close()
-            raise
+    def _close_file(self) -> None:
+        with written(self._folder.metrics):
+            self._file.close()
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
-
-
-def peak_memory() -> int:
-    """Most bytes in use so far: on the first local device, or by the process on a CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def _drop_after(folder: RunFolder, step: int) -> None:
+def _drop_after(folder: RunFolder, start: int | None) -> None:
     if folder.metrics.exists():
-        kept = [json.dumps(line) for line in folder.logged() if line["step"] <= step]
+        last = -1 if start is None else start
+        kept = [json.dumps(line) for line in folder.logged() if line["step"] <= last]
         write_text_atomic(folder.metrics, "".join(line + "\n" for line in kept))

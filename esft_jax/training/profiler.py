@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from esft_jax.config import TrainConfig
+from esft_jax.train_config import TrainConfig
 
 
 class Profiler:

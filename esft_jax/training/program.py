@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from esft_jax.config import TrainConfig
 from esft_jax.data.batch import Batch
 from esft_jax.data_config import DataConfig
 from esft_jax.errors import InputError
 from esft_jax.sharding import batch_sharding
+from esft_jax.train_config import TrainConfig
 from esft_jax.training.state import TrainState, state_shardings
 from esft_jax.training.step import Loss, jit_train_step, make_train_step, token_loss
 

@@ -22,6 +22,7 @@ from esft_jax.files import (
     write_text_atomic,
 )
 from esft_jax.lock import NoLocks, locked
+from esft_jax.training.metrics import grouped
 
 # What a resumed run may change without becoming another run.
 _CHANGEABLE = {
@@ -35,8 +36,12 @@ _CHANGEABLE = {
     "train.steps",
     "train.epochs",
     "train.eval_every",
+    "train.early_stopping.patience",
+    "train.early_stopping.min_delta",
     "train.save_every",
+    "train.keep_checkpoints",
     "train.log_every",
+    "train.log_to",
     "train.remat",
     "train.verify_frozen",
     "train.max_skipped",
@@ -54,7 +59,7 @@ class RunFolder:
     scores/            expert scores, if the run measured them
     expert_cfg.json    the selected experts
     checkpoints/       `last` to resume from, `best` by validation loss
-    metrics.jsonl      one line per logged step; `tensorboard/` holds the same
+    metrics.jsonl      one line per logged step; `tensorboard/`, and `wandb/`, hold the same
     started            when the run was first started, seconds since the epoch
     profile/           profiler traces
     skipped/           for every skipped update, the examples of its batch
@@ -206,6 +211,8 @@ class RunFolder:
     def logged(self) -> Iterator[dict[str, float]]:
         """The lines of `metrics.jsonl`, but for one that a crash cut off.
 
+        Names are grouped (`train/loss`), also of what older versions wrote.
+
         Raises:
             InputError: naming the line that is damaged.
         """
@@ -214,4 +221,4 @@ class RunFolder:
         for where, line in read_json_lines(self.metrics, growing=True):
             checked(dict[str, float], line, where)
             checked(int, line.get("step"), f"{where}: step")
-            yield line
+            yield {grouped(name): value for name, value in line.items()}

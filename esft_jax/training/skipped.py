@@ -4,10 +4,10 @@ from pathlib import Path
 
 import jax
 
-from esft_jax.config import TrainConfig
 from esft_jax.data.pipeline import Dataset, batch_rows
 from esft_jax.errors import Diverged
 from esft_jax.files import write_text_atomic
+from esft_jax.train_config import TrainConfig
 
 
 class Skipped:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from esft_jax.adapt.partition import FROZEN, TUNED
 from esft_jax.adapt.tuned import TunedExperts, in_bank
@@ -69,23 +69,55 @@ def sums_by_source(
     return (of * rows[:, None]).sum(axis=0), (of * weights[:, None]).sum(axis=0)
 
 
-def balance_loss(router: RouterOutput) -> Float[Array, ""]:
+def count_assignments(router: RouterOutput) -> Int[Array, "L E"]:
+    """How many tokens each expert of each MoE layer was chosen by."""
+    layers, num_experts = router.expert_ids.shape[0], router.scores.shape[-1]
+    ids = router.expert_ids.reshape(layers, -1, 1)
+    # Not a scatter: compilers make one loop of the comparison and the sum, on every platform.
+    return (ids == jnp.arange(num_experts)).sum(axis=1, dtype=jnp.int32)
+
+
+def expert_load(
+    assignments: Int[Array, "L E"], tuned: Bool[np.ndarray, "L E"] | None
+) -> dict[str, Float[Array, ""]]:
+    """How evenly tokens are spread over experts, by metric name; means over the layers.
+
+    Assignments of the busiest and of the idlest expert over the mean of a layer; the entropy of
+    their shares over that of equal ones; and the share of all assignments that meet `tuned` ones.
+    """
+    counts = assignments.astype(jnp.float32)
+    total = counts.sum(axis=1, keepdims=True)
+    load = counts * counts.shape[1] / total
+    entropy = -jax.scipy.special.xlogy(counts / total, counts / total).sum(axis=1)
+    load_metrics = {
+        "experts/max_over_mean": load.max(axis=1).mean(),
+        "experts/min_over_mean": load.min(axis=1).mean(),
+        "experts/entropy": entropy.mean() / np.log(counts.shape[1]),
+    }
+    if tuned is not None:
+        load_metrics["experts/tuned_share"] = jnp.where(tuned, counts, 0.0).sum() / counts.sum()
+    return load_metrics
+
+
+def balance_loss(router: RouterOutput, assignments: Int[Array, "L E"]) -> Float[Array, ""]:
     """Load-balancing loss, summed over MoE layers; 1 per layer when the load is uniform.
 
     `sum_e f_e P_e` with f the share of assignments times E and P the mean share of the scores over
     the batch's tokens (arXiv 2405.04434, equations 23 to 25; 2412.19437, 17 to 20).
+
+    Args:
+        assignments: what `count_assignments` finds in the same router outputs.
     """
     num_experts, top_k = router.scores.shape[-1], router.expert_ids.shape[-1]
 
-    def layer(ids: Array, scores: Array) -> Array:
+    def layer(counts: Array, scores: Array) -> Array:
         # Softmax scores have the sum 1 already; those of tokens that are masked out are all 0.
         probs = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
-        counts = jnp.zeros(num_experts).at[ids.reshape(-1)].add(1.0, mode="drop")
         tokens = jnp.maximum(counts.sum() / top_k, 1.0)
         share = counts * num_experts / (top_k * tokens)
         return jnp.sum(share * probs.reshape(-1, num_experts).sum(axis=0) / tokens)
 
-    return jax.vmap(layer)(router.expert_ids, router.scores).sum()
+    return jax.vmap(layer)(assignments.astype(jnp.float32), router.scores).sum()
 
 
 def make_train_step(
@@ -107,8 +139,8 @@ def make_train_step(
 
     Metrics are scalars: `loss`; `grad_norm`, before any clipping; `target_tokens`, the sum
     of loss weights (`loss_weight` of an own loss); `skipped`, the updates so far that were not
-    made; with a `balance_weight`, `balance_loss`; and of each source, `loss/NAME` and
-    `target_tokens/NAME`.
+    made; with a `balance_weight`, `balance_loss`; of each source, `loss/NAME` and
+    `target_tokens/NAME`; and of the default loss, those of `expert_load`.
 
     Args:
         graph: of the model, from `partition`.
@@ -135,19 +167,20 @@ def make_train_step(
 
     def objective(
         tuned: nnx.State, frozen: nnx.State, batch: Batch, total_weight: Array, earlier: Any = None
-    ) -> tuple[Array, tuple[Array, Array, tuple | None]]:
+    ) -> tuple[Array, tuple[Array, Array, tuple | None, Array | None]]:
         model = nnx.merge(graph, tuned, frozen)
         model.remat, model.experts_learn = remat, _base_experts_learn(tuned)
         if own_loss:
             total, weight = _two_scalars(loss(model, batch))
-            return total, (total, weight, None)
+            return total, (total, weight, None, None)
         nll, rows, router = loss_sums(model, batch, earlier)
         mean = nll / total_weight
         by_source = sums_by_source(rows, batch, len(sources)) if sources else None
+        assignments = count_assignments(router)
         if not balance_weight:
-            return mean, (mean, jnp.zeros(()), by_source)
-        balance = balance_loss(router) / micro_batches
-        return mean + balance_weight * balance, (mean, balance, by_source)
+            return mean, (mean, jnp.zeros(()), by_source, assignments)
+        balance = balance_loss(router, assignments) / micro_batches
+        return mean + balance_weight * balance, (mean, balance, by_source, assignments)
 
     def step(
         state: TrainState, frozen: nnx.State, batch: Batch
@@ -179,16 +212,16 @@ def make_train_step(
             return (grads, jax.tree.map(jnp.add, others, found)), None
 
         if micro_batches == 1:
-            grads, (mean, other, by_source) = gradient(state.tuned, frozen, batch, total_weight)
+            grads, found = gradient(state.tuned, frozen, batch, total_weight)
         else:
             none_yet = (jnp.zeros(len(sources)),) * 2 if sources else None
+            unassigned = None if own_loss else _no_assignments(graph, state.tuned, frozen)
             zeros = (
                 jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), state.tuned),
-                (jnp.zeros(()), jnp.zeros(()), none_yet),
+                (jnp.zeros(()), jnp.zeros(()), none_yet, unassigned),
             )
-            (grads, (mean, other, by_source)), _ = jax.lax.scan(
-                accumulate, zeros, _split(batch, micro_batches)
-            )
+            (grads, found), _ = jax.lax.scan(accumulate, zeros, _split(batch, micro_batches))
+        mean, other, by_source, assignments = found
         if own_loss:  # whose weight is known now
             scale = 1 / _not_zero(other)
             mean, grads = mean * scale, jax.tree.map(lambda grad: grad * scale, grads)
@@ -206,6 +239,8 @@ def make_train_step(
             for name, nll, weight in zip(sources, *by_source, strict=True):
                 metrics[f"loss/{name}"] = nll / weight  # not a number without tokens: not logged
                 metrics[f"target_tokens/{name}"] = weight
+        if assignments is not None:
+            metrics |= expert_load(assignments, _selected(graph, state.tuned, frozen))
 
         rounding = Rounding.of(seed, state.step, _held_rows(graph, state.tuned, frozen))
 
@@ -280,6 +315,22 @@ def _held_rows(
     """What the rows of the banks beside the base experts hold; None without banks."""
     bank = nnx.merge(graph, tuned, frozen).tuned_experts
     return None if bank is None else bank.layout.held
+
+
+def _selected(
+    graph: nnx.GraphDef, tuned: nnx.State, frozen: nnx.State
+) -> Bool[np.ndarray, "L E"] | None:
+    """Which experts have banks beside the base experts; None without banks."""
+    bank = nnx.merge(graph, tuned, frozen).tuned_experts
+    if bank is None:
+        return None
+    ids = np.arange(bank.layout.num_experts)
+    return np.array([np.isin(ids, selected) for selected in bank.layout.selected])
+
+
+def _no_assignments(graph: nnx.GraphDef, tuned: nnx.State, frozen: nnx.State) -> Int[Array, "L E"]:
+    config = nnx.merge(graph, tuned, frozen).config
+    return jnp.zeros((len(config.moe_layers), config.router.num_experts), jnp.int32)
 
 
 def _two_scalars(found: Any) -> tuple[Array, Array]:

@@ -154,7 +154,8 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, replic
             if (rows, columns) in MATRICES or (columns, rows) in MATRICES:
                 assert name == "all-reduce" and leading == [layout.rows_per_shard], (name, shapes)
 
-    # Between replicas only gradients of the bank are summed, and numbers: no weight is gathered.
+    # Between replicas only gradients of the bank are summed, and numbers, with those of assignments
+    # for each expert: no weight is gathered.
     received = received_bytes(text, 8, slices=replica)
     between = {kind: size for kind, size in received.items() if kind.endswith(BETWEEN)}
     bank = sum(4 * layout.rows_per_shard * np.prod(shape) for shape in MATRICES + BIASES)
@@ -163,8 +164,9 @@ def test_a_mesh_changes_nothing_and_moves_no_expert(params, batch, alone, replic
     else:
         groups = replica * data  # the ring of an expert's copies
         assert between.keys() == {f"all-reduce{BETWEEN}"}
-        summed = between[f"all-reduce{BETWEEN}"]
-        assert bank * 2 * (groups - 1) / groups <= summed < 1.01 * bank * 2 * (groups - 1) / groups
+        summed, counts = between[f"all-reduce{BETWEEN}"], 4 * LAYERS * NUM_EXPERTS
+        share = 2 * (groups - 1) / groups
+        assert bank * share <= summed < 1.01 * (bank + counts) * share
 
 
 def equal_steps(one, other):

@@ -91,7 +91,7 @@ def test_another_number_of_steps(make_given) -> None:
         "train.steps: 4 instead of 2; the cosine schedule is over all of them, so the learning "
         "rate of the next update is 0.00055 instead of 0.0001"
     )
-    rates = [line["learning_rate"] for line in folder.logged()]
+    rates = [line["train/learning_rate"] for line in folder.logged()]
     assert rates[2] == pytest.approx(5.5e-4)
     before = (folder.adapter / "model.safetensors").read_bytes()
     assert run(four, said.append).step == 4  # it was finished

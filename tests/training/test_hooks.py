@@ -50,8 +50,9 @@ def test_hooks_are_called_when_due_with_what_the_run_writes(make_given) -> None:
         on_eval=lambda step, losses: logged.append({"step": step, **losses}),
         hooks=[Hook(keep, every=3), Hook(lambda done: every.append(done.step))],
     )
-    assert logged == list(RunFolder(config.output).logged())
-    assert [line["step"] for line in logged] == [2, 4, 4] and "valid_loss" in logged[-1]
+    lines = [line for line in RunFolder(config.output).logged() if line.pop("time")]
+    assert logged == lines
+    assert [line["step"] for line in logged] == [0, 2, 4, 4] and "valid/loss" in logged[-1]
     assert list(banks) == [3] and every == [1, 2, 3, 4]
 
 
@@ -72,11 +73,13 @@ def test_own_optimizers_and_losses_are_what_is_trained_evaluated_and_resumed(mak
     # Nothing learns, so both losses are those of the base.
     still = {"optimizer": optax.sgd(0.0, momentum=0.9), "loss": doubled}
     result = run(two, said.append, **still)
-    base = next(RunFolder(plain.folder).logged())["loss"]
+    base = next(RunFolder(plain.folder).logged())["valid/loss"]
     lines = list(RunFolder(two.output).logged())
-    assert lines[-1]["valid_loss"] == result.valid_loss > plain.valid_loss
-    assert lines[0]["loss"] == pytest.approx(2 * base, rel=0.1) and lines[0]["loss_weight"] > 0
-    assert not any("learning_rate" in line for line in lines)
+    assert lines[-1]["valid/loss"] == result.valid_loss > plain.valid_loss
+    assert lines[0]["valid/loss"] == pytest.approx(2 * base)
+    assert lines[1]["train/loss"] == pytest.approx(2 * base, rel=0.1)
+    assert lines[1]["train/loss_weight"] > 0
+    assert not any("train/learning_rate" in line for line in lines)
     assert [text for text in said if text.startswith("optimizer: the caller's own")]
 
     other = {"optimizer": optax.adam(1e-3), "loss": doubled}

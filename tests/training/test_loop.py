@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,20 +77,21 @@ def test_run_folder_holds_everything(finished) -> None:
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last", "best"}
     assert any((folder / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert {"grad_norm", "tokens_per_second", "learning_rate"} <= lines[0].keys()
-    for line in (line for line in lines if "loss" in line):
-        times = [line[f"step_seconds_{name}"] for name in ("p50", "p90", "p99", "max")]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert {"train/grad_norm", "speed/tokens_per_second", "train/learning_rate"} <= lines[1].keys()
+    for line in (line for line in lines if "train/loss" in line):
+        times = [line[f"speed/step_seconds_{name}"] for name in ("p50", "p90", "p99", "max")]
         assert 0 < times[0] == times[3]  # every step is logged
         tokens = 4 * 64 / times[0]
-        assert line["tokens_per_second"] == pytest.approx(tokens)
-        assert line["tokens_per_second_per_process"] == pytest.approx(tokens)
-        assert 0 < line["input_seconds"] < times[0]
-        assert "mfu" not in line  # a CPU has no published peak
-    valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
-    assert len(valid) == 2
-    assert valid[1] < valid[0]
-    assert result.valid_loss == pytest.approx(min(valid))
+        assert line["speed/tokens_per_second"] == pytest.approx(tokens)
+        assert line["speed/tokens_per_second_per_process"] == pytest.approx(tokens)
+        assert 0 < line["speed/input_seconds"] < times[0]
+        assert "speed/mfu" not in line  # a CPU has no published peak
+    assert all(abs(line["time"] - time.time()) < 600 for line in lines)
+    valid = {line["step"]: line["valid/loss"] for line in lines if "valid/loss" in line}
+    assert list(valid) == [0, 2, 4]
+    assert valid[4] < valid[2] < valid[0]
+    assert result.valid_loss == pytest.approx(valid[4])
 
 
 def test_adapter_holds_exactly_the_selected_experts_and_its_provenance(finished, base) -> None:
@@ -132,9 +134,9 @@ def test_model_flops_are_those_that_a_plan_counts(finished, monkeypatch) -> None
     given = dataclasses.replace(config, expert_cfg=str(result.folder / "expert_cfg.json"))
     planned = make_plan(open_case(given, "cpu:4")).model_operations
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").open()]
-    line = next(line for line in lines if "loss" in line)
-    per_device = planned * line["tokens_per_second"] / 4
-    assert line["model_flops_per_second_per_device"] == pytest.approx(per_device)
+    line = next(line for line in lines if "train/loss" in line)
+    per_device = planned * line["speed/tokens_per_second"] / 4
+    assert line["speed/model_flops_per_second_per_device"] == pytest.approx(per_device)
 
     monkeypatch.setattr(loop, "peak_flops", lambda kind: 2 * planned)
     rate = loop._Run._speed(
@@ -147,9 +149,9 @@ def test_model_flops_are_those_that_a_plan_counts(finished, monkeypatch) -> None
         [0.5, 1.5],
         0.25,
     )
-    assert rate["tokens_per_second"] == 2 * 4 * 64 / 2
-    assert rate["mfu"] == pytest.approx(rate["tokens_per_second"] / 4 / 2)
-    assert rate["input_seconds"] == 0.125
+    assert rate["speed/tokens_per_second"] == 2 * 4 * 64 / 2
+    assert rate["speed/mfu"] == pytest.approx(rate["speed/tokens_per_second"] / 4 / 2)
+    assert rate["speed/input_seconds"] == 0.125
 
 
 def test_time_is_counted_from_the_first_start(finished) -> None:
@@ -172,7 +174,7 @@ def test_the_step_never_calls_the_host(finished, tmp_path, monkeypatch) -> None:
     assert to_host.search(jax.jit(calls_back).lower(1.0).compile().as_text())
     compiled = []
 
-    def keep_step(run: loop._Run, stopped) -> Outcome:
+    def keep_step(run: loop._Run, stopped, trackers) -> Outcome:
         compiled.append(run.train_step)
         return Outcome(0, None, None, Stopwatch(0.0).timing())
 
@@ -219,7 +221,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, monkeypatch) ->
         np.testing.assert_array_equal(one[name], other[name], name)
     steps = [json.loads(s)["step"] for s in (tmp_path / "again/metrics.jsonl").open()]
     assert steps == sorted(steps)
-    assert set(steps) == {1, 2, 3, 4}
+    assert set(steps) == {0, 1, 2, 3, 4}
 
 
 def test_a_folder_that_not_every_process_sees(make_config, monkeypatch) -> None:
@@ -350,19 +352,20 @@ def test_sources_are_mixed_by_weight_and_logged(make_config, chats, tmp_path) ->
     data = make_config().data.__dict__ | {"sequence_length": 32, "mix": {"other": other}}
     train = {"steps": 4, "batch_size": 8, "eval_every": 4, "log_every": 1, "micro_batches": 2}
     result = run(make_config(data=data, train=train))
-    *steps, valid = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
+    _, *steps, valid = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
     for line in steps:
-        tokens = line["target_tokens/task"], line["target_tokens/other"]
-        assert sum(tokens) == line["target_tokens"]
-        mean = (tokens[0] * line["loss/task"] + tokens[1] * line["loss/other"]) / sum(tokens)
-        assert line["loss"] == pytest.approx(mean, rel=1e-5)
+        tokens = line["train/target_tokens/task"], line["train/target_tokens/other"]
+        assert sum(tokens) == line["train/target_tokens"]
+        losses = line["train/loss/task"], line["train/loss/other"]
+        mean = (tokens[0] * losses[0] + tokens[1] * losses[1]) / sum(tokens)
+        assert line["train/loss"] == pytest.approx(mean, rel=1e-5)
         # Of eight rows, two and six.
-        assert line["epoch/other"] == pytest.approx(3 * line["epoch/task"])
+        assert line["train/epoch/other"] == pytest.approx(3 * line["train/epoch/task"])
         assert 2 < tokens[1] / tokens[0] < 4
-    assert valid["valid_loss"] == valid["valid_loss/task"] == result.valid_loss
+    assert valid["valid/loss"] == valid["valid/loss/task"] == result.valid_loss
     # Here both sources are validated on the same examples.
-    assert valid["valid_loss/other"] == valid["valid_loss/task"]
-    assert valid["valid_target_tokens/other"] > 0
+    assert valid["valid/loss/other"] == valid["valid/loss/task"]
+    assert valid["valid/target_tokens/other"] > 0
     manifest = json.loads((result.result / "manifest.json").read_text())
     assert list(manifest["data_sha256"]) == [str(chats), str(tmp_path / "other.jsonl")]
     # Experts are scored on the task alone.
@@ -432,8 +435,8 @@ def test_full_training_from_random_weights_writes_a_model(make_config) -> None:
     model = load_model(result.result)
     assert sum(x.size for x in jax.tree.leaves(loop.nnx.state(model))) == result.total
     lines = [json.loads(s) for s in (result.folder / "metrics.jsonl").open()]
-    assert lines[-2]["loss"] < lines[0]["loss"]
-    assert lines[0]["balance_loss"] > 2.9  # one per MoE layer at least
+    assert lines[-2]["train/loss"] < lines[1]["train/loss"]
+    assert lines[1]["train/balance_loss"] > 2.9  # one per MoE layer at least
 
 
 def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path) -> None:
@@ -444,9 +447,9 @@ def test_shared_experts_and_other_modules_train_on_request(make_config, tmp_path
     config = make_config(expert_cfg=str(tmp_path / "cfg.json"), optimizer=optimizer)
     run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
     result = run(config)
-    lines = [line for line in RunFolder(config.output).logged() if "learning_rate" in line]
+    lines = [line for line in RunFolder(config.output).logged() if "train/learning_rate" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    for name, peak in {"learning_rate": 1e-3, "learning_rate/router": 1e-5}.items():
+    for name, peak in {"train/learning_rate": 1e-3, "train/learning_rate/router": 1e-5}.items():
         np.testing.assert_allclose([line[name] / peak for line in lines], [0, 0.5, 1, 1], rtol=1e-6)
     names = adapter_tensors(config).keys()
     assert "model.layers.1.mlp.shared_experts.up_proj.weight" in names
@@ -533,9 +536,9 @@ def test_updates_that_are_not_finite_are_skipped_and_listed(make_config, poisone
     result = run(config)
     lines = [json.loads(s) for s in (result.folder / "metrics.jsonl").read_text().splitlines()]
     listed = {int(p.stem): p.read_text().splitlines() for p in result.folder.glob("skipped/*")}
-    assert lines[-1]["skipped"] == len(listed) > 0
+    assert lines[-1]["train/skipped"] == len(listed) > 0
     # The warm-up waits for them.
-    assert lines[-1]["learning_rate"] == pytest.approx(1e-3 * (7 - len(listed)) / 8)
+    assert lines[-1]["train/learning_rate"] == pytest.approx(1e-3 * (7 - len(listed)) / 8)
     for examples in listed.values():
         assert poisoned[0] in examples and len(examples) < 20  # of 40
     assert all(np.isfinite(x).all() for x in adapter_tensors(config).values())

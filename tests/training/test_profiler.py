@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from esft_jax.config import TrainConfig
+from esft_jax.train_config import TrainConfig
 from esft_jax.training.profiler import Profiler
 from esft_jax.training.signals import on_user_signal
 

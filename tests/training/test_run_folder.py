@@ -80,4 +80,4 @@ def test_a_damaged_line_of_metrics_is_named(config: RunConfig, line: bytes, mess
         run.check(config)
     run.metrics.write_bytes(b'{"step": 1, "loss": 1.5}\n' + line)  # what a crash leaves
     run.check(config)
-    assert list(run.logged()) == [{"step": 1, "loss": 1.5}]
+    assert list(run.logged()) == [{"step": 1, "train/loss": 1.5}]

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+import esft_jax.training.step as step_module
 from esft_jax.adapt.attach import attach, attach_tuned_experts
 from esft_jax.adapt.expert_config import ExpertConfig
 from esft_jax.adapt.lora import LoRA
@@ -19,7 +20,13 @@ from esft_jax.model.router import RouterOutput
 from esft_jax.optimizer_config import OptimizerConfig
 from esft_jax.training.optimizer import make_optimizer
 from esft_jax.training.state import init_state
-from esft_jax.training.step import balance_loss, make_train_step, token_loss
+from esft_jax.training.step import (
+    balance_loss,
+    count_assignments,
+    expert_load,
+    make_train_step,
+    token_loss,
+)
 
 EXPERTS = ExpertConfig({1: (3, 0), 2: (5,), 3: (1, 6, 7)})
 
@@ -97,7 +104,8 @@ def test_micro_batches_give_the_loss_and_update_of_the_whole_batch(batch, esft_s
     graph, frozen, optimizer, before, after, metrics = esft_step
     step = jax.jit(make_train_step(graph, optimizer, micro_batches=2, remat="full"))
     parts, split_metrics = step(before, frozen, batch)
-    for name in ("loss", "grad_norm", "target_tokens"):
+    assert "experts/tuned_share" in metrics
+    for name in ("loss", "grad_norm", "target_tokens", *(n for n in metrics if "experts/" in n)):
         np.testing.assert_allclose(split_metrics[name], metrics[name], rtol=1e-5)
     moments = zip(jax.tree.leaves(parts.opt_state), jax.tree.leaves(after.opt_state), strict=True)
     for one, other in moments:
@@ -142,14 +150,69 @@ def test_losses_and_tokens_by_source_are_those_of_its_rows_alone(batch, esft_ste
         assert found["target_tokens/none"] == 0 and np.isnan(found["loss/none"])
 
 
+def test_the_load_of_experts_is_that_of_the_router_outputs(base, batch, esft_step) -> None:
+    metrics = esft_step[-1]
+    model = load_model(base)
+
+    @jax.jit
+    def chosen(batch):
+        inputs = batch["tokens"], batch["segment_ids"], batch["positions"]
+        return model.hidden_states(*inputs)[1].expert_ids
+
+    ids = np.asarray(chosen(batch))  # as before the update, since copies begin equal
+    layers, experts = model.config.moe_layers, model.config.router.num_experts
+    counts = np.array([np.bincount(i.ravel(), minlength=experts + 1)[:experts] for i in ids])
+    assert counts.sum() == len(layers) * (batch["segment_ids"] > 0).sum() * ids.shape[-1]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    logs = np.log(np.where(shares > 0, shares, 1))
+    own = [(layers.index(layer), i) for layer, ids in EXPERTS.experts.items() for i in ids]
+    tuned = sum(counts[place] for place in own)
+    expected = {
+        "max_over_mean": (shares.max(axis=1) * experts).mean(),
+        "min_over_mean": (shares.min(axis=1) * experts).mean(),
+        "entropy": -(shares * logs).sum(axis=1).mean() / np.log(experts),
+        "tuned_share": tuned / counts.sum(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"experts/{name}"], value, rtol=1e-5)
+    assert 0 < expected["tuned_share"] < 1
+
+
+def test_equal_and_idle_loads() -> None:
+    equal = expert_load(jnp.full((2, 4), 3), None)
+    assert {float(value) for value in equal.values()} == {1.0} and len(equal) == 3
+    one = expert_load(jnp.array([[6, 0, 0]]), np.array([[False, True, True]]))
+    assert [float(value) for value in one.values()] == [3.0, 0.0, 0.0, 0.0]
+
+
+def test_the_load_of_experts_costs_a_step_nothing_noticeable(batch, esft_step, monkeypatch) -> None:
+    """Counting takes what the step has made anyway: no pass, no product, no exchange of its own."""
+    graph, frozen, optimizer, before, _, _ = esft_step
+
+    def compiled():
+        step = jax.jit(make_train_step(graph, optimizer))
+        return step.lower(before, frozen, batch).compile()
+
+    counting = compiled()
+    uncounted = jnp.zeros((3, 8), jnp.int32)
+    monkeypatch.setattr(step_module, "count_assignments", lambda router: uncounted)
+    plain = compiled()
+    for cost in ("flops", "bytes accessed"):
+        assert counting.cost_analysis()[cost] < 1.01 * plain.cost_analysis()[cost]
+    memory, least = (x.memory_analysis().temp_size_in_bytes for x in (counting, plain))
+    assert memory < 1.01 * least
+    for operation in (" dot(", " while(", " scatter(", "custom-call("):
+        assert counting.as_text().count(operation) == plain.as_text().count(operation)
+
+
 def test_balance_loss_is_one_per_layer_when_uniform_and_more_when_not() -> None:
     ids = jnp.arange(16).reshape(1, 1, 8, 2) % 4
     uniform = RouterOutput(ids, jnp.ones((1, 1, 8, 2)), jnp.full((1, 1, 8, 4), 0.25))
-    np.testing.assert_allclose(balance_loss(uniform), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(balance_loss(uniform, count_assignments(uniform)), 1.0, rtol=1e-6)
     skewed = uniform._replace(
         expert_ids=ids % 2, scores=jnp.broadcast_to(jnp.array([0.5, 0.5, 0, 0]), (1, 1, 8, 4))
     )
-    np.testing.assert_allclose(balance_loss(skewed), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(balance_loss(skewed, count_assignments(skewed)), 2.0, rtol=1e-6)
 
 
 def many_experts(base):
