@@ -18,7 +18,7 @@ from esft_jax.evaluation.run import (
     kept_evaluation,
     run_evaluations,
 )
-from esft_jax.terminal import Terminal
+from esft_jax.terminal import Terminal, first_line
 from esft_jax.values import LocalPath
 
 
@@ -36,12 +36,14 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     config = open_config(args)
+    console = Terminal(quiet=jax.process_index() != 0)
     inputs = check_evaluation(config)
     adapters: list[str | None] = args.adapter or [None]
     if len({*adapters}) < len(adapters):
         raise InputError("--adapter: one is given twice; expected each once")
+    beside = f" with {', '.join(args.adapter)}" if args.adapter else ""
+    console.say(first_line(f"evaluate {config.model}{beside}", config.dtype))
     reports = run_evaluations(config, adapters, inputs)
-    console = Terminal(quiet=jax.process_index() != 0)
     for number, (adapter, report) in enumerate(zip(adapters, reports, strict=True)):
         full = None
         if adapter is not None:

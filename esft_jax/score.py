@@ -14,10 +14,11 @@ from esft_jax.files import check_writable
 from esft_jax.processes import on_first_process
 from esft_jax.routing.choose import choose_experts, describe
 from esft_jax.select import print_selection
-from esft_jax.terminal import Terminal
+from esft_jax.terminal import Terminal, first_line
 from esft_jax.training.choosing import measure_scores
 from esft_jax.training.fit import check_rows
 from esft_jax.training.rows import general_rows, score_rows
+from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import Setup, open_setup
 from esft_jax.values import LocalPath
 
@@ -37,6 +38,10 @@ def main(argv: Sequence[str]) -> None:
     config = open_config(args)
     if "contrast" in config.further_scores and not config.score.general:
         raise InputError("score.general: contrast compares with it; expected files of a sample")
+    folder = Path(args.output) if args.output else RunFolder(config.output).scores
+    check_writable(folder, "--output" if args.output else "output")
+    console = Terminal(quiet=jax.process_index() != 0)
+    console.say(first_line(f"score the experts of {config.model}", config.dtype))
     setup = open_setup(config)
     if setup.base.source is None:
         raise InputError("init: random weights have no experts to score; expected pretrained")
@@ -45,15 +50,13 @@ def main(argv: Sequence[str]) -> None:
     rows = score_rows(setup.task_set, length, config.data, setup.tokenizer, config.seed)
     general = general_rows(config.score, config.data, setup.tokenizer, config.seed)
     setup = dataclasses.replace(setup, score_set=rows, general_set=general)
-    folder = Path(args.output) if args.output else setup.run.scores
-    check_writable(folder, "--output" if args.output else "output")
     with ExitStack() as stack:
         if not args.output:
             on_first_process(lambda: stack.enter_context(setup.run.owned()), "output")
-        _score(setup, folder)
+        _score(setup, folder, console)
 
 
-def _score(setup: Setup, folder: Path) -> None:
+def _score(setup: Setup, folder: Path, console: Terminal) -> None:
     config = setup.config
     scores = measure_scores(setup, setup.load_base())
     if jax.process_index() == 0:
@@ -61,7 +64,6 @@ def _score(setup: Setup, folder: Path) -> None:
         # Of these scores, whatever the configuration will train on.
         select = dataclasses.replace(config.select, scores=())
         chosen = choose_experts(select, [scores], setup.base.config, config.dtype)
-        console = Terminal()
         assert setup.score_set is not None
         console.say(setup.score_set.describe())
         if setup.general_set is not None:

@@ -11,7 +11,7 @@ from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.processes import split_cpu
 from esft_jax.sweeping.config import base_cells, load_sweep, run_config
 from esft_jax.sweeping.table import MethodRow, summarise
-from esft_jax.terminal import Terminal
+from esft_jax.terminal import Terminal, first_line
 
 
 @command
@@ -26,11 +26,14 @@ def main(argv: Sequence[str]) -> None:
             "processes of a sweep read"
         )
     sweep = load_sweep(file)
-    split_cpu(run_config(sweep, base_cells(sweep)[0]).mesh.cpu_devices)
+    example = run_config(sweep, base_cells(sweep)[0])
+    split_cpu(example.mesh.cpu_devices)
     from esft_jax.sweeping.run import run_sweep
     from esft_jax.training.signals import exit_on_signals
 
     console = Terminal()
+    doing = f"sweep {len(sweep.methods)} methods x {len(sweep.tasks)} tasks into {sweep.output}"
+    console.say(first_line(doing, example.dtype))
     with exit_on_signals(console.say):
         record = run_sweep(sweep, console.say)
     if record is None:

@@ -1,5 +1,7 @@
 """Texts on standard output, as they are."""
 
+from importlib import metadata
+
 from rich.console import Console
 
 
@@ -20,3 +22,21 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Leave to `cli.command` what happens when its reader has closed the output."""
         raise  # rich calls this while it handles the exception
+
+
+def first_line(doing: str, dtype: str) -> str:
+    """What a command begins with: versions, devices, type, what it does.
+
+    Args:
+        dtype: of the computation.
+    """
+    import jax  # not of commands that print texts alone
+
+    try:
+        version = metadata.version("esft-jax")
+    except metadata.PackageNotFoundError:
+        version = "(not installed)"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
+    return f"esft-jax {version}, JAX {jax.__version__}, {devices}, {dtype}: {doing}"

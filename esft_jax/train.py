@@ -23,10 +23,12 @@ from esft_jax.evaluation.run import (
 )
 from esft_jax.huge_pages import restart_with_huge_pages
 from esft_jax.processes import on_first_process
-from esft_jax.terminal import Terminal
+from esft_jax.terminal import Terminal, first_line
+from esft_jax.training.loggers import check_trackers
 from esft_jax.training.loop import run_training
 from esft_jax.training.preemption import watch_preemption
 from esft_jax.training.result import RunResult, write_card
+from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import Setup, open_setup, own_run
 from esft_jax.training.signals import exit_on_signals
 
@@ -52,10 +54,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _train(config: RunConfig, console: Terminal) -> None:
+    console.say(first_line(_doing(config), config.dtype))
+    check_trackers(config.train.log_to)
     setup = open_setup(config)
     inputs = check_evaluation(config) if config.evaluation.asked else None
     with own_run(setup):
         _run(setup, inputs, console)
+
+
+def _doing(config: RunConfig) -> str:
+    first, *others = config.data.train
+    data = first + (f" and {len(others)} more" if others else "")
+    done = RunFolder(config.output).last_step()
+    where = f"into {config.output}" if done is None else f"from step {done} of {config.output}"
+    return f"train {config.model} by {config.method} on {data}, {where}"
 
 
 def _run(setup: Setup, inputs: EvaluationInputs | None, console: Terminal) -> None:

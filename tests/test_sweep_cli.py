@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -71,12 +72,17 @@ def small(sweep_file: Path, tmp_path: Path) -> Path:
     return config
 
 
-def test_one_cell_after_the_other(small: Path) -> None:
+def test_one_cell_after_the_other(small: Path, capsys: pytest.CaptureFixture) -> None:
     """A base, a method, a task; again it runs nothing."""
     output = small.with_suffix("")
     assert sweep.main(["--config", str(small)]) == 0
     found = results(output)
     assert found.keys() == {"sums/base/None/0", "sums/token/None/0"}
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert re.search(r", float32: sweep 1 methods x 1 tasks into .*small$", first)
+    cells = [line for line in lines if line.startswith("cell ")]
+    assert cells[0] == "cell 1 of 2: sums/base/seed-0"
+    assert re.fullmatch(r"cell 2 of 2: sums/token/seed-0; about [\d:]+ left", cells[1])
     trained = found["sums/token/None/0"]
     assert trained["valid_loss"] != found["sums/base/None/0"]["valid_loss"]
     assert trained["retention"].keys() == {"numbers"}

@@ -26,6 +26,7 @@ from esft_jax.families import load_model_config, tensor_table
 from esft_jax.families.tensors import LeafPath, Placement
 from esft_jax.files import checked, read_json
 from esft_jax.ops.quantised import Quantised
+from esft_jax.progress import Advance
 
 FORMAT = "esft_jax converted base, version 1"
 MANIFEST = "manifest.json"
@@ -116,9 +117,14 @@ class ConvertedSource:
         place = self.placements[name]
         return place.from_block(self._read(place.path, place.box))
 
-    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+    def block(
+        self, path: LeafPath, box: Box, dtype: np.dtype, advance: Advance | None = None
+    ) -> np.ndarray:
         """A block of a stacked parameter, cast to a type."""
-        return self._read(path, box).astype(dtype, copy=False)
+        block = self._read(path, box).astype(dtype, copy=False)
+        if advance is not None:
+            advance(block.nbytes)
+        return block
 
     @property
     def kept(self) -> list[Path]:

@@ -41,6 +41,7 @@ from esft_jax.model.params import Role
 from esft_jax.model.quantised import is_quantised
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_all_processes
+from esft_jax.progress import progress_over
 
 _MAX_SHARD_BYTES = 5_000_000_000
 
@@ -240,7 +241,9 @@ def _export(
             return carried.read(name)
         return stored_tensor(table, name, specs, parts, merged)
 
-    tensors = in_order(arriving, specs, lambda name: specs[name].num_bytes)
+    tensors = progress_over(
+        in_order(arriving, specs, lambda name: specs[name].num_bytes), "export", len(specs)
+    )
     _write_model(target, source.folder, specs, tensors, common, chats, card, replace=False)
     cast = Counter(stored[name].name for name in weights if stored[name] != common)
     said = [f"all {len(weights):,} tensors in {common.name}"]

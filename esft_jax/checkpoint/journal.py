@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import pydantic
-from tqdm import tqdm
 
 from esft_jax.checkpoint.streaming import in_order, share
 from esft_jax.errors import InputError
 from esft_jax.files import check_no_links, checked, read_json_lines, visible, write_text_atomic
+from esft_jax.progress import Progress
 
 JOURNAL = "conversion.jsonl"
 """It names what the work is, and the pieces that are finished."""
@@ -97,18 +97,12 @@ class Journal:
         names = share(left, num_bytes, process, processes)
         with (
             (self._folder / _OF_PROCESS.format(process)).open("w", encoding="utf-8") as journal,
-            tqdm(
-                desc=what,
-                total=sum(map(num_bytes, names)),
-                unit="B",
-                unit_scale=True,
-                disable=True if process else None,  # None: shown on terminals only
-            ) as progress,
+            Progress(what, sum(map(num_bytes, names)), unit="B") as progress,
         ):
             for name, digest in in_order(work, names, num_bytes):
                 journal.write(_line(_Finished(name, digest)))
                 journal.flush()
-                progress.update(num_bytes(name))
+                progress.advance(num_bytes(name))
 
     def digests(self) -> dict[str, str]:
         """Hashes of all pieces, once all are finished."""

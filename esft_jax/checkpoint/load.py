@@ -1,5 +1,6 @@
 """Base weights from disk into a sharded `Transformer`."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from esft_jax.model.quantised import quantise_model
 from esft_jax.model.transformer import Transformer
 from esft_jax.ops.quantisation import Quantisation
 from esft_jax.ops.quantised import Quantised
+from esft_jax.progress import Advance, Progress
 from esft_jax.sharding import param_shardings
 
 # What a hub download fetches: never pickled weights, never code.
@@ -114,54 +116,89 @@ def load_source(
         if isinstance(like := param.get_value(), Quantised):
             check_kept(source, tuple(map(str, keys)), like)
     places = param_shardings(abstract, mesh, expert_matrices_on_host(frozen_memory))
-    shardings = nnx.to_flat_state(places)
+    shardings = [sharding.get_value() for _, sharding in nnx.to_flat_state(places)]
+    leaves = [
+        (tuple(map(str, keys)), param, param.get_value(), place)
+        for (keys, param), place in zip(nnx.to_flat_state(abstract), shardings, strict=True)
+    ]
     loaded = []
-    for (keys, param), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
-        leaf = tuple(map(str, keys))
-        value, place = param.get_value(), sharding.get_value()
-        read = _read_quantised if isinstance(value, Quantised) else _read_leaf
-        loaded.append((leaf, param.replace(read(source, leaf, value, place))))
+    total = sum(_own_bytes(value, place) for _, _, value, place in leaves)
+    with Progress("load", total, unit="B") as progress:
+        for leaf, param, value, place in leaves:
+            read = _read_quantised if isinstance(value, Quantised) else _read_leaf
+            value = read(source, leaf, value, place, progress.advance)
+            loaded.append((leaf, param.replace(value)))
     base = LoadedBase(nnx.merge(graph, nnx.from_flat_state(loaded)), source)
     check_base(base.model, name)
     return base
 
 
+def _own_bytes(leaf: jax.ShapeDtypeStruct | Quantised, sharding: Any) -> int:
+    """Bytes that this process reads of a parameter, in the types that devices hold."""
+    if isinstance(leaf, Quantised):
+        return len(_own_matrices(leaf, sharding)) * _held_bytes(leaf)
+    items = sum(math.prod(stop - start for start, stop in box) for box in _boxes(leaf, sharding))
+    return items * leaf.dtype.itemsize
+
+
+def _held_bytes(leaf: Quantised) -> int:
+    """Bytes of the codes and scales of a matrix."""
+    parts = leaf.codes, leaf.scales
+    return sum(math.prod(part.shape[-2:]) * part.dtype.itemsize for part in parts)
+
+
+def _boxes(
+    leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:
+    """Begin and end on each axis of the boxes that this process's devices hold, and which do."""
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        box = bounded(index or (), leaf.shape)
+        devices[tuple((s.start, s.stop) for s in box)].append(device)
+    return devices
+
+
 def _read_leaf(
-    source: Source, path: LeafPath, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+    source: Source,
+    path: LeafPath,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding,
+    advance: Advance,
 ) -> jax.Array:
     """One parameter on its devices; what several of them hold is read once in each process.
 
     The host keeps no part of it for longer than it takes to hand it on.
     """
-    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        box = bounded(index or (), leaf.shape)
-        devices[tuple((s.start, s.stop) for s in box)].append(device)
     parts = []
-    for bounds, holders in devices.items():
-        block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype)
+    for bounds, holders in _boxes(leaf, sharding).items():
+        block = source.block(path, tuple(slice(*ends) for ends in bounds), leaf.dtype, advance)
         places = [SingleDeviceSharding(d, memory_kind=sharding.memory_kind) for d in holders]
         parts += jax.block_until_ready([jax.device_put(block, place) for place in places])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
+def _own_matrices(leaf: Quantised, shardings: Quantised) -> list[tuple[int, ...]]:
+    """Places in a stack of the matrices that this process's devices hold some of."""
+    needed = np.zeros(leaf.shape[:-2], bool)
+    for sharding, part in zip(*map(jax.tree.leaves, (shardings, leaf)), strict=True):
+        for index in sharding.addressable_devices_indices_map(part.shape).values():
+            needed[bounded(index or (), part.shape)[:-2]] = True
+    return [tuple(map(int, place)) for place in np.argwhere(needed)]
+
+
 def _read_quantised(
-    source: Source, path: LeafPath, leaf: Quantised, shardings: Quantised
+    source: Source, path: LeafPath, leaf: Quantised, shardings: Quantised, advance: Advance
 ) -> Quantised:
     """A stack of matrices on their devices, as the files keep them; or else each of them is
     quantised as soon as it is read.
     """
     codes = np.empty(leaf.codes.shape, leaf.codes.dtype)
     scales = np.empty(leaf.scales.shape, leaf.scales.dtype)
-    needed = np.zeros(leaf.shape[:-2], bool)
-    for sharding, part in zip(*map(jax.tree.leaves, (shardings, leaf)), strict=True):
-        for index in sharding.addressable_devices_indices_map(part.shape).values():
-            needed[bounded(index or (), part.shape)[:-2]] = True
     read = quantised_reader(source, path, leaf)
-    places = [tuple(map(int, place)) for place in np.argwhere(needed)]
-    size = matrix_bytes(leaf)
+    places, size = _own_matrices(leaf, shardings), matrix_bytes(leaf)
     for place, (own_codes, own_scales) in in_order(read, places, lambda _: size):
         codes[place], scales[place] = own_codes, own_scales
+        advance(_held_bytes(leaf))
 
     def put(values: np.ndarray, place: Any) -> jax.Array:
         return jax.make_array_from_callback(values.shape, place, lambda index: values[index])

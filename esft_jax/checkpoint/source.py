@@ -31,6 +31,7 @@ from esft_jax.model.config import ModelConfig
 from esft_jax.model.params import Role
 from esft_jax.model.rope import inverse_frequencies
 from esft_jax.ops.quantised import Quantised
+from esft_jax.progress import Advance, Progress
 
 _COMPARED_BYTES = 16 << 20
 
@@ -62,8 +63,14 @@ class Source(Protocol):
     def tensor(self, name: str) -> np.ndarray:
         """One tensor under its Hugging Face name, in that type."""
 
-    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
-        """A block of a stacked parameter, cast to a type."""
+    def block(
+        self, path: LeafPath, box: Box, dtype: np.dtype, advance: Advance | None = None
+    ) -> np.ndarray:
+        """A block of a stacked parameter, cast to a type.
+
+        Args:
+            advance: receives how many bytes of the block are there, again and again.
+        """
 
     def keeps(self, path: LeafPath, like: Quantised) -> bool:
         """Whether the files hold a stacked parameter quantised like this."""
@@ -158,8 +165,10 @@ class HuggingFaceSource:
         own = share(names, self.num_bytes, jax.process_index(), jax.process_count())
         found = np.zeros((len(names), hashlib.sha256().digest_size), np.uint8)
         rows = {name: row for row, name in enumerate(names)}
-        for name, digest in in_order(self.digest, own, self.num_bytes):
-            found[rows[name]] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        with Progress("hash", sum(map(self.num_bytes, own)), unit="B") as progress:
+            for name, digest in in_order(self.digest, own, self.num_bytes):
+                found[rows[name]] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+                progress.advance(self.num_bytes(name))
         if jax.process_count() > 1:
             # Every row comes from one process, and is zero elsewhere.
             found = process_allgather(found).sum(axis=0, dtype=np.uint8)
@@ -191,17 +200,24 @@ class HuggingFaceSource:
         index = index or tuple(slice(0, size) for size in self.placements[name].shape)
         return part.view(self.files.read(part.name, part.box(index)))
 
-    def block(self, path: LeafPath, box: Box, dtype: np.dtype) -> np.ndarray:
+    def block(
+        self, path: LeafPath, box: Box, dtype: np.dtype, advance: Advance | None = None
+    ) -> np.ndarray:
         """A block of a stacked parameter, of the tensors that reach into it."""
         block = np.empty(box_shape(box), dtype)
 
-        def copy(name: str) -> None:
+        def copy(name: str) -> int:
             common = intersect(box, self.placements[name].box)
-            if common is not None:
-                self._copy(name, common, block[within(common, box)])
+            if common is None:
+                return 0
+            part = block[within(common, box)]
+            self._copy(name, common, part)
+            return part.nbytes
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(copy, self.by_leaf[path]))
+            for copied in pool.map(copy, self.by_leaf[path]):
+                if advance is not None:
+                    advance(copied)
         return block
 
     def part(self, name: str, box: Box, dtype: np.dtype) -> np.ndarray:

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from esft_jax.errors import InputError
 from esft_jax.evaluation.metrics import MetricResult
 from esft_jax.files import checked, read_json, write_text_atomic
+from esft_jax.progress import Progress
 
 VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "JUDGE_MODEL")
 
@@ -134,14 +134,13 @@ class Judge:
                 replies[path] = kept.reply
             else:
                 missing.append(path)
-        # A bar on terminals only.
-        bar = tqdm(total=len(missing), desc=f"judge {self.model}", disable=None)
+        bar = Progress(f"judge {self.model}", len(missing))
         with bar, ThreadPoolExecutor(_CONCURRENT) as pool:
             futures = {pool.submit(self._ask, by_file[path], path): path for path in missing}
             try:
                 for future in as_completed(futures):
                     replies[futures[future]] = future.result()
-                    bar.update()
+                    bar.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -10,7 +10,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
@@ -22,6 +21,7 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation.load import load_tuned
 from esft_jax.files import checked, local_path
 from esft_jax.processes import split_cpu
+from esft_jax.progress import Progress
 from esft_jax.sharding import make_mesh
 
 # What tasks may set beside `until` and the number of tokens.
@@ -152,13 +152,13 @@ class EsftJaxLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        with tqdm(total=len(pairs), desc="log-likelihood", disable=disable_tqdm or None) as bar:
+        with Progress("log-likelihood", len(pairs), shown=not disable_tqdm) as bar:
             found = continuation_likelihoods(
                 self._model,
                 pairs,
                 batch_size=self.batch_size,
                 max_length=self.max_length,
-                advance=bar.update,
+                advance=bar.advance,
             )
         for (texts, *_), result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -182,9 +182,9 @@ class EsftJaxLM(TemplateLM):
             for window in windows:
                 owners.append(number)
                 pairs.append(make_disjoint_window(window))
-        with tqdm(total=len(pairs), desc="log-likelihood", disable=disable_tqdm or None) as bar:
+        with Progress("log-likelihood", len(pairs), shown=not disable_tqdm) as bar:
             found = continuation_likelihoods(
-                self._model, pairs, batch_size=self.batch_size, advance=bar.update
+                self._model, pairs, batch_size=self.batch_size, advance=bar.advance
             )
         totals = [0.0] * len(requests)
         for number, (value, _) in zip(owners, found, strict=True):
@@ -202,7 +202,7 @@ class EsftJaxLM(TemplateLM):
             key: self._wanted(requests[numbers[0]].args[1]) for key, numbers in groups.items()
         }
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm or None) as bar:
+        with Progress("generate", len(requests), shown=not disable_tqdm) as bar:
             for key, numbers in groups.items():
                 contexts = [requests[number].args[0] for number in numbers]
                 found = self._generate(contexts, wanted[key], bar)
@@ -230,7 +230,7 @@ class EsftJaxLM(TemplateLM):
         check_options(count, wanted["temperature"], wanted["top_p"], self.batch_size)
         return wanted
 
-    def _generate(self, contexts: list[str], wanted: dict[str, Any], bar: tqdm) -> list[str]:
+    def _generate(self, contexts: list[str], wanted: dict[str, Any], bar: Progress) -> list[str]:
         until, count = wanted["until"], wanted["max_gen_toks"]
         options: DecodingOptions = {
             "temperature": wanted["temperature"],
@@ -238,7 +238,7 @@ class EsftJaxLM(TemplateLM):
             "seed": self._seed,
             "batch_size": self.batch_size,
             "stop": lambda ids: any(text and text in self._tokens.decode(ids) for text in until),
-            "advance": bar.update,
+            "advance": bar.advance,
         }
 
         def encode(context: str) -> list[int]:

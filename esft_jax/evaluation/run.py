@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from pydantic import NonNegativeInt
-from tqdm import tqdm
 
 from esft_jax.adapt.parts import roles_of
 from esft_jax.checkpoint.adapter import load_adapter
@@ -48,6 +47,7 @@ from esft_jax.files import check_writable, checked, read_json, write_text_atomic
 from esft_jax.memory import check_fits
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import any_process
+from esft_jax.progress import Progress
 from esft_jax.sharding import make_mesh
 from esft_jax.training.rows import held_out_rows
 from esft_jax.training.run_folder import RunFolder
@@ -462,8 +462,7 @@ def _evaluate(
     begin, task = time.perf_counter(), inputs.tasks[name]
     result = None
     if task.rows:
-        hidden = None if jax.process_index() == 0 else True  # None: shown on terminals only
-        with tqdm(total=len(task.rows), desc=f"evaluate {name}", disable=hidden) as bar:
+        with Progress(f"evaluate {name}", len(task.rows)) as bar:
             result = evaluate_task(
                 model,
                 inputs.tokenizer,
@@ -475,11 +474,12 @@ def _evaluate(
                 top_p=evaluation.top_p,
                 seed=seed,
                 batch_size=evaluation.batch_size,
-                advance=bar.update,
+                advance=bar.advance,
             )
     heldout = None
     if task.heldout is not None:
-        heldout = heldout_loss(model, task.heldout, evaluation.batch_size)
+        what = f"held out {name}"
+        heldout = heldout_loss(model, task.heldout, evaluation.batch_size, what)
     score = Score(
         None if result is None else result.metric,
         None if result is None else result.value,

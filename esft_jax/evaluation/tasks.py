@@ -24,6 +24,7 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation.judge import Judge
 from esft_jax.evaluation.metrics import METRICS, Completion
 from esft_jax.model.transformer import Transformer
+from esft_jax.progress import progress_over
 from esft_jax.sharding import device_multiple, place_batch
 from esft_jax.training.step import token_loss
 
@@ -231,17 +232,21 @@ def evaluate_task(
     return EvaluationResult(chosen.label(answers), result.aggregate, result.failures, completions)
 
 
-def heldout_loss(model: Transformer, dataset: PackedDataset, batch_size: int) -> HeldoutLoss:
+def heldout_loss(
+    model: Transformer, dataset: PackedDataset, batch_size: int, what: str = "held out"
+) -> HeldoutLoss:
     """Mean loss of a model over a dataset.
 
     Args:
         batch_size: packed rows per forward pass, over all devices; rounded up to a multiple of
             their number.
+        what: the progress bar says.
     """
     graph, params = nnx.split(model)
     size = device_multiple(min(batch_size, len(dataset)), model.mesh)
     nats = tokens = 0.0
-    for batch in eval_batches(dataset, size, jax.process_index(), jax.process_count()):
+    batches = eval_batches(dataset, size, jax.process_index(), jax.process_count())
+    for batch in progress_over(batches, what, math.ceil(len(dataset) / size)):
         loss, weight = _batch_loss(graph, params, place_batch(batch, model.mesh))
         nats, tokens = nats + float(loss), tokens + float(weight)
     text_bytes = dataset.stats.text_bytes

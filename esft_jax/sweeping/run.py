@@ -21,6 +21,7 @@ from esft_jax.evaluation.run import (
 )
 from esft_jax.files import visible, write_text_atomic
 from esft_jax.lock import locked
+from esft_jax.progress import time_left
 from esft_jax.sweeping.config import (
     BASE,
     Cell,
@@ -33,6 +34,7 @@ from esft_jax.sweeping.config import (
 )
 from esft_jax.sweeping.record import CellResult, Record, open_record
 from esft_jax.sweeping.table import best_learning_rate, summarise, to_csv
+from esft_jax.training.loggers import check_trackers
 from esft_jax.training.loop import run_training
 from esft_jax.training.run_folder import RunFolder
 from esft_jax.training.setup import check_setup, open_setup
@@ -57,16 +59,42 @@ def run_sweep(sweep: SweepConfig, say: Callable[[str], None] = print) -> Record 
     """
     record = open_record(sweep)
     first = [*base_cells(sweep), *search_cells(sweep)]
+    # The search has run the first seed of the best learning rate.
+    others = len(sweep.methods) * len(sweep.tasks) * (len(sweep.seeds) - 1)
+    pace = _Pace(len(first) + others)
     _check([cell for cell in first if cell not in record.results], sweep)
-    if not _finish(sweep, record, first, say):
+    if not _finish(sweep, record, first, say, pace):
         return None
     rest: list[Cell] = []
     for method in sweep.methods:
         rest += method_cells(sweep, method, best_learning_rate(sweep, record, method))
-    if not _finish(sweep, record, rest, say):
+    if not _finish(sweep, record, rest, say, pace):
         return None
     _write_table(sweep, record)  # another process may have written an older one last
     return record
+
+
+class _Pace:
+    """How far a sweep is, and how long it will take at the pace of this process.
+
+    Attributes:
+        cells: that this process has finished.
+    """
+
+    def __init__(self, total: int):
+        self._total, self.cells, self._begin = total, 0, time.monotonic()
+
+    def describe(self, cell: Cell, finished: int) -> str:
+        """A line for a cell that begins.
+
+        Args:
+            finished: cells, of all processes.
+        """
+        line = f"cell {finished + 1} of {self._total}: {cell.name}"
+        if self.cells:
+            seconds = time.monotonic() - self._begin
+            line += f"; about {time_left(seconds, self.cells, self._total - finished)} left"
+        return line
 
 
 def _check(cells: Sequence[Cell], sweep: SweepConfig) -> None:
@@ -76,6 +104,7 @@ def _check(cells: Sequence[Cell], sweep: SweepConfig) -> None:
         config = run_config(sweep, cell)
         data = (config.model, config.data, config.evaluation)
         try:
+            check_trackers(config.train.log_to)
             if data not in read:  # most cells of a task share them
                 check_evaluation(config)
             if cell.method == BASE:
@@ -90,7 +119,11 @@ def _check(cells: Sequence[Cell], sweep: SweepConfig) -> None:
 
 
 def _finish(
-    sweep: SweepConfig, record: Record, cells: Sequence[Cell], say: Callable[[str], None]
+    sweep: SweepConfig,
+    record: Record,
+    cells: Sequence[Cell],
+    say: Callable[[str], None],
+    pace: "_Pace",
 ) -> bool:
     """Run cells that no other process runs, until all are finished; False if a signal stops one."""
     output, configs = Path(sweep.output), {cell: run_config(sweep, cell) for cell in cells}
@@ -107,11 +140,12 @@ def _finish(
             with locked(output / "claims" / cell.name.replace("/", "_")) as ours:
                 if not ours or cell not in unfinished():
                     continue
-                say(f"cell {cell.name}: {len(record.results)} finished before")
+                say(pace.describe(cell, len(record.results)))
                 result = run_cell(cell, configs[cell], hashes[cell], say)
                 if result is None:
                     return False
                 record.add(result)
+                pace.cells += 1
                 # What was trained stays; what it could be resumed from is many times as large.
                 shutil.rmtree(RunFolder(configs[cell].output).checkpoints, ignore_errors=True)
             _write_table(sweep, record)

@@ -1,6 +1,7 @@
 """The experts that a run trains: given ones, or the best by scores that it measures first."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,6 +16,7 @@ from esft_jax.data.batch import Batch
 from esft_jax.data.pipeline import PackedDataset, eval_batches, sample_rows
 from esft_jax.model.transformer import Transformer
 from esft_jax.processes import on_first_process
+from esft_jax.progress import progress_over
 from esft_jax.routing.choose import choose_experts, describe, load_tasks
 from esft_jax.routing.score import score_experts
 from esft_jax.routing.scores import SCORES_FILE, ExpertScores, load_scores
@@ -80,25 +82,25 @@ def measure_scores(setup: Setup, base: Transformer) -> ExpertScores:
         provenance["general_sha256"] = general.stats.sha256
     return score_experts(
         base,
-        _sampled(setup, dataset),
+        _sampled(setup, dataset, "score"),
         provenance,
         further=config.further_scores,
-        general=() if general is None else _sampled(setup, general),
+        general=() if general is None else _sampled(setup, general, "score the general sample"),
         seed=config.seed,
     )
 
 
-def _sampled(setup: Setup, dataset: PackedDataset) -> Iterator[Batch]:
-    """Batches of the rows that are scored on."""
+def _sampled(setup: Setup, dataset: PackedDataset, what: str) -> Iterator[Batch]:
+    """Batches of the rows that are scored on.
+
+    Args:
+        what: the stage, for its progress.
+    """
     score = setup.config.score
     rows = sample_rows(dataset, score.samples, setup.config.seed)
-    return eval_batches(
-        dataset,
-        device_multiple(min(score.batch_size, len(rows)), setup.mesh),
-        jax.process_index(),
-        jax.process_count(),
-        rows=rows,
-    )
+    size = device_multiple(min(score.batch_size, len(rows)), setup.mesh)
+    batches = eval_batches(dataset, size, jax.process_index(), jax.process_count(), rows=rows)
+    return progress_over(batches, what, math.ceil(len(rows) / size))
 
 
 def loads_of(setup: Setup) -> Float[np.ndarray, "L E"] | None:
