@@ -109,8 +109,12 @@ def source_sha256(path: str) -> str:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file; of a dataset of the hub, 0."""
-    return 0 if _on_hub(path) else os.path.getsize(path)
+    """Bytes of a file; of a dataset of the hub, in memory."""
+    if not _on_hub(path):
+        return os.path.getsize(path)
+    with _hub_faults(path):
+        size: int = _hub_dataset(path).data.nbytes
+        return size
 
 
 def _kind(path: Path) -> str:
@@ -246,6 +250,16 @@ def _on_hub(path: str) -> bool:
 
 
 def _hub_rows(path: str) -> Iterator[dict[str, Any]]:
+    from esft_jax.data.arrow import BATCH_ROWS, table_rows
+
+    with _hub_faults(path):
+        # As it is stored: what stands for an image needs no library that opens it.
+        tables = _hub_dataset(path).with_format("arrow").iter(BATCH_ROWS)
+        yield from table_rows(tables, path)
+
+
+def _hub_dataset(path: str) -> Any:
+    """The library's dataset, which lies in a cache of its own once it was asked for."""
     name = _hub_name(path)
     assert name is not None
     if os.path.lexists(name.repository):  # the library would read it instead of the hub's
@@ -255,15 +269,15 @@ def _hub_rows(path: str) -> Iterator[dict[str, Any]]:
         )
     import datasets  # takes a second to import, and files never need it
 
-    from esft_jax.data.arrow import BATCH_ROWS, table_rows
+    return datasets.load_dataset(
+        name.repository, name.configuration, split=name.split, revision=name.revision
+    )
 
+
+@contextlib.contextmanager
+def _hub_faults(path: str) -> Iterator[None]:
     try:
-        dataset = datasets.load_dataset(
-            name.repository, name.configuration, split=name.split, revision=name.revision
-        )
-        # As it is stored: what stands for an image needs no library that opens it.
-        tables = dataset.with_format("arrow").iter(BATCH_ROWS)
-        yield from table_rows(tables, path)
+        yield
     except InputError:
         raise
     except Exception as error:  # network, name, split: all are for the user to mend

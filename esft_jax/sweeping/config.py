@@ -142,8 +142,8 @@ def load_sweep(path: str | Path) -> SweepConfig:
             )
         if _judged_by(config) != _judged_by(base[cell.task]):
             raise InputError(
-                f"{path}: methods.{cell.method}: changes data.format, data.valid or evaluation; "
-                "expected the same for all methods, since they are compared by these"
+                f"{path}: methods.{cell.method}: changes data.valid, its format or columns, or "
+                "evaluation; expected the same for all methods, since they are compared by these"
             )
         if config.mesh.cpu_devices != devices:
             raise InputError(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esft_jax.data.records import expand, read_records, source_sha256
+from esft_jax.data.records import expand, read_records, size_of, source_sha256
 from esft_jax.errors import InputError
 
 ROWS = [{"text": 'a "b", c\nd'}, {"text": "ü"}]
@@ -167,6 +167,7 @@ def test_hub_names(name: str, expected: tuple[Any, ...], hub: list[tuple[Any, ..
     assert list(read_records([name])) == [(f"{name}:{n}", row) for n, row in enumerate(ROWS, 1)]
     assert hub == [expected]
     assert source_sha256(name) == source_sha256("owner/name:dev")
+    assert 0 < size_of(name) < 1000
 
 
 def test_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

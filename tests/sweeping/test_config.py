@@ -143,10 +143,10 @@ def test_the_shipped_sweep_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.metric=bleu", "methods.full: changes data.format, data.valid or evaluation;"),
-        ("evaluation.others={a: {valid: [a.jsonl]}}", "methods.full: changes data.format"),
-        ("evaluation.limit=5", "methods.full: changes data.format"),
-        ("data.valid=[easier.jsonl]", "methods.full: changes data.format"),
+        ("evaluation.metric=bleu", "methods.full: changes data.valid, its format or columns, or"),
+        ("evaluation.others={a: {valid: [a.jsonl]}}", "methods.full: changes data.valid"),
+        ("evaluation.limit=5", "methods.full: changes data.valid"),
+        ("data.valid=[easier.jsonl]", "methods.full: changes data.valid"),
         ("mesh.cpu_devices=2", "full/lr-1e-05/seed-3: mesh.cpu_devices is 2, and None"),
     ],
 )
