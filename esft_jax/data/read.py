@@ -144,13 +144,7 @@ class _Record(NamedTuple):
 
     def answer(self, column: str) -> Message:
         """An answer that is to be learned."""
-        text = self.text(column)
-        if not text.strip():
-            raise InputError(
-                f"{self.where}: {self.format.key(column)}: is {short(text)}; expected an answer to "
-                "learn"
-            )
-        return Message(role="assistant", content=text)
+        return _answer(self.where, self.format.key(column), self.text(column))
 
     def turns(self, column: str) -> list[Message]:
         """A list of messages, which tables may hold as the text of its JSON."""
@@ -191,6 +185,13 @@ class _Record(NamedTuple):
         yield message
 
 
+def _answer(where: str, key: str, text: str) -> Message:
+    """An answer that is to be learned."""
+    if not text.strip():
+        raise InputError(f"{where}: {key}: is {short(text)}; expected an answer to learn")
+    return Message(role="assistant", content=text)
+
+
 def _chat_messages(record: _Record) -> Iterator[Message]:
     yield from record.turns("messages")
 
@@ -211,8 +212,9 @@ def _alpaca_messages(record: _Record) -> Iterator[Message]:
             raise InputError(
                 f"{record.where}: {key}[{i}]: is {short(pair)}; expected [instruction, output]"
             )
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            yield Message(role=role, content=checked_text(record.where, f"{key}[{i}]", text))
+        asked, answer = (checked_text(record.where, f"{key}[{i}]", text) for text in pair)
+        yield Message(role="user", content=asked)
+        yield _answer(record.where, f"{key}[{i}]", answer)
     asked = record.text("instruction")
     if not _absent(record.record.get(record.format.key("input"))):
         asked = f"{asked}\n{record.text('input')}"

@@ -231,6 +231,11 @@ def test_all_of_the_first_records_count() -> None:
         ),
         (
             "alpaca",
+            {"instruction": "a", "output": "b", "history": [["c", ""]]},
+            r"history\[0\]: is \"\"; expected an answer",
+        ),
+        (
+            "alpaca",
             {"instruction": "a", "output": "b", "system_prompt": "c"},
             'system_prompt: is "c"; no message says it',
         ),
