@@ -1,6 +1,7 @@
 """The pages that the site of the documentation generates."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -27,14 +28,16 @@ def test_every_key_has_its_values_default_and_meaning(pages: ModuleType) -> None
         "| `output` | text | required | Folder of the run. |",
         "| `seed` | integer ≥ 0 | `0` | Seed of initialisation, shuffling and sampling. |",
         "| `learning_rate` | number > 0 | `1e-05` | Peak learning rate. |",
-        "| `mix` | by name: a section | `{}` | Other sources to train on, by name, such as the "
-        "alignment data of the model; experts are scored on `train` alone. |",
+        "| `moments` | `float32`, `bfloat16` | `float32` | Type that moments are kept in between "
+        "updates; computed in float32, and rounded to bfloat16 stochastically. |",
         "| `weight` | number > 0 | `1.0` | Packed rows of this source for each one of "
         "`data.train`. |",
-        "| `valid` | a list: text | `[]` | As `data.valid`. |",
+        "| `mesh` | a section |  | Devices per mesh axis. |",
     ):
         assert row in table
     assert {"## The run", "## data.mix.NAME", "## evaluation.others.NAME"} <= set(table)
+    rows = [re.split(r"(?<!\\) \| ", row.strip("| ")) for row in table if row.startswith("| `")]
+    assert all(values and meaning for _, values, _, meaning in rows)
 
 
 def test_every_public_name_has_a_place(pages: ModuleType) -> None:
