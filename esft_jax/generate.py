@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from esft_jax.checkpoint.load import local_folder
 from esft_jax.checkpoint.manifest import RUN_DTYPES, run_chat_format
 from esft_jax.cli import Parser, command, option, quantisation
@@ -21,6 +19,7 @@ from esft_jax.errors import InputError
 from esft_jax.evaluation.load import load_tuned
 from esft_jax.families import load_model_config
 from esft_jax.files import check_writable, checked, parse_json, read_text, write_text_atomic
+from esft_jax.progress import Progress
 from esft_jax.values import Count, LocalPath, NonNegative, Seed, Share, TemplateArguments
 
 
@@ -41,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
         "--prompts",
         type=option(LocalPath),
         metavar="FILE",
-        help='several of it: {"prompt": TEXT} in each line (.jsonl) or row (.parquet), or a prompt '
-        "in each line (.txt)",
+        help='several of it: a file of {"prompt": TEXT}, as JSON Lines or another form that '
+        "training data can have; or a prompt in each line (.txt)",
     )
     parser.add_argument(
         "--output",
@@ -72,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     for (where, _), ids in zip(named, prompts, strict=True):
         check_length(where, len(ids), args.max_new_tokens, limit)
     base = load_tuned(args.model, args.adapter, args.dtype, mesh=None, quantisation=args.quantise)
-    with tqdm(total=len(prompts), disable=None if args.prompts else True) as bar:
+    with Progress("generate", len(prompts), shown=args.prompts is not None) as progress:
         answers = generate_tokens(
             base.model,
             prompts,
@@ -82,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             top_p=args.top_p,
             seed=args.seed,
             batch_size=args.batch_size,
-            advance=bar.update,
+            advance=progress.advance,
         )
     texts = list(map(tokenizer.decode, answers))
     if args.prompts is None:
