@@ -16,6 +16,7 @@ from esft_jax.data.chat_template import ChatFormat
 from esft_jax.data.mix import MixedDataset
 from esft_jax.data.pipeline import PackedDataset
 from esft_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from esft_jax.processes import use_cpu_only
 from esft_jax.terminal import Terminal
 from esft_jax.training.rows import read_rows
 from esft_jax.values import CountOrZero
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
         help="examples of data.train to show, from the first (default: 3)",
     )
     args = parser.parse_args(argv)
+    use_cpu_only()
     config = load_config(*named_config(args))
     folder = local_folder(config.model, _FILES)
     data = config.data

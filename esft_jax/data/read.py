@@ -18,6 +18,7 @@ from esft_jax.data.layouts import (
 from esft_jax.data.records import read_records
 from esft_jax.errors import InputError, one_line
 from esft_jax.files import parse_json
+from esft_jax.progress import Advance
 
 # Keys of messages by role, besides `role`, `content` and `mask`.
 ROLES = {
@@ -58,24 +59,28 @@ class TextExample:
     text: str
 
 
-def read_chat(paths: Sequence[str], format: RecordFormat = MESSAGES) -> Iterator[ChatExample]:
+def read_chat(
+    paths: Sequence[str], format: RecordFormat = MESSAGES, advance: Advance | None = None
+) -> Iterator[ChatExample]:
     """Yields the chats in records of a format; `{"messages": ...}` have messages as in `ROLES`.
 
     Other keys of a record are free, unless they would change what is said or learned.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
-    for where, record in read_records(paths):
+    for where, record in read_records(paths, advance):
         yield chat_example(where, record, format)
 
 
-def read_text(paths: Sequence[str], format: RecordFormat = TEXT) -> Iterator[TextExample]:
+def read_text(
+    paths: Sequence[str], format: RecordFormat = TEXT, advance: Advance | None = None
+) -> Iterator[TextExample]:
     """Yields ``{"text": ...}`` records; other keys are free, as for chats.
 
     Raises InputError naming file, line and key of the first record that is not one.
     """
     key = format.key("text")
-    for where, record in read_records(paths):
+    for where, record in read_records(paths, advance):
         if record.get(key) is None:
             raise InputError(
                 f'{where}: {key}: missing; expected {{"{key}": ...}}; {layout(record)}'

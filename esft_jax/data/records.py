@@ -29,6 +29,7 @@ from esft_jax.files import (
     reason,
     visible,
 )
+from esft_jax.progress import Advance
 
 # With its owner: the library takes `json` and its like for "all such files in this folder".
 _HUB_NAME = re.compile(
@@ -77,17 +78,23 @@ def _expanded(path: str) -> list[str]:
     return [path]
 
 
-def read_records(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    paths: Sequence[str], advance: Advance | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place and the record of all that paths name, in order.
 
     A place is `path:number`: the line of a file of lines (of CSV the first of the record), else
     which of the rows or items it is; all count from 1.
 
+    Args:
+        paths: see the module.
+        advance: receives how many bytes more are read, of those that `size_of` counts.
+
     Raises InputError naming file and number of what is no record, and files without any.
     """
     for path in expand(paths):
         empty = True
-        for where, record in _open(path):
+        for where, record in _open(path, advance or _unwatched):
             if not isinstance(record, dict):
                 raise InputError(f"{where}: is {short(record)}; expected a JSON object")
             empty = False
@@ -125,10 +132,15 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _open(path: str) -> Iterator[tuple[str, Any]]:
+def _unwatched(_: int) -> None:
+    """Nobody asks how far reading is."""
+
+
+def _open(path: str, advance: Advance) -> Iterator[tuple[str, Any]]:
     """The place and the value of each line, row or item."""
     if _on_hub(path):
-        return ((f"{path}:{number}", row) for number, row in enumerate(_hub_rows(path), 1))
+        rows = _hub_rows(path, advance)
+        return ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
     check_file(path)
     kind = _kind(Path(path))
     if kind not in KINDS:
@@ -137,23 +149,28 @@ def _open(path: str) -> Iterator[tuple[str, Any]]:
             f"{path}: unknown kind of file {kind!r}; expected {', '.join(KINDS)}, or one of these "
             f"with {' or '.join(_COMPRESSED)}; {advice}"
         )
-    return _read(path, KINDS[kind])
+    return _read(path, KINDS[kind], advance)
 
 
 def _read(
-    path: str, read: Callable[[str, IO[bytes]], Iterator[tuple[str, Any]]]
+    path: str, read: Callable[[str, IO[bytes]], Iterator[tuple[str, Any]]], advance: Advance
 ) -> Iterator[tuple[str, Any]]:
     compression = _COMPRESSED.get(Path(path).suffix.lower())
     try:
         with contextlib.ExitStack() as stack:
             file: IO[bytes] = stack.enter_context(open(path, "rb"))
+            stored, position = file, 0
             check_not_pointer(path, file.read(POINTER_BYTES))
             file.seek(0)
             if compression is not None:
                 from esft_jax.data.arrow import decompressed
 
                 file = stack.enter_context(decompressed(file, compression))
-            yield from read(path, file)
+            for found in read(path, file):
+                yield found
+                if (now := stored.tell()) > position:
+                    advance(now - position)
+                    position = now
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error
 
@@ -249,13 +266,16 @@ def _on_hub(path: str) -> bool:
     return not os.path.lexists(path) and _hub_name(path) is not None
 
 
-def _hub_rows(path: str) -> Iterator[dict[str, Any]]:
+def _hub_rows(path: str, advance: Advance = _unwatched) -> Iterator[dict[str, Any]]:
     from esft_jax.data.arrow import BATCH_ROWS, table_rows
 
     with _hub_faults(path):
         # As it is stored: what stands for an image needs no library that opens it.
-        tables = _hub_dataset(path).with_format("arrow").iter(BATCH_ROWS)
-        yield from table_rows(tables, path)
+        dataset = _hub_dataset(path)
+        tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+        for row in table_rows(tables, path):
+            yield row
+            advance(dataset.data.nbytes // len(dataset))
 
 
 def _hub_dataset(path: str) -> Any:

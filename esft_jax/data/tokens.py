@@ -11,20 +11,19 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
-from tqdm import tqdm
 
 from esft_jax.data.chat import Chat
 from esft_jax.data.formats import Format, RecordFormat, record_format
 from esft_jax.data.read import ChatExample, TextExample, read_chat, read_text
-from esft_jax.data.records import expand, read_records, source_sha256
-from esft_jax.data.token_cache import KeptArrays, TokenCache
+from esft_jax.data.records import expand, read_records, size_of, source_sha256
+from esft_jax.data.token_cache import LARGE, KeptArrays, TokenCache
 from esft_jax.data.tokenizer import Tokenizer
 from esft_jax.errors import InputError
+from esft_jax.progress import Progress
 
 Encoded = TypeVar("Encoded")
 # Examples encoded together: enough to keep the tokenizer's threads busy.
@@ -161,12 +160,12 @@ def tokenize(
 
     def make() -> KeptArrays:
         flat = _FlatTokens(paths, tokenizer.vocab_size)
-        # On a terminal, of what takes longer than a moment.
-        bar = partial(tqdm, desc="tokenize", unit=" examples", delay=2, leave=False, disable=None)
-        if found.is_chat:
-            _add_chats(flat, iter(bar(read_chat(paths, found))), tokenizer)
-        else:
-            _add_texts(flat, iter(bar(read_text(paths, found))), tokenizer)
+        size = sum(map(size_of, paths))
+        with Progress("tokenize", size, unit="B", leave=False, shown=size >= LARGE) as progress:
+            if found.is_chat:
+                _add_chats(flat, read_chat(paths, found, progress.advance), tokenizer)
+            else:
+                _add_texts(flat, read_text(paths, found, progress.advance), tokenizer)
         return flat.arrays()
 
     kept = False

@@ -47,6 +47,9 @@ def test_kinds_of_files_compressed_or_not(kind: str, tmp_path: Path) -> None:
         found = list(read_records([str(path)]))
         assert [where for where, _ in found] == [f"{path}:{number}" for number in numbers]
         assert [record["text"] for _, record in found] == [row["text"] for row in ROWS]
+        read: list[int] = []
+        list(read_records([str(path)], read.append))
+        assert min(read) > 0 and 0 < sum(read) <= size_of(str(path))
 
 
 def test_a_json_file_of_lines(tmp_path: Path) -> None:
