@@ -67,6 +67,7 @@ def test_summary_alone_gives_what_it_can(scored: list[Path], tmp_path: Path, cap
         "concentration",
         "experts",
         "layers",
+        "scores",
         "threshold",
     }
     page = (output / "report.html").read_text()
