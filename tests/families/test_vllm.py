@@ -153,7 +153,7 @@ def make_adapter(base, chats, folder, top_p):
 @needs_vllm
 def test_greedy_tokens_are_the_same_in_every_engine(base, chats, environment, tmp_path):
     one, exported = make_adapter(base, chats, tmp_path / "one", 0.3)
-    other, exported_other = make_adapter(base, chats, tmp_path / "other", 0.1)
+    other, exported_other = make_adapter(base, chats, tmp_path / "other", 0.6)
     tokenizer = Tokenizer.load(base)
     prompts = [tokenizer.encode_text(text) for text in TEXTS]
     folders = base, exported, exported_other
