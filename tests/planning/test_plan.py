@@ -73,7 +73,7 @@ def test_the_step_is_the_one_that_train_runs(changes, make_config, monkeypatch) 
     config = make_config(**changes)
     compiled = []
 
-    def keep_step(run: loop._Run, stopped) -> Outcome:
+    def keep_step(run: loop._Run, stopped, trackers) -> Outcome:
         compiled.append(run)
         return Outcome(0, None, None, Stopwatch(0.0).timing())
 
