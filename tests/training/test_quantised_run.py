@@ -149,7 +149,7 @@ def test_parts_that_are_trained_are_not_quantised(make_config) -> None:
 def test_no_bank_in_full_precision_is_in_the_step(config, monkeypatch) -> None:
     compiled = []
 
-    def keep_step(run: loop._Run, stopped):
+    def keep_step(run: loop._Run, stopped, trackers):
         compiled.append((run.train_step.as_text(), run.frozen))
         raise KeyboardInterrupt
 
