@@ -132,7 +132,7 @@ def test_what_is_lost_of_held_out_data_is_said(config, capsys):
         assert evaluate.main([*arguments, f"data.too_long={too_long}"]) == 0
         printed = capsys.readouterr().out
         assert "held out, task: 1 of 3 examples in 1 rows of 32" in printed
-        assert "with a loss, 2 dropped\n" in printed
+        assert "with a loss, 2 dropped; read as messages\n" in printed
     found = [json.loads(p.read_text()) for p in run.glob("evaluation/base-*/task-*/scores.json")]
     assert sorted(scores["too_long"] for scores in found) == ["cut", "drop"]
 
