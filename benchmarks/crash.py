@@ -49,8 +49,8 @@ def saved_step(output: Path) -> int:
 
 
 def first_step(log: str) -> int | None:
-    """The first step that a process logged."""
-    found = re.search(r"^step (\d+) of", log, re.MULTILINE)
+    """The first step that a process logged; step 0 is the evaluation before training."""
+    found = re.search(r"^step ([1-9]\d*) of", log, re.MULTILINE)
     return int(found[1]) if found else None
 
 
