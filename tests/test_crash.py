@@ -256,4 +256,4 @@ def test_a_read_only_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert complete() == before
     again = start(short_run, output, "train.steps=6")
     text = again.communicate()[0]
-    assert again.returncode == 0 and "step 5 of 6" in text and "step 4 of" not in text, text
+    assert again.returncode == 0 and "\nstep 5 of 6" in text and "\nstep 4 of" not in text, text
