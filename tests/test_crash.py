@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "crash.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["KILL", "TERM"])
 def test_a_run_killed_at_any_moment_ends_as_if_it_were_not(name: str, short_run: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--config", str(short_run), "--kills", "3"]
+    command = [sys.executable, str(SCRIPT), "--config", str(short_run), "--kills", "4"]
     command += ["--signal", name, "train.steps=60", "train.save_every=2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
