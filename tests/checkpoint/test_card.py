@@ -45,7 +45,7 @@ def test_a_base_that_is_not_on_the_hub(tmp_path):
         "A low-rank adapter (2 matrices)" in card.text and "not declared by the base" in card.text
     )
     whole = ModelCard(model_card(tmp_path / "whole", manifest, "A model."))
-    assert whole.data.library_name == "transformers" and "A model." in whole.text
+    assert whole.data.to_dict()["library_name"] == "transformers" and "A model." in whole.text
 
 
 @pytest.mark.parametrize(
